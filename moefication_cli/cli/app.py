@@ -1,0 +1,223 @@
+"""The command line: one thin command per stage, and the only place that exits.
+
+A command builds its config, calls one stage function (torch is imported only then) and prints the result.
+"""
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import typer
+
+from moefication_cli import __version__
+from moefication_cli.cli.console import Console
+from moefication_cli.cli.options import ENV_PREFIX, read_config, register
+from moefication_cli.config import (
+    ApplyConfig,
+    CollectConfig,
+    ControlConfig,
+    DemoConfig,
+    EvalConfig,
+    GraphConfig,
+    ModelConfig,
+    RouterConfig,
+    RunConfig,
+    SplitConfig,
+)
+from moefication_cli.errors import MoEficationError
+from moefication_cli.stages.contract import Control, Result
+
+app = typer.Typer(
+    name="moefication",
+    help="Turn the feed-forward layers of trained transformers into mixtures of experts (arXiv 2110.01786).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"moefication {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    context: typer.Context,
+    config: str | None = typer.Option(None, "--config", help="TOML file with defaults, one table per command"),
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version"),
+) -> None:
+    """Stages share one run directory; every stage can be re-run alone."""
+    if config is not None:
+        context.default_map = dict(read_config(config))
+
+
+def _run(control: ControlConfig, sources: dict[str, str], call: Callable[[Control], Result]) -> None:
+    """Everything a command does around its stage: console, progress, result."""
+    console = Console(json_mode=control.json, quiet=control.quiet)
+    result = call(
+        Control(
+            device=control.device,
+            seed=control.seed,
+            layers=control.layers,
+            force=control.force,
+            dry_run=control.dry_run,
+            sources=sources,
+            say=console.say,
+            track=console.track,
+        )
+    )
+    console.result(result)
+
+
+def _collect(run: str, config: CollectConfig, control: ControlConfig, sources: dict[str, str]) -> None:
+    """Run the model over data; store every FFN's inputs and its neurons' statistics."""
+    from moefication_cli.stages.collect import collect_activations
+    from moefication_cli.store.rundir import RunDir
+
+    _run(control, sources, lambda c: collect_activations(RunDir(run), config, c))
+
+
+def _graph(run: str, config: GraphConfig, control: ControlConfig, sources: dict[str, str]) -> None:
+    """Build the co-activation graph of every FFN from the collected inputs."""
+    from moefication_cli.stages.graph import build_graph
+    from moefication_cli.store.rundir import RunDir
+
+    _run(control, sources, lambda c: build_graph(RunDir(run), config, c))
+
+
+def _split(run: str, config: SplitConfig, control: ControlConfig, sources: dict[str, str]) -> None:
+    """Assign every FFN neuron to an expert; experts are always exactly balanced."""
+    from moefication_cli.stages.split import split
+    from moefication_cli.store.rundir import RunDir
+
+    _run(control, sources, lambda c: split(RunDir(run), config, c))
+
+
+def _router(run: str, config: RouterConfig, control: ControlConfig, sources: dict[str, str]) -> None:
+    """Train the routers that pick the experts each token needs."""
+    from moefication_cli.stages.router import train_router
+    from moefication_cli.store.rundir import RunDir
+
+    _run(control, sources, lambda c: train_router(RunDir(run), config, c))
+
+
+def _apply(run: str, config: ApplyConfig, control: ControlConfig, sources: dict[str, str]) -> None:
+    """Write RUN/model: a normal Hugging Face folder that loads dense with transformers and as the MoE with `load`."""
+    from moefication_cli.stages.apply import apply
+    from moefication_cli.store.rundir import RunDir
+
+    _run(control, sources, lambda c: apply(RunDir(run), config, c))
+
+
+def _eval(run: str, config: EvalConfig, control: ControlConfig, sources: dict[str, str]) -> None:
+    """Measure quality and time of the MoE beside the dense model, oracles and baselines."""
+    from moefication_cli.stages.evaluate import evaluate
+    from moefication_cli.store.rundir import RunDir
+
+    _run(control, sources, lambda c: evaluate(RunDir(run), config, c))
+
+
+def _inspect(model: str, config: ModelConfig, control: ControlConfig, sources: dict[str, str]) -> None:
+    """List the FFNs found in a model, the expert counts that divide them, and their share of the parameters."""
+    from moefication_cli.stages.inspect import inspect_model
+
+    _run(control, sources, lambda c: inspect_model(model, config, c))
+
+
+def _pipeline(
+    run: str,
+    extra: RunConfig,
+    collect: CollectConfig,
+    split: SplitConfig,
+    router: RouterConfig,
+    apply: ApplyConfig,
+    evaluate: EvalConfig,
+    control: ControlConfig,
+    sources: dict[str, str],
+) -> None:
+    """All stages in order for any model, skipping what is up to date."""
+    from moefication_cli.stages.pipeline import run_all
+    from moefication_cli.store.rundir import RunDir
+
+    _run(control, sources, lambda c: run_all(RunDir(run), extra, collect, split, router, apply, evaluate, c))
+
+
+def _demo(run: str, config: DemoConfig, control: ControlConfig, sources: dict[str, str]) -> None:
+    """Convert the demo model that ships with the package and show what is kept at which cost."""
+    from moefication_cli.stages.demo import demo
+    from moefication_cli.store.rundir import RunDir
+
+    _run(control, sources, lambda c: demo(RunDir(run), config, c))
+
+
+register(app, "collect-activations", [CollectConfig], _collect)
+register(app, "build-graph", [GraphConfig], _graph)
+register(app, "split", [SplitConfig], _split)
+register(app, "train-router", [RouterConfig], _router)
+register(app, "apply", [ApplyConfig], _apply)
+register(app, "eval", [EvalConfig], _eval)
+register(app, "inspect", [ModelConfig], _inspect, argument="model", argument_help="Hub id or local folder")
+register(app, "run", [RunConfig, CollectConfig, SplitConfig, RouterConfig, ApplyConfig, EvalConfig], _pipeline)
+register(app, "demo", [DemoConfig], _demo, argument_default="artifacts/demo-run")
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM or SIGHUP arrived; unwinding releases locks and sweeps temporary files."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+
+
+def _terminate(signum: int, frame: Any) -> NoReturn:
+    raise _TerminatedError(signum)
+
+
+def main() -> NoReturn:
+    """Entry point: every error becomes one message on stderr and the documented exit code."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _terminate)
+    arguments = sys.argv[1:]
+    console = Console(json_mode="--json" in arguments)
+    sys.exit(_exit_code(console, arguments))
+
+
+def _exit_code(console: Console, arguments: list[str]) -> int:
+    try:
+        return int(app(arguments, prog_name="moefication", standalone_mode=False) or 0)
+    except MoEficationError as error:
+        if os.environ.get(ENV_PREFIX + "DEBUG"):
+            traceback.print_exc()
+        console.error(error)
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        console.error(MoEficationError("interrupted", "run the same command again: finished layers are kept"))
+        return 130
+    except _TerminatedError as stop:
+        console.error(MoEficationError("terminated", "run the same command again: finished layers are kept"))
+        return 128 + stop.signum
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  the reader is gone; nothing is left to say
+        return 1
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        console.error(MoEficationError(f"{error.strerror or error}{place}", "check the disk and the permissions"))
+        return 1
+    except Exception as error:
+        if hasattr(error, "format_message"):  # the command line could not be parsed
+            usage = MoEficationError(error.format_message(), "see moefication --help")
+            usage.code, usage.exit_code = "usage", int(getattr(error, "exit_code", 2))
+            console.error(usage)
+            return usage.exit_code
+        traceback.print_exc()
+        if console.json_mode:
+            console.json({"ok": False, "error": {"code": "internal", "message": repr(error), "exit_code": 1}})
+        return 1
+
+
+if __name__ == "__main__":
+    main()

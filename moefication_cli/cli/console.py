@@ -1,0 +1,108 @@
+"""What people and scripts see: results on stdout (a table, or one JSON object), conversation on stderr."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from moefication_cli.errors import MoEficationError
+from moefication_cli.stages.contract import Result
+
+T = TypeVar("T")
+_PLAIN_INTERVAL = 5.0  # seconds between progress lines where stderr is no terminal
+
+
+class Console:
+    """One per command: knows whether the user wants JSON and whether stderr is a terminal."""
+
+    def __init__(self, *, json_mode: bool = False, quiet: bool = False) -> None:
+        self.json_mode = json_mode
+        self.quiet = quiet
+        self._out = RichConsole(highlight=False, soft_wrap=True)
+        self._err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+
+    def say(self, message: str) -> None:
+        """A sentence about what is happening (which path was taken, what was guessed)."""
+        if not self.quiet or message.startswith("warning"):
+            self._err.print(Text(message))
+
+    def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+        """A progress bar on a terminal, a plain line every few seconds elsewhere."""
+        if self.quiet:
+            yield from items
+            return
+        count = total if total is not None else (len(items) if hasattr(items, "__len__") else None)
+        if self._err.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            with Progress(*columns, console=self._err, transient=True) as progress:
+                yield from progress.track(items, total=count, description=description)
+            return
+        last = time.monotonic()
+        for done, item in enumerate(items):
+            if time.monotonic() - last > _PLAIN_INTERVAL:
+                self._err.print(Text(f"{description}: {done}" + (f" of {count}" if count else "")))
+                last = time.monotonic()
+            yield item
+
+    def result(self, result: Result) -> None:
+        """Print a command's result on stdout."""
+        if self.json_mode:
+            self.json({"ok": True, "command": result.command, "up_to_date": result.up_to_date, "rows": result.rows}
+                      | result.payload)  # fmt: skip
+            return
+        if result.up_to_date:
+            self.say(f"{result.command}: up to date")
+        if result.rows:
+            self._out.print(_table(result.rows))
+        for note in result.notes:
+            self._out.print(Text(note))
+
+    def error(self, error: MoEficationError) -> None:
+        """One message on stderr; under --json the object on stdout as well."""
+        self._err.print(Text(f"error: {error.message}"))
+        if error.hint:
+            self._err.print(Text(f"hint: {error.hint}"))
+        if self.json_mode:
+            details = {"code": error.code, "message": error.message, "hint": error.hint, "exit_code": error.exit_code}
+            self.json({"ok": False, "error": details})
+
+    def json(self, value: dict[str, Any]) -> None:
+        """Exactly one strict JSON object: no NaN, keys sorted."""
+        sys.stdout.write(json.dumps(_finite(value), sort_keys=True, allow_nan=False) + "\n")
+        sys.stdout.flush()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    numeric = {name for name in names if all(isinstance(row.get(name), int | float | None) for row in rows)}
+    table = Table(header_style="bold", show_edge=False, pad_edge=False)
+    for name in names:
+        table.add_column(name.replace("_", " "), justify="right" if name in numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(row.get(name)) for name in names))
+    return table
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return str(value)

@@ -1,0 +1,135 @@
+"""Turns the dataclasses of `config.py` into Typer options, so that a name or a default is written once."""
+
+import inspect
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from moefication_cli.config import ControlConfig, options_of
+from moefication_cli.errors import ConfigError
+
+ENV_PREFIX = "MOEFICATION_"
+_SOURCES = {
+    "COMMANDLINE": "command line",
+    "ENVIRONMENT": "environment",
+    "DEFAULT_MAP": "config file",
+    "DEFAULT": "default",
+}
+
+Body = Callable[..., Any]  # (run directory or model argument, one instance per config class, values by name)
+
+
+def register(
+    app: typer.Typer,
+    name: str,
+    configs: Sequence[type],
+    body: Body,
+    *,
+    argument: str = "run",
+    argument_help: str = "Run directory",
+    argument_default: Any = ...,
+) -> None:
+    """Add the command `name` whose options are the fields of `configs` (first mention of a name wins).
+
+    `body` gets the argument, one instance of each config class, a ControlConfig and where each value came from.
+    """
+    parameters = [_argument(argument, argument_help, argument_default), _context(), _config_file(name)]
+    seen = {argument}
+    for config in (*configs, ControlConfig):
+        hints = get_type_hints(config)
+        panel = "Running" if config is ControlConfig else None
+        for entry in options_of(config):
+            if entry.name not in seen:
+                seen.add(entry.name)
+                parameters.append(_option(entry, hints[entry.name], panel))
+
+    def command(**values: Any) -> None:
+        context = values.pop("context")
+        values.pop("config")
+        target = values[argument]
+        sources = {key: _SOURCES.get(source_name(context, key), "default") for key in values}
+        instances = [_build(config, values) for config in (*configs, ControlConfig)]
+        body(target, *instances, sources)
+
+    command.__doc__ = body.__doc__
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    app.command(name)(command)
+
+
+def source_name(context: typer.Context, key: str) -> str:
+    """COMMANDLINE, ENVIRONMENT, DEFAULT_MAP or DEFAULT."""
+    source = context.get_parameter_source(key)
+    return "DEFAULT" if source is None else str(source.name)
+
+
+def _build(config: type, values: dict[str, Any]) -> Any:
+    return config(**{entry.name: values[entry.name] for entry in options_of(config)})
+
+
+def _option(entry: Any, hint: Any, panel: str | None) -> inspect.Parameter:
+    flag = "--" + entry.name.replace("_", "-")
+    if hint is bool:
+        flag += "/--no-" + entry.name.replace("_", "-") if entry.default else ""
+    info = typer.Option(
+        *(entry.metadata["names"] or (flag,)),
+        help=entry.metadata["help"],
+        min=entry.metadata["minimum"],
+        max=entry.metadata["maximum"],
+        envvar=ENV_PREFIX + entry.name.upper(),
+        show_envvar=False,
+        rich_help_panel=panel,
+    )
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(entry.name, kind, default=entry.default, annotation=Annotated[hint, info])
+
+
+def _argument(name: str, help: str, default: Any) -> inspect.Parameter:
+    annotation = Annotated[str, typer.Argument(help=help, metavar=name.upper())]
+    empty = inspect.Parameter.empty if default is ... else default
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=empty, annotation=annotation)
+
+
+def _context() -> inspect.Parameter:
+    return inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+
+
+def _config_file(command: str) -> inspect.Parameter:
+    def read(context: typer.Context, value: str | None) -> str | None:
+        if value is not None:
+            context.default_map = {**(context.default_map or {}), **read_config(value).get(command, {})}
+            check_keys(context, command, value)
+        return value
+
+    info = typer.Option(
+        "--config", help="TOML file with defaults, one table per command", is_eager=True, callback=read,
+        envvar=ENV_PREFIX + "CONFIG", show_envvar=False, rich_help_panel="Running",
+    )  # fmt: skip
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter("config", kind, default=None, annotation=Annotated[str | None, info])
+
+
+def read_config(path: str) -> dict[str, dict[str, Any]]:
+    """The tables of a TOML file, keys with dashes or underscores. Raises ConfigError."""
+    try:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"--config {path} is not valid TOML: {error}") from None
+    stray = [key for key, value in tables.items() if not isinstance(value, dict)]
+    if stray:
+        raise ConfigError(f"--config {path}: `{stray[0]}` stands outside a table", "write one table per command: [split]")
+    return {name: {key.replace("-", "_"): value for key, value in table.items()} for name, table in tables.items()}
+
+
+def check_keys(context: typer.Context, command: str, path: str) -> None:
+    """Unknown keys in a config file are a mistake, not a default."""
+    known = {parameter.name for parameter in context.command.params}
+    unknown = sorted(set(context.default_map or {}) - known)
+    if unknown:
+        options = ", ".join(sorted(name for name in known if name not in ("context", "config") and name))
+        raise ConfigError(f"--config {path}: `{unknown[0]}` is no option of {command}", f"its options are {options}")

@@ -1,0 +1,1 @@
+"""The only code that knows Hugging Face modules: FFN families, surgery, checkpoints, loading."""

@@ -1,0 +1,249 @@
+"""Whole models into memory: dense ones for the stages that run them, converted ones as mixtures of experts.
+
+Everything that can be wrong with what a user asked for is a ConfigError with a sentence, not a library's traceback.
+Weights are read from local files only (`source` finds or downloads them); pickles only through weights_only loading.
+Does not place models over several devices unless `device_map` says so.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from moefication_cli.errors import ConfigError, CorruptArtifactError, UnavailableError
+from moefication_cli.models.masking import TokenMask
+from moefication_cli.models.moe_folder import MoELayer, read_moe_folder
+from moefication_cli.models.sites import FFNSite, find_sites, refuse_quantised
+from moefication_cli.models.source import LOAD_ERRORS, Source, first_line, load_config, resolve_source
+from moefication_cli.models.surgery import install, live_weights, pack
+from moefication_cli.routing.router import Rule
+from moefication_cli.runtime.layer import MoEFFN
+from moefication_cli.runtime.weights import ExpertWeights
+
+log = logging.getLogger(__name__)
+
+_AUTO = {
+    "classification": transformers.AutoModelForSequenceClassification,
+    "text2text": transformers.AutoModelForSeq2SeqLM,
+    "lm": transformers.AutoModelForCausalLM,
+}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode, with what is needed to run it. `tokenizer` is None if none was asked for."""
+
+    model: Any
+    tokenizer: Any
+    config: Any
+    device: torch.device
+    dtype: torch.dtype
+    source: Source
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`. UnavailableError if that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"unknown device {name!r}", "use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"unknown device {name!r}", "use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UnavailableError(f"device {name} asked for, but PyTorch sees no CUDA GPU", "run with --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise UnavailableError(
+            f"device {name} asked for, but there are {count} GPUs", f"use cuda:0 .. cuda:{count - 1}"
+        )
+    return device
+
+
+def resolve_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:
+    """A dtype; None means the checkpoint's own, which is the default on CUDA. The default on CPU is float32."""
+    if isinstance(name, torch.dtype):
+        return name
+    if name is None or name == "auto":
+        return torch.float32 if device.type == "cpu" and name is None else None
+    if name not in _DTYPES:
+        raise ConfigError(f"unknown dtype {name!r}", f"use one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def guess_task(config: Any) -> str | None:
+    """`classification`, `text2text` or `lm` from the architecture a configuration names; None if it does not say."""
+    for name in getattr(config, "architectures", None) or []:
+        if name.endswith("ForSequenceClassification"):
+            return "classification"
+        if getattr(config, "is_encoder_decoder", False):
+            return "text2text"
+        if name.endswith(("ForCausalLM", "LMHeadModel")):
+            return "lm"
+    return None
+
+
+def load_model(
+    ref: str | Path,
+    *,
+    task: str | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    tokenizer: bool = True,
+    quiet: bool = False,
+    device_map: str | dict[str, Any] | None = None,
+    offload_folder: Path | None = None,
+) -> LoadedModel:
+    """The dense model of a hub id or local folder, in evaluation mode, with its tokenizer.
+
+    `task` chooses the head (`classification`, `text2text`, `lm`); None takes the architecture the checkpoint names.
+    `device_map="auto"` and `offload_folder` are accelerate's, for models larger than memory. `quiet` silences progress.
+    Raises ConfigError (not found, no such head, tokenizer missing), UnavailableError (device), UnsupportedModelError
+    (quantised).
+    """
+    target = device if isinstance(device, torch.device) else resolve_device(device)
+    source = resolve_source(ref, revision, trust_remote_code)
+    config = load_config(source, trust_remote_code)
+    refuse_quantised(config, source.ref)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "output_loading_info": True}
+    options["dtype"] = resolve_dtype(dtype, target) or "auto"
+    if device_map is not None:
+        options |= {"device_map": device_map, "offload_folder": offload_folder}
+    try:
+        with _progress(not quiet):
+            model, info = _model_class(config, task).from_pretrained(source.folder, **options)
+    except LOAD_ERRORS as error:
+        hint = "check the folder, the task and that the files are complete"
+        raise ConfigError(f"{source.ref} cannot be loaded: {first_line(error)}", hint) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        kind = type(model).__name__
+        raise ConfigError(
+            f"{source.ref} lacks {len(missing)} tensors of {kind}: {', '.join(missing[:3])}",
+            "choose a --task the checkpoint was trained for",
+        )
+    model.eval()
+    if device_map is None:
+        model.to(target)
+    words = load_tokenizer(source, trust_remote_code) if tokenizer else None
+    return LoadedModel(model, words, model.config, target, model.dtype, source)
+
+
+def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a model's folder; one without a padding token pads with its end token."""
+    try:
+        words = transformers.AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+        # Without files transformers makes an empty tokenizer of the right class, which reads every word as unknown
+        if not set(words.get_vocab()) - set(words.all_special_tokens):
+            raise ValueError("its vocabulary is empty")
+    except LOAD_ERRORS as error:
+        raise ConfigError(
+            f"{source.ref} has no usable tokenizer ({first_line(error)})",
+            "put the tokenizer's files into the model's folder (tokenizer.save_pretrained)",
+        ) from None
+    if words.pad_token is None and words.eos_token is not None:
+        words.pad_token = words.eos_token
+    return words
+
+
+def load_moe(
+    path: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+    backend: str = "auto",
+    fraction: float | None = None,
+    task: str | None = None,
+    trust_remote_code: bool = False,
+    quiet: bool = True,
+) -> Any:
+    """A folder written by `moefication apply`, as the mixture of experts: a transformers model in evaluation mode.
+
+    `fraction` replaces the recorded rule by the best `max(1, round(fraction * E))` experts of every layer.
+    Raises MissingArtifactError (not a converted model), CorruptArtifactError (routers missing, altered, not fitting)
+    and what `load_model` raises. Plain `from_pretrained` of the same folder gives the dense model.
+    """
+    folder = Path(path)
+    moe = read_moe_folder(folder)
+    if fraction is not None and not 0 < fraction <= 1:
+        raise ConfigError(f"fraction {fraction} is not in (0, 1]")
+    loaded = load_model(
+        folder,
+        task=task,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        tokenizer=False,
+        quiet=quiet,
+    )
+    sites = find_sites(loaded.model, moe.settings.get("ffn"))
+    if [site.name for site in sites] != [layer.name for layer in moe.layers]:
+        raise CorruptArtifactError(
+            f"{folder}: the layers in moefication.json are not the FFNs of the model",
+            "write the folder again: moefication apply RUN --force",
+        )
+    token_mask = TokenMask(loaded.model)
+    for site, layer in zip(sites, moe.layers, strict=True):
+        if not layer.dense:
+            install(loaded.model, site, _moe_ffn(loaded.model, site, layer, backend, fraction), token_mask)
+    experts = sum(not layer.dense for layer in moe.layers)
+    log.info("%s: mixture of experts in %d of %d FFNs, backend %s", folder, experts, len(sites), backend)
+    return loaded.model
+
+
+def _moe_ffn(model: nn.Module, site: FFNSite, layer: MoELayer, backend: str, fraction: float | None) -> MoEFFN:
+    router, rule = layer.router, layer.rule
+    assert router is not None and rule is not None
+    neurons = site.num_neurons - layer.num_shared
+    if router.w_in_RD.shape[1] != site.d_model or neurons < 0 or neurons % layer.num_experts:
+        raise CorruptArtifactError(
+            f"{site.name}: {layer.num_experts} experts of {neurons} neurons, router width {router.w_in_RD.shape[1]}: "
+            f"does not fit F={site.num_neurons}, D={site.d_model}",
+            "write the folder again: moefication apply RUN --force",
+        )
+    if fraction is not None:
+        rule = Rule(top_k=max(1, round(fraction * layer.num_experts)))
+    pack(model, site)
+    ffn = live_weights(model, site)
+    device, dtype = ffn.w_up_FD.device, ffn.w_up_FD.dtype
+    extra = layer.compensation
+    if extra is not None:
+        extra = replace(extra, **{k: v.to(device, dtype) for k, v in vars(extra).items() if v is not None})
+    weights = ExpertWeights(ffn, layer.num_experts, layer.num_shared, extra)
+    return MoEFFN(weights, router.to(device).to(dtype), rule, backend=backend)
+
+
+def _model_class(config: Any, task: str | None) -> Any:
+    if task is not None:
+        if task not in _AUTO:
+            raise ConfigError(f"unknown task {task!r}", f"use one of {', '.join(_AUTO)}")
+        return _AUTO[task]
+    names = getattr(config, "architectures", None) or []
+    guess = guess_task(config)
+    return (getattr(transformers, names[0], None) if names else None) or (
+        _AUTO[guess] if guess else transformers.AutoModel
+    )
+
+
+@contextmanager
+def _progress(wanted: bool) -> Iterator[None]:
+    """The progress bars of transformers, off where they are not wanted, and as they were afterwards."""
+    settings = transformers.utils.logging
+    before = settings.is_progress_bar_enabled()
+    if not wanted:
+        settings.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before and not wanted:
+            settings.enable_progress_bar()

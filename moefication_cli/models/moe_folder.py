@@ -1,0 +1,192 @@
+"""What `apply` adds to a dense model folder: `moefication/moefication.json` and `moefication/routers.safetensors`.
+
+The JSON has `schema` (`moefication/model@1`), `layers` (one object per FFN in execution order: `layer`, and unless
+`dense` is true `num_experts`, `num_shared`, `rule` {top_k | threshold} and `router` {activation, normalise}), `tensors`
+{sha256, bytes} and whatever else the writer records. Tensors are named `{position in layers:03d}.{name}` with the names
+of `TENSORS`. Axes: D model width, E experts, R router width. Reading trusts nothing: every defect is a
+CorruptArtifactError.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from moefication_cli.errors import CorruptArtifactError, MissingArtifactError
+from moefication_cli.routing.router import ROUTER_ACTIVATIONS, Router, Rule
+from moefication_cli.runtime.weights import Compensation
+from moefication_cli.store import jsonio
+from moefication_cli.store.files import atomic_write, make_dirs, sha256
+
+SCHEMA = "moefication/model@1"
+FOLDER, SETTINGS, ROUTERS = "moefication", "moefication.json", "routers.safetensors"
+_ROUTER = ("w_in_RD", "b_in_R", "w_out_ER", "b_out_E")
+_COMPENSATION = {
+    "constant_D": "constant_D",
+    "taken_back_ED": "taken_back_ED",
+    "corr_in_RD": "w_in_RD",
+    "corr_out_RD": "w_out_RD",
+}
+TENSORS = (*_ROUTER, *_COMPENSATION)
+_AGAIN = "write the folder again: moefication apply RUN --force"
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    """One FFN of the converted model. A dense one has no router and one expert."""
+
+    name: str
+    dense: bool
+    num_experts: int = 1
+    num_shared: int = 0
+    rule: Rule | None = None
+    router: Router | None = None
+    compensation: Compensation | None = None
+
+
+@dataclass(frozen=True)
+class MoEFolder:
+    """The settings of a converted model as written, and its layers with their tensors."""
+
+    settings: dict[str, Any]
+    layers: tuple[MoELayer, ...]
+
+
+def layer_tensors(index: int, router: Router, compensation: Compensation | None = None) -> dict[str, Tensor]:
+    """The tensors of the layer at that position of `layers`, under the names they have in the file."""
+    named = dict(router.tensors())
+    if compensation is not None:
+        values = {stored: getattr(compensation, field) for stored, field in _COMPENSATION.items()}
+        named.update({name: value for name, value in values.items() if value is not None})
+    return {f"{index:03d}.{name}": tensor for name, tensor in named.items()}
+
+
+def write_moe_settings(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[Path]:
+    """Writes both files below `folder`, synced, the JSON last; fills in `schema` and the digest of the tensors.
+
+    Reads the result back, so that what is written can be read: raises CorruptArtifactError if it cannot.
+    """
+    target = folder / FOLDER
+    make_dirs(target)
+    # One canonical metadata key: several come out in random order
+    data = save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())},
+        metadata={"format": "pt"},
+    )
+    atomic_write(target / ROUTERS, data)
+    record = {"sha256": sha256(target / ROUTERS), "bytes": len(data)}
+    jsonio.write(target / SETTINGS, {**settings, "schema": SCHEMA, "tensors": record})
+    read_moe_folder(folder)
+    return [target / ROUTERS, target / SETTINGS]
+
+
+def read_moe_folder(folder: Path) -> MoEFolder:
+    """Reads and checks both files. MissingArtifactError if the folder was never converted."""
+    path = folder / FOLDER / SETTINGS
+    if not path.is_file():
+        raise MissingArtifactError(
+            f"{folder} has no {FOLDER}/{SETTINGS}: it is not a MoEfied model", "run: moefication apply RUN"
+        )
+    settings = jsonio.read_object(path)
+    if settings.get("schema") != SCHEMA:
+        newer = isinstance(settings.get("schema"), str) and settings["schema"].startswith("moefication/model@")
+        hint = "upgrade moefication, or write the folder again with this version" if newer else _AGAIN
+        raise CorruptArtifactError(f"{path} has schema {settings.get('schema')!r}, expected {SCHEMA!r}", hint)
+    tensors = _read_tensors(folder / FOLDER / ROUTERS, settings.get("tensors"))
+    entries = settings.get("layers")
+    if not isinstance(entries, list) or not entries:
+        raise CorruptArtifactError(f"{path} lists no layers", _AGAIN)
+    layers = tuple(_layer(path, index, entry, tensors) for index, entry in enumerate(entries))
+    names = [layer.name for layer in layers]
+    if len(set(names)) != len(names):
+        raise CorruptArtifactError(f"{path} lists a layer twice", _AGAIN)
+    if tensors:
+        raise CorruptArtifactError(
+            f"{path.with_name(ROUTERS)} has tensors no layer uses: {', '.join(sorted(tensors)[:3])}", _AGAIN
+        )
+    return MoEFolder(settings, layers)
+
+
+def _read_tensors(path: Path, record: Any) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CorruptArtifactError(f"{path} is missing: a MoE needs its routers", _AGAIN)
+    if not isinstance(record, dict) or set(record) != {"sha256", "bytes"}:
+        raise CorruptArtifactError(f"{path.with_name(SETTINGS)} does not say what {path.name} holds", _AGAIN)
+    found = sha256(path)
+    if found != record["sha256"]:
+        raise CorruptArtifactError(
+            f"{path} was altered: sha256 {found[:12]}.., recorded {str(record['sha256'])[:12]}..", _AGAIN
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise CorruptArtifactError(f"{path} cannot be read: {error}", _AGAIN) from None
+
+
+def _layer(path: Path, index: int, entry: Any, tensors: dict[str, Tensor]) -> MoELayer:
+    """One checked layer; takes its tensors out of `tensors`."""
+
+    def check(good: bool, what: str) -> None:
+        if not good:
+            raise CorruptArtifactError(f"{path}, layer {index}: {what}", _AGAIN)
+
+    def whole(value: Any, least: int) -> bool:
+        return type(value) is int and value >= least
+
+    check(isinstance(entry, dict) and isinstance(entry.get("layer"), str), "no name")
+    dense = entry.get("dense", False)
+    check(isinstance(dense, bool), "`dense` is not true or false")
+    if dense:
+        return MoELayer(entry["layer"], dense=True)
+    num_experts, num_shared = entry.get("num_experts"), entry.get("num_shared", 0)
+    check(whole(num_experts, 1) and whole(num_shared, 0), "num_experts or num_shared is not a count")
+    rule, router = entry.get("rule"), entry.get("router")
+    check(isinstance(rule, dict) and set(rule) in ({"top_k"}, {"threshold"}), "rule is not {top_k} or {threshold}")
+    if "top_k" in rule:
+        check(whole(rule["top_k"], 1) and rule["top_k"] <= num_experts, f"top_k {rule['top_k']!r} of {num_experts}")
+    else:
+        check(type(rule["threshold"]) in (int, float), f"threshold {rule['threshold']!r} is not a number")
+    check(
+        isinstance(router, dict)
+        and router.get("activation") in ROUTER_ACTIVATIONS
+        and isinstance(router.get("normalise"), bool),
+        "router lacks a known activation or normalise",
+    )
+    mine = {name: tensors.pop(f"{index:03d}.{name}", None) for name in TENSORS}
+    for name, tensor in mine.items():
+        if tensor is not None:
+            good = tensor.dim() == len(name.rpartition("_")[2]) and tensor.is_floating_point()
+            check(good and bool(tensor.isfinite().all()), f"tensor {name} of shape {tuple(tensor.shape)} is not usable")
+    w_in_RD, w_out_ER = mine["w_in_RD"], mine["w_out_ER"]
+    if w_in_RD is None:
+        raise CorruptArtifactError(f"{path}, layer {index}: no router tensors", _AGAIN)
+    width, d_model = w_in_RD.shape
+    sizes = {"R": width, "D": d_model, "E": num_experts}
+    for name in ("b_in_R", "w_out_ER", "b_out_E", "constant_D", "taken_back_ED"):
+        tensor = mine[name]
+        expected = tuple(sizes[axis] for axis in name.rpartition("_")[2])
+        check(tensor is None or tuple(tensor.shape) == expected, f"tensor {name} is not of shape {expected}")
+    check(w_out_ER is not None or width == num_experts, f"the router scores {width} experts, not {num_experts}")
+    inward, outward = mine["corr_in_RD"], mine["corr_out_RD"]
+    check((inward is None) == (outward is None), "half of a correction")
+    if inward is not None and outward is not None:
+        check(inward.shape == outward.shape and inward.shape[1] == d_model, "the correction does not fit")
+    fields = {field: mine[stored] for stored, field in _COMPENSATION.items()}
+    return MoELayer(
+        name=entry["layer"],
+        dense=False,
+        num_experts=num_experts,
+        num_shared=num_shared,
+        rule=Rule(**rule),
+        router=Router(
+            **{name: mine[name] for name in _ROUTER},  # type: ignore[arg-type]
+            activation=router["activation"],
+            normalise=router["normalise"],
+        ),
+        compensation=Compensation(**fields) if any(v is not None for v in fields.values()) else None,
+    )

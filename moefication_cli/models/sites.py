@@ -1,0 +1,247 @@
+"""Which FFNs does a model have? Rows of `families` matched against the module tree, checked and described.
+
+Works on any model, also one on the meta device: nothing here reads weight values. Axes as in `runtime.weights`: D model
+width, F neurons. Does not change the model (`surgery`) and does not read files (`checkpoint`).
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from moefication_cli.errors import UnsupportedModelError
+from moefication_cli.models.families import ACT_NAMES, FAMILIES, FFNSpec, custom_spec
+from moefication_cli.runtime.weights import ACTIVATIONS
+
+_BY_HAND = 'describe its FFNs by hand: --ffn "up=layers.*.mlp.up,gate=layers.*.mlp.gate,down=layers.*.mlp.down"'
+
+
+@dataclass(frozen=True)
+class FFNSite:
+    """One FFN of a model. `name` keys artifacts; `up`, `gate`, `down`, `act` are full paths in the model searched.
+
+    `stack` says which mask tells its real tokens: 'encoder' is `attention_mask` (also of decoder-only models),
+    'decoder' the `decoder_attention_mask` of an encoder-decoder.
+    """
+
+    index: int
+    name: str
+    family: str
+    up: str
+    down: str
+    gate: str | None
+    act: str
+    d_model: int
+    num_neurons: int
+    activation: str
+    bias_up: bool
+    bias_gate: bool
+    bias_down: bool
+    conv1d: bool
+    stack: Literal["encoder", "decoder"]
+
+    @property
+    def gated(self) -> bool:
+        """Whether act(gate) multiplies up."""
+        return self.gate is not None
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights and biases of the projections."""
+        matrices = self.d_model * self.num_neurons * (3 if self.gated else 2)
+        return matrices + self.num_neurons * (self.bias_up + self.bias_gate) + self.d_model * self.bias_down
+
+    def tensors(self) -> dict[str, tuple[str, int | None]]:
+        """Full parameter name -> (part: up|gate|down, the axis that runs over neurons, None for the down bias)."""
+        out: dict[str, tuple[str, int | None]] = {}
+        for part, path, bias in (("up", self.up, self.bias_up), ("gate", self.gate, self.bias_gate)):
+            if path is not None:
+                out[f"{path}.weight"] = (part, 1 if self.conv1d else 0)
+                if bias:
+                    out[f"{path}.bias"] = (part, 0)
+        out[f"{self.down}.weight"] = ("down", 0 if self.conv1d else 1)
+        if self.bias_down:
+            out[f"{self.down}.bias"] = ("down", None)
+        return out
+
+
+def find_sites(model: nn.Module, ffn: str | None = None) -> list[FFNSite]:
+    """All FFNs of the model in execution order (encoder first); `ffn` is a `--ffn` text used instead of the table.
+
+    Raises UnsupportedModelError, naming what was found, for unknown architectures, quantised weights, models that
+    already are mixtures of experts, shared FFNs and activations no backend knows; ConfigError for a bad `ffn`.
+    """
+    _refuse_packed(model)
+    specs = (custom_spec(ffn),) if ffn else FAMILIES
+    sites = []
+    for path, block in model.named_modules():
+        for spec in specs:
+            if spec.matches(path) and all(_resolves(block, p) for p in (spec.up, spec.down, spec.gate) if p):
+                sites.append(_describe(model, path, block, spec))
+                break
+    if not sites:
+        raise _unknown(model, ffn)
+    _refuse_shared(model, sites)
+    sites.sort(key=lambda site: site.stack == "decoder")
+    return [FFNSite(**{**site.__dict__, "index": index}) for index, site in enumerate(sites)]
+
+
+def activation_name(function: Callable[[torch.Tensor], torch.Tensor]) -> str | None:
+    """The name in `ACTIVATIONS` of a callable, by what it computes: transformers has many classes for one function."""
+    x = torch.linspace(-12, 12, 97, dtype=torch.float64, device="cpu")
+    try:
+        with torch.no_grad():
+            y = function(x.clone())
+        if not isinstance(y, torch.Tensor) or y.shape != x.shape or y.device != x.device:
+            return None
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):
+        return None
+    for name, known in ACTIVATIONS.items():
+        if torch.allclose(y.double(), known(x), rtol=0, atol=1e-6):
+            return name
+    return None
+
+
+def projection_shape(module: nn.Module) -> tuple[int, int]:
+    """(in, out) of a Linear or a transformers Conv1D."""
+    rows, columns = module.weight.shape  # type: ignore[misc]
+    return (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+
+
+def _resolves(block: nn.Module, path: str) -> bool:
+    try:
+        return isinstance(block.get_submodule(path), (nn.Linear, Conv1D))
+    except AttributeError:
+        return False
+
+
+def _describe(model: nn.Module, path: str, block: nn.Module, spec: FFNSpec) -> FFNSite:
+    join = (path + "." if path else "").__add__
+    up, down = block.get_submodule(spec.up), block.get_submodule(spec.down)
+    gate = block.get_submodule(spec.gate) if spec.gate else None
+    (d_model, neurons), parts = projection_shape(up), [up, down] + ([gate] if gate is not None else [])
+    sizes_fit = projection_shape(down) == (neurons, d_model)
+    sizes_fit &= gate is None or projection_shape(gate) == (d_model, neurons)
+    conv1d = isinstance(up, Conv1D)
+    if not sizes_fit or any(isinstance(part, Conv1D) != conv1d for part in parts):
+        shapes = ", ".join("x".join(map(str, projection_shape(part))) for part in parts)
+        raise UnsupportedModelError(f"{path}: the projections ({shapes}) do not form an FFN", _BY_HAND)
+    act = _find_activation(block, spec)
+    if act is None:
+        hint = 'name it: --ffn "...,act=layers.*.mlp.act_fn"'
+        raise UnsupportedModelError(f"{path}: no activation found beside {spec.up}", hint)
+    function = attrgetter(act)(block)
+    activation = activation_name(function)
+    if activation is None:
+        kind = getattr(function, "__name__", type(function).__name__)
+        known = ", ".join(ACTIVATIONS)
+        raise UnsupportedModelError(f"{path}: activation {kind} is not one of {known}", "use a model with one of these")
+    return FFNSite(
+        index=-1,
+        name=_strip_prefix(model, path),
+        family=spec.name,
+        up=join(spec.up),
+        down=join(spec.down),
+        gate=join(spec.gate) if gate is not None else None,
+        act=join(act),
+        d_model=d_model,
+        num_neurons=neurons,
+        activation=activation,
+        bias_up=up.bias is not None,
+        bias_gate=gate is not None and gate.bias is not None,
+        bias_down=down.bias is not None,
+        conv1d=conv1d,
+        stack="decoder" if _is_encoder_decoder(model) and re.search(r"(^|\.)decoder\.", path) else "encoder",
+    )
+
+
+def _find_activation(block: nn.Module, spec: FFNSpec) -> str | None:
+    candidates = spec.act.split("|") if spec.act else []
+    if not candidates:
+        parent = spec.up
+        while parent:
+            parent = parent.rpartition(".")[0]
+            candidates += [f"{parent}.{name}".lstrip(".") for name in ACT_NAMES]
+    for path in candidates:
+        try:
+            if callable(attrgetter(path)(block)):
+                return path
+        except AttributeError:
+            continue
+    return None
+
+
+def _strip_prefix(model: nn.Module, path: str) -> str:
+    """Artifacts are keyed without the head's prefix, so that `BertModel` and a classifier on it share them."""
+    prefix = getattr(model, "base_model_prefix", "")
+    if prefix and isinstance(getattr(model, prefix, None), nn.Module):
+        return path.removeprefix(f"{prefix}.")
+    return path
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def refuse_quantised(config: Any, where: str) -> None:
+    """Packed weights cannot be permuted: UnsupportedModelError if the configuration says the model is quantised."""
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation is not None:
+        entries = quantisation if isinstance(quantisation, dict) else vars(quantisation)
+        method = getattr(entries.get("quant_method"), "value", entries.get("quant_method")) or "unknown method"
+        raise UnsupportedModelError(
+            f"{where} is quantised ({method}): packed weights cannot be permuted", "convert first, quantise after"
+        )
+
+
+def _refuse_packed(model: nn.Module) -> None:
+    refuse_quantised(getattr(model, "config", None), type(model).__name__)
+    for path, module in model.named_modules():
+        # Mixtral, Qwen-MoE, DeepSeek, Switch, gpt-oss: all keep their experts in an attribute of this name
+        if "experts" in module._modules or "experts" in module._parameters:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} already is a mixture of experts ({path}.experts)", "start from a dense model"
+            )
+
+
+def _refuse_shared(model: nn.Module, sites: list[FFNSite]) -> None:
+    seen: dict[int, str] = {}
+    for site in sites:
+        for path in (site.up, site.gate, site.down):
+            if path is None:
+                continue
+            other = seen.setdefault(id(model.get_submodule(path).weight), path)
+            if other != path:
+                raise UnsupportedModelError(f"{path} and {other} share one weight", "use a model without shared layers")
+
+
+def _unknown(model: nn.Module, ffn: str | None) -> UnsupportedModelError:
+    """Names the linear layers of one block, so that a user can write `--ffn` from the message alone."""
+    kind = type(model).__name__
+    if getattr(getattr(model, "config", None), "model_type", "") == "albert":
+        return UnsupportedModelError(f"{kind} calls one FFN at every depth", "use a model without shared layers")
+    found: dict[str, list[str]] = {}
+    for path, module in model.named_modules():
+        block = re.match(r"(.*?\.\d+)\.(.+)", path)
+        if block and isinstance(module, (nn.Linear, Conv1D)):
+            d_in, d_out = projection_shape(module)
+            found.setdefault(block[1], []).append(f"{block[2]} {d_in}->{d_out}")
+    if not found:
+        return UnsupportedModelError(f"{kind} has no numbered blocks with linear layers", _BY_HAND)
+    # The widest block is the likeliest to hold an FFN; the first of its kind is enough
+    name, layers = max(found.items(), key=lambda item: len(item[1]))
+    text = f"{name} of {kind} has: {', '.join(layers)}"
+    fused = [layer.split()[0] for layer in layers if layer.split()[0].rpartition(".")[2] in ("gate_up_proj", "Wi")]
+    if ffn:
+        return UnsupportedModelError(f"--ffn {ffn!r} matches nothing. {text}", _BY_HAND)
+    if fused:
+        return UnsupportedModelError(
+            f"gate and up are fused in one projection ({fused[0]}), which is not supported. {text}",
+            "split the projection into gate_proj and up_proj (a Llama-style checkpoint) first",
+        )
+    return UnsupportedModelError(f"no known FFN family fits. {text}", _BY_HAND)

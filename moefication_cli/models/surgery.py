@@ -1,0 +1,233 @@
+"""Puts a mixture of experts in place of one FFN of a loaded model, without changing names, shapes or other modules.
+
+`install` swaps the classes of the FFN's own projections, because transformers keeps BERT's, BART's and OPT's FFNs
+inline and there often is no module to replace: `up` computes the whole FFN, `gate` and the activation become neutral,
+`down` passes through. The state dict, `save_pretrained`, `.to()` and `deepcopy` go on working; dense and sparse
+execution share one copy of the weights, stored neuron-major behind the dense names. Axes as in `runtime.weights`.
+In training, dropout that sat between activation and `down` (T5, BART) acts on the FFN's output instead; evaluation is
+unaffected.
+"""
+
+import copy
+from dataclasses import replace
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from moefication_cli.errors import UnsupportedModelError
+from moefication_cli.models.masking import TokenMask
+from moefication_cli.models.sites import FFNSite
+from moefication_cli.runtime.weights import ExpertWeights, FFNWeights
+
+_STATE = "_moefication"  # in the __dict__ of an installed FFN's `up`
+
+
+class FFNLayer(Protocol):
+    """What can stand in for an FFN, such as `runtime.layer.MoEFFN`: x[..., D], real tokens [...] -> y[..., D]."""
+
+    def __call__(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor: ...
+
+
+def live_weights(model: nn.Module, site: FFNSite) -> FFNWeights:
+    """The FFN's weights as views on the model's parameters, neuron-major: changing one changes the other.
+
+    Derive them again after `.to()`, `deepcopy` or anything else that replaces parameters (`install` does so by itself).
+    """
+    return _views(_part(model, site.up), _part(model, site.gate), _part(model, site.down), site.activation)
+
+
+def pack(model: nn.Module, site: FFNSite) -> None:
+    """Stores all projections neuron-major behind their dense names and shapes, one FFN's worth of extra memory at most.
+
+    `down` of shape [D, F] gets strides (1, D): `F.linear` is as fast as before, and an expert is one contiguous block.
+    Projections of different dtypes (float16 T5 keeps `wo` in float32) get the widest of them.
+    """
+    _pack(_part(model, site.up), _part(model, site.gate), _part(model, site.down))
+
+
+def permute_in_place(model: nn.Module, site: FFNSite, order_F: Tensor) -> None:
+    """Reorders the neurons of one FFN; the model computes the same function. Position i becomes neuron order_F[i]."""
+    with torch.no_grad():
+        for name, (_, axis) in site.tensors().items():
+            if axis is not None:
+                parameter = model.get_parameter(name)
+                parameter.copy_(parameter.index_select(axis, order_F.to(parameter.device)))
+
+
+def install(model: nn.Module, site: FFNSite, layer: FFNLayer, token_mask: TokenMask | None = None) -> None:
+    """Lets `layer` compute this FFN, in place; called on an installed FFN it exchanges the layer.
+
+    With `token_mask` the layer is told which tokens are real. A layer with an attribute `weights: ExpertWeights` gets
+    its views renewed whenever the model's parameters have moved (device, dtype, deepcopy).
+    Raises UnsupportedModelError where the projections do not run their own `forward` (offloaded, wrapped).
+    """
+    up, gate, down = _part(model, site.up), _part(model, site.gate), _part(model, site.down)
+    state = up.__dict__.get(_STATE)
+    if isinstance(state, _Installed):
+        state.layer, state.token_mask = layer, token_mask
+        state.seen = 0
+        return
+    for path in (site.up, site.gate, site.down):
+        if path is not None and "forward" in model.get_submodule(path).__dict__:
+            raise UnsupportedModelError(
+                f"{path} is offloaded or wrapped: its weights are not in place", "load the model on one device"
+            )
+    pack(model, site)
+    parent, name = _owner(model, site.act)
+    state = _Installed(up, gate, down, parent, name, site, layer, token_mask)
+    object.__setattr__(up, _STATE, state)
+    swaps: list[tuple[Any, Any]] = [(up, _Experts), (down, _PassThrough), (gate, _One)]
+    for part, mixin in swaps:
+        if part is not None:
+            part.__class__ = _subclass(part.__class__, mixin)
+    setattr(parent, name, nn.Identity())
+
+
+def uninstall(model: nn.Module, site: FFNSite) -> None:
+    """Gives the FFN its dense computation back; the weights stay packed, which changes nothing to a caller."""
+    state = _part(model, site.up).__dict__.pop(_STATE, None)
+    if not isinstance(state, _Installed):
+        return
+    for part in (state.up, state.gate, state.down):
+        if part is not None:
+            part.__class__ = type(part).__mro__[2]
+    setattr(state.act_parent, state.act_name, state.act)
+
+
+def is_installed(model: nn.Module, site: FFNSite) -> bool:
+    """Whether something stands in for this FFN."""
+    return _STATE in model.get_submodule(site.up).__dict__
+
+
+def installed_layers(model: nn.Module) -> dict[str, Any]:
+    """The layers standing in for FFNs, by site name, in execution order."""
+    states = [module.__dict__[_STATE] for module in model.modules() if _STATE in module.__dict__]
+    return {state.site.name: state.layer for state in sorted(states, key=lambda state: state.site.index)}
+
+
+class _Installed:
+    """What one swapped FFN needs at run time. Lives in the `__dict__` of `up`, unseen by the state dict."""
+
+    def __init__(
+        self,
+        up: nn.Module,
+        gate: nn.Module | None,
+        down: nn.Module,
+        act_parent: nn.Module,
+        act_name: str,
+        site: FFNSite,
+        layer: FFNLayer,
+        token_mask: TokenMask | None,
+    ) -> None:
+        self.up, self.gate, self.down, self.site = up, gate, down, site
+        self.act_parent, self.act_name, self.act = act_parent, act_name, getattr(act_parent, act_name)
+        self.layer, self.token_mask = layer, token_mask
+        self.seen = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight: Tensor = self.up.weight  # type: ignore[assignment]
+        learns = torch.is_grad_enabled() and weight.requires_grad
+        # Views belong to the parameters' storage of the moment; under autograd also to one graph
+        if learns or self.seen != weight.data_ptr():
+            self._renew(learns)
+            self.seen = 0 if learns else weight.data_ptr()
+        mask = self.token_mask.mask_for(self.site.stack, x.shape[:-1]) if self.token_mask is not None else None
+        if mask is None:
+            return self.layer(x.to(weight.dtype))
+        return self.layer(x.to(weight.dtype), mask.to(x.device).view(x.shape[:-1]))
+
+    def _renew(self, learns: bool) -> None:
+        weights = getattr(self.layer, "weights", None)
+        if not isinstance(weights, ExpertWeights):
+            return
+        if not (_rows(self.up, True).is_contiguous() and _rows(self.down, False).is_contiguous()):
+            _pack(self.up, self.gate, self.down)
+        ffn = _views(self.up, self.gate, self.down, self.site.activation)
+        if not learns:
+            detached: dict[str, Any] = {k: v.detach() for k, v in vars(ffn).items() if isinstance(v, Tensor)}
+            ffn = replace(ffn, **detached)
+        device, dtype = ffn.w_up_FD.device, ffn.w_up_FD.dtype
+        extra = weights.compensation
+        if extra is not None:
+            moved = {k: v.to(device, dtype) for k, v in vars(extra).items() if isinstance(v, Tensor)}
+            extra = replace(extra, **moved)
+        self.layer.weights = replace(weights, ffn=ffn, compensation=extra)  # type: ignore[attr-defined]
+        router = getattr(self.layer, "router", None)
+        if router is not None:
+            self.layer.router = router.to(device)  # type: ignore[attr-defined]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Installed":
+        # The layer's tensors are views on parameters that are being copied as well: copy the shell, renew on first use
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        for name in ("up", "gate", "down", "act_parent", "act", "token_mask"):
+            setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
+        twin.layer, twin.seen = copy.copy(self.layer), 0
+        return twin
+
+
+class _Experts:
+    def forward(self, x: Tensor) -> Tensor:
+        return self.__dict__[_STATE](x)  # type: ignore[no-any-return]
+
+
+class _PassThrough:
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class _One:
+    """The gate's share of identity(1) * y."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_ones(())
+
+
+@cache
+def _subclass(kind: Any, mixin: Any) -> type:
+    # One class per pair, so that compiled code sees equal layers as equal
+    return type(f"{mixin.__name__[1:]}{kind.__name__}", (mixin, kind), {})
+
+
+def _part(model: nn.Module, path: str | None) -> Any:
+    return None if path is None else model.get_submodule(path)
+
+
+def _pack(up: Any, gate: Any, down: Any) -> None:
+    parts = [part for part in (up, gate, down) if part is not None]
+    dtype = max((part.weight.dtype for part in parts), key=lambda kind: kind.itemsize)
+    for part in parts:
+        old, learns = part.weight, part.weight.requires_grad
+        neurons_first = (part is down) == isinstance(part, Conv1D)
+        rows = old.detach() if neurons_first else old.detach().t()
+        if not rows.is_contiguous() or old.dtype != dtype:
+            rows = rows.to(dtype).contiguous()
+            part.weight = nn.Parameter(rows if neurons_first else rows.t(), requires_grad=learns)
+        if part.bias is not None and part.bias.dtype != dtype:
+            part.bias = nn.Parameter(part.bias.detach().to(dtype), requires_grad=learns)
+
+
+def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    parent, _, name = path.rpartition(".")
+    return model.get_submodule(parent), name
+
+
+def _rows(part: Any, reads: bool) -> Tensor:
+    """The [F, D] view of a projection that reads (up, gate) or writes (down) the residual stream."""
+    weight: Tensor = part.weight
+    return weight if reads != isinstance(part, Conv1D) else weight.t()
+
+
+def _views(up: Any, gate: Any, down: Any, activation: str) -> FFNWeights:
+    return FFNWeights(
+        w_up_FD=_rows(up, True),
+        w_down_FD=_rows(down, False),
+        w_gate_FD=None if gate is None else _rows(gate, True),
+        b_up_F=up.bias,
+        b_gate_F=None if gate is None else gate.bias,
+        b_down_D=down.bias,
+        activation=activation,
+    )

@@ -1,0 +1,99 @@
+"""The backends by name, what each needs, and the choice made under `auto`.
+
+Every backend is `(x_TD, selected, ExpertWeights) -> y_TD` and is judged by `reference.masked`; `dense` ignores the selection.
+Heavy packages (numba, triton, fmoe) are imported when their backend is first asked for, never here.
+"""
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moefication_cli.errors import UnavailableError
+from moefication_cli.runtime import portable, reference
+from moefication_cli.runtime.weights import ACTIVATIONS, ExpertWeights
+
+Backend = Callable[[Tensor, Tensor, ExpertWeights], Tensor]
+
+
+def _numba(x_TD: Tensor, selected: Tensor, weights: ExpertWeights) -> Tensor:
+    from moefication_cli.runtime.numba_backend import compute
+
+    return compute(x_TD, selected, weights)
+
+
+def _triton(x_TD: Tensor, selected: Tensor, weights: ExpertWeights) -> Tensor:
+    from moefication_cli.runtime.triton_kernels import compute
+
+    return compute(x_TD, selected, weights)
+
+
+def _fastmoe(x_TD: Tensor, selected: Tensor, weights: ExpertWeights) -> Tensor:
+    from moefication_cli.runtime.fastmoe import compute
+
+    return compute(x_TD, selected, weights)
+
+
+BACKENDS: dict[str, Backend] = {
+    "reference": reference.masked,
+    "dense": portable.dense,
+    "torch": portable.by_expert,
+    "grouped": portable.grouped,
+    "numba": _numba,
+    "triton": _triton,
+    "fastmoe": _fastmoe,
+}
+
+
+def available(name: str, device: torch.device, dtype: torch.dtype, weights: ExpertWeights | None = None) -> None:
+    """Raises UnavailableError, naming what is missing, unless backend `name` can run there (and on these weights)."""
+    if name not in BACKENDS:
+        raise UnavailableError(f"there is no backend {name!r}", f"use one of {', '.join(BACKENDS)}, or auto")
+    missing = _missing(name, device, dtype, weights)
+    if missing is not None:
+        raise UnavailableError(f"backend {name} is not available: {missing}", "use --backend auto")
+
+
+def _missing(name: str, device: torch.device, dtype: torch.dtype, weights: ExpertWeights | None) -> str | None:
+    if name == "grouped" and weights is not None:
+        return portable.grouped_obstacle(weights)
+    package, kind = {"numba": ("numba", "cpu"), "triton": ("triton", "cuda"), "fastmoe": ("fmoe", "cuda")}.get(name, ("", ""))
+    if not package:
+        return None
+    if device.type != kind:
+        return f"it runs on {kind}, the tensors are on {device.type}"
+    if importlib.util.find_spec(package) is None:
+        return f"the package {package} is not installed"
+    if name == "numba":
+        if dtype not in (torch.float32, torch.bfloat16):
+            return f"it computes in float32 and bfloat16, not {dtype}"
+        if weights is not None and weights.ffn.activation not in ACTIVATIONS:
+            return f"it does not know the activation {weights.ffn.activation}"
+    return None
+
+
+def choose(
+    device: torch.device,
+    dtype: torch.dtype,
+    num_tokens: int,
+    weights: ExpertWeights,
+    active_fraction: float,
+    needs_grad: bool = False,
+) -> str:
+    """The backend `auto` uses for `num_tokens` tokens of which each computes `active_fraction` of the neurons."""
+
+    def can(name: str) -> bool:
+        return _missing(name, device, dtype, weights) is None
+
+    if active_fraction >= 0.9:
+        return "dense"
+    if needs_grad:
+        return "torch"
+    if device.type == "cuda":
+        if num_tokens <= 32 and can("triton"):
+            return "triton"
+        return "grouped" if can("grouped") else "torch"
+    if can("numba"):
+        return "numba"
+    return "torch" if num_tokens >= 64 else "dense"

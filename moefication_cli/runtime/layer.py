@@ -1,0 +1,150 @@
+"""One FFN as a mixture of experts, ready to stand in for the dense one: routing, backend choice, padding, statistics.
+
+`MoEFFN` is a callable object and not an nn.Module: it holds views on parameters that belong to the model, so attaching it adds
+no names to the state dict and no bytes to memory. It reads no files and prints nothing. Axes as in `weights`.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moefication_cli.errors import ConfigError
+from moefication_cli.routing.router import Router, Rule
+from moefication_cli.runtime.backends import BACKENDS, available, choose
+from moefication_cli.runtime.weights import ExpertWeights
+
+if TYPE_CHECKING:
+    from moefication_cli.runtime.numba_backend import CompiledLayer
+
+Selection = Callable[[Tensor, ExpertWeights], Tensor]
+
+
+class MoEFFN:
+    """y = FFN(x) computed by the experts each token selects.
+
+    `select`, when set, replaces router and rule: `(x_TD, ExpertWeights) -> ids_TK | mask_TE` (oracle, random, ...).
+    `backend` is a name of `backends.BACKENDS` or `auto`; under `auto` a call may go dense where sparse would lose, unless
+    `may_go_dense` is False (quality is to be measured: dense computes more than was selected). `last_backend` names the
+    path of the latest call. Assigning `router`, `rule`, `select` or `backend` takes effect with the next call; after the
+    parameters' storage was replaced (`model.to(...)`) assign `weights` anew.
+    """
+
+    def __init__(
+        self,
+        weights: ExpertWeights,
+        router: Router | None = None,
+        rule: Rule | None = None,
+        backend: str = "auto",
+        select: Selection | None = None,
+        may_go_dense: bool = True,
+    ) -> None:
+        if select is None and (router is None or rule is None):
+            raise ConfigError("a MoE layer needs a router and a rule, or a selection of its own")
+        if router is not None and router.num_experts != weights.num_experts:
+            raise ConfigError(f"the router scores {router.num_experts} experts, the layer has {weights.num_experts}")
+        if rule is not None and rule.threshold is None and not 1 <= (rule.top_k or 0) <= weights.num_experts:
+            raise ConfigError(f"top_k {rule.top_k} is not in 1..{weights.num_experts}")
+        if backend != "auto":
+            available(backend, weights.ffn.w_up_FD.device, weights.ffn.w_up_FD.dtype, weights)
+        self.weights = weights
+        self.router = router
+        self.rule = rule
+        self.select = select
+        self.backend = backend
+        self.may_go_dense = may_go_dense
+        self.last_backend = ""
+        self.counts_E: Tensor | None = None
+        self.num_counted = 0
+        self._compiled: CompiledLayer | None = None
+        self._compiled_for: tuple[object, ...] = ()
+
+    def count_selections(self, on: bool = True) -> None:
+        """Starts (from zero) or stops counting, per expert, how many tokens selected it: `counts_E`, of `num_counted` tokens."""
+        self.counts_E = torch.zeros(self.weights.num_experts, dtype=torch.int64) if on else None
+        self.num_counted = 0
+
+    @property
+    def active_fraction(self) -> float:
+        """Measured share of neurons computed per token since `count_selections`, shared ones included; NaN before any token."""
+        if self.counts_E is None or self.num_counted == 0:
+            return float("nan")
+        F, S, N = self.weights.ffn.num_neurons, self.weights.num_shared, self.weights.expert_size
+        return (S + N * float(self.counts_E.sum()) / self.num_counted) / F
+
+    def __call__(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """y of the shape of x [..., D]. `token_mask` [...] (bool) is False at padding: such tokens are not routed, their y is 0.
+
+        (Dense calls compute padding like any token.) Raises ConfigError for shapes that do not fit and for selections out of
+        range, UnavailableError where a backend named by the user cannot run.
+        """
+        D = self.weights.ffn.d_model
+        if x.shape[-1] != D:
+            raise ConfigError(f"FFN input of width {x.shape[-1]}, the layer has d_model {D}")
+        x_TD = x.reshape(-1, D)
+        real_T = None
+        if token_mask is not None:
+            real_T = token_mask.reshape(-1)
+            if real_T.shape[0] != x_TD.shape[0] or real_T.dtype != torch.bool:
+                raise ConfigError(f"padding mask {tuple(token_mask.shape)} {token_mask.dtype} for input {tuple(x.shape)}", "pass bools")
+        return self._tokens(x_TD, real_T).view(x.shape)
+
+    def _tokens(self, x_TD: Tensor, real_T: Tensor | None) -> Tensor:
+        name = self.backend
+        routed = self.select is None
+        if name == "auto":
+            name = self._auto(x_TD)
+        self.last_backend = name
+        if name == "dense":
+            self._count(None, x_TD if real_T is None else x_TD[real_T])
+            return BACKENDS[name](x_TD, x_TD, self.weights)
+        if name == "numba" and routed:
+            return self._numba(x_TD, real_T)
+        if real_T is not None and not bool(real_T.all()):
+            y_TD = torch.zeros_like(x_TD)
+            y_TD[real_T] = self._selected(name, x_TD[real_T])
+            return y_TD
+        return self._selected(name, x_TD)
+
+    def _selected(self, name: str, x_TD: Tensor) -> Tensor:
+        if self.select is not None:
+            selected = self.select(x_TD, self.weights)
+        else:
+            assert self.router is not None and self.rule is not None
+            selected = self.rule.select(self.router.scores(x_TD))
+        self._count(selected, x_TD)
+        return BACKENDS[name](x_TD, selected, self.weights)
+
+    def _numba(self, x_TD: Tensor, real_T: Tensor | None) -> Tensor:
+        """Router, selection and experts in one compiled call."""
+        current = (self.weights, self.router, self.rule)
+        if self._compiled is None or any(a is not b for a, b in zip(current, self._compiled_for, strict=True)):
+            from moefication_cli.runtime.numba_backend import CompiledLayer
+
+            self._compiled, self._compiled_for = CompiledLayer(*current), current
+        if self.counts_E is not None:
+            self.num_counted += x_TD.shape[0] if real_T is None else int(real_T.sum())
+        return self._compiled(x_TD, None, real_T, self.counts_E)
+
+    def _auto(self, x_TD: Tensor) -> str:
+        weights, rule = self.weights, self.rule
+        share = 0.0  # unknown before the selection is made
+        if self.select is None and rule is not None and rule.threshold is None and rule.top_k is not None:
+            if rule.top_k == weights.num_experts:
+                return "dense"
+            share = (weights.num_shared + weights.expert_size * rule.top_k) / weights.ffn.num_neurons
+        needs_grad = torch.is_grad_enabled() and (x_TD.requires_grad or weights.ffn.w_up_FD.requires_grad)
+        name = choose(x_TD.device, x_TD.dtype, x_TD.shape[0], weights, share, needs_grad)
+        return "torch" if name == "dense" and not self.may_go_dense else name
+
+    def _count(self, selected: Tensor | None, x_TD: Tensor) -> None:
+        if self.counts_E is None:
+            return
+        self.num_counted += x_TD.shape[0]
+        if selected is None:
+            self.counts_E += x_TD.shape[0]
+        elif selected.dtype == torch.bool:
+            self.counts_E += selected.sum(dim=0).cpu()
+        else:
+            self.counts_E += torch.bincount(selected.reshape(-1).cpu(), minlength=self.weights.num_experts)

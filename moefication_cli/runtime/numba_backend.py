@@ -1,0 +1,188 @@
+"""The `numba` backend: a layer's tensors as a table of addresses, and one compiled call per forward pass.
+
+CPU, float32 and bfloat16 (weights and inputs alike), every activation of `weights.ACTIVATIONS`, every Router and Rule. Forward only.
+Threads come from the OpenMP pool torch itself uses: a second pool (numba's own) would fight the first one for the cores.
+Where torch's library offers no GOMP interface the call runs on one thread. Compiled code is cached beside the package.
+"""
+
+import ctypes
+import struct
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moefication_cli.errors import ConfigError, UnavailableError
+from moefication_cli.routing.router import Router, Rule
+from moefication_cli.runtime import numba_forward as forward
+from moefication_cli.runtime import numba_kernels as kernels
+from moefication_cli.runtime.reference import check_form
+from moefication_cli.runtime.weights import ExpertWeights
+
+ACTIVATION_CODES = {
+    "relu": kernels.RELU,
+    "relu2": kernels.RELU2,
+    "gelu": kernels.GELU,
+    "gelu_tanh": kernels.GELU_TANH,
+    "quick_gelu": kernels.QUICK_GELU,
+    "silu": kernels.SILU,
+    "tanh": kernels.TANH,
+    "identity": kernels.IDENTITY,
+    "square": kernels.SQUARE,
+}
+DTYPES = (torch.float32, torch.bfloat16)
+SERIAL_WORK = 300_000  # multiply-adds of a call below which a second thread costs more than it brings
+TOKENS_TO_SPLIT = 96  # from here on threads take tokens, below they take experts
+CHUNK_TOKENS = 256
+
+
+@lru_cache(maxsize=1)
+def _openmp() -> tuple[int, int]:
+    """Addresses of GOMP_parallel and GOMP_barrier in the OpenMP library torch has loaded, or zeros."""
+    for path in sorted(Path(torch.__file__).parent.glob("lib/libgomp*")) + [None]:  # type: ignore[list-item]
+        try:
+            library = ctypes.CDLL(None if path is None else str(path))
+            names = (library.GOMP_parallel, library.GOMP_barrier)
+        except (OSError, AttributeError, TypeError):
+            continue
+        parallel, barrier = (ctypes.cast(name, ctypes.c_void_p).value or 0 for name in names)
+        return parallel, barrier
+    return 0, 0
+
+
+def _kernels(dtype: torch.dtype) -> tuple[int, int]:
+    """Addresses of the projection and of the piece for weights of `dtype`."""
+    if dtype == torch.float32:
+        return kernels.project_float32.address, kernels.piece_float32.address
+    from moefication_cli.runtime import numba_bfloat16  # compiled only where it is used
+
+    return numba_bfloat16.project_bfloat16.address, numba_bfloat16.piece_bfloat16.address
+
+
+class CompiledLayer:
+    """A layer ready to be called: the address table and the tensors it points into.
+
+    Raises UnavailableError for weights the kernels cannot read. The table follows in-place changes of the weights; after the
+    parameters' storage has been replaced (`.to(...)`) build a new one.
+    """
+
+    def __init__(self, weights: ExpertWeights, router: Router | None = None, rule: Rule | None = None) -> None:
+        ffn, fix = weights.ffn, weights.compensation
+        dtype = ffn.w_up_FD.dtype
+        wide = (ffn.w_up_FD, ffn.w_down_FD) if ffn.w_gate_FD is None else (ffn.w_up_FD, ffn.w_down_FD, ffn.w_gate_FD)
+        for tensor in wide:
+            if tensor.device.type != "cpu" or tensor.dtype not in DTYPES or tensor.dtype != dtype:
+                raise UnavailableError(
+                    f"backend numba computes float32 or bfloat16 on the CPU; a projection is {tensor.dtype} on {tensor.device}",
+                    "use --backend torch",
+                )
+            if not tensor.is_contiguous():
+                raise UnavailableError("backend numba needs neuron-major, contiguous projections", "use --backend torch")
+        if ffn.activation not in ACTIVATION_CODES:
+            raise UnavailableError(f"backend numba does not know the activation {ffn.activation!r}", "use --backend torch")
+        self.weights, self.dtype, self.width = weights, dtype, ffn.d_model
+        self._wide, self._kept = wide, list[Tensor]()
+        table = np.zeros(forward.LAYER_SLOTS, np.int64)
+        size = dtype.itemsize
+        table[forward.W_UP], table[forward.W_DOWN] = ffn.w_up_FD.data_ptr(), ffn.w_down_FD.data_ptr()
+        table[forward.W_GATE] = 0 if ffn.w_gate_FD is None else ffn.w_gate_FD.data_ptr()
+        table[forward.B_UP], table[forward.B_GATE] = self._address(ffn.b_up_F), self._address(ffn.b_gate_F)
+        table[forward.B_DOWN] = self._address(ffn.b_down_D)
+        table[forward.D], table[forward.E] = ffn.d_model, weights.num_experts
+        table[forward.N], table[forward.S] = weights.expert_size, weights.num_shared
+        table[forward.ACT], table[forward.W_BYTES] = ACTIVATION_CODES[ffn.activation], size
+        if fix is not None:
+            table[forward.CONSTANT], table[forward.TAKEN] = self._address(fix.constant_D), self._address(fix.taken_back_ED)
+            if fix.w_in_RD is not None and fix.w_out_RD is not None:
+                table[forward.C_IN], table[forward.C_OUT] = self._address(fix.w_in_RD, dtype), self._address(fix.w_out_RD, dtype)
+                table[forward.C_RANK] = fix.w_in_RD.shape[0]
+        active = weights.num_experts
+        table[forward.R_WIDTH] = weights.num_experts
+        self.routed = router is not None and rule is not None
+        if router is not None and rule is not None:
+            table[forward.R_IN], table[forward.R_OUT] = self._address(router.w_in_RD), self._address(router.w_out_ER)
+            table[forward.R_B_IN], table[forward.R_B_OUT] = self._address(router.b_in_R), self._address(router.b_out_E)
+            table[forward.R_WIDTH] = router.w_in_RD.shape[0]
+            table[forward.R_ACT], table[forward.R_NORMALISE] = ACTIVATION_CODES[router.activation], int(router.normalise)
+            if rule.threshold is None:
+                assert rule.top_k is not None
+                table[forward.TOP_K] = active = rule.top_k
+            else:
+                table[forward.THRESHOLD] = struct.unpack("<q", struct.pack("<fi", rule.threshold, 0))[0]
+        neurons = weights.num_shared + active * weights.expert_size
+        self._work_per_token = neurons * ffn.flops_per_neuron + (router.flops if router is not None else 0)
+        table[forward.PROJECT], table[forward.PIECES] = _kernels(dtype)
+        table[forward.ROUTE] = kernels.project_float32.address
+        self._table = table
+        self._layer = int(table.ctypes.data)
+        self._parallel, self._barrier = _openmp()
+
+    def _address(self, tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int:
+        """Where the tensor lies, contiguous and in `dtype`; converted copies (biases, small tensors) are kept alive here."""
+        if tensor is None:
+            return 0
+        held = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
+        self._kept.append(held)
+        return int(held.data_ptr())
+
+    def __call__(
+        self, x_TD: Tensor, selected: Tensor | None = None, real_T: Tensor | None = None, counts_E: Tensor | None = None
+    ) -> Tensor:
+        """y_TD. Without `selected` the layer's router and rule select.
+
+        `real_T` (bool) is False at padding, whose rows of y are zero; `counts_E` (int64) is added the tokens each expert got.
+        """
+        num_tokens = x_TD.shape[0]
+        if x_TD.dtype != self.dtype or x_TD.device.type != "cpu":
+            raise UnavailableError(
+                f"backend numba got {x_TD.dtype} input on {x_TD.device} for {self.dtype} weights on the CPU", "use --backend torch"
+            )
+        if torch.is_grad_enabled() and (x_TD.requires_grad or any(w.requires_grad for w in self._wide)):
+            raise ConfigError("backend numba computes no gradients", "call it under torch.inference_mode(), or use --backend torch")
+        x_TD = x_TD.contiguous()
+        y_TD = torch.empty_like(x_TD)
+        kind, k = forward.FROM_ROUTER, 0
+        if selected is not None:
+            check_form(selected, num_tokens, self.weights.num_experts)
+            kind, k = forward.FROM_MASK, selected.shape[1]
+            if selected.dtype != torch.bool:
+                kind, selected = forward.FROM_IDS, selected.long()
+            selected = selected.contiguous()
+        elif not self.routed:
+            raise ConfigError("this layer has no router and rule", "pass the selected experts")
+        if num_tokens == 0:
+            return y_TD
+        threads, chunk = torch.get_num_threads() if self._parallel else 1, 0
+        if num_tokens >= TOKENS_TO_SPLIT:
+            chunk = min(CHUNK_TOKENS, -(-num_tokens // threads))
+        if num_tokens * self._work_per_token < SERIAL_WORK:
+            threads = 1
+        failed = forward.forward(
+            self._layer,
+            forward.run.address,
+            forward.run_chunks.address,
+            self._parallel,
+            self._barrier,
+            x_TD.data_ptr(),
+            y_TD.data_ptr(),
+            num_tokens,
+            kind,
+            0 if selected is None else selected.data_ptr(),
+            k,
+            0 if real_T is None else real_T.data_ptr(),
+            0 if counts_E is None else counts_E.data_ptr(),
+            threads,
+            chunk,
+        )
+        if failed:
+            raise ConfigError(f"selected expert id out of range: the layer has {self.weights.num_experts} experts")
+        return y_TD
+
+
+def compute(x_TD: Tensor, selected: Tensor, weights: ExpertWeights) -> Tensor:
+    """The backend's one-off form (see `runtime.reference` for the arguments). Raises ConfigError where gradients are asked for."""
+    return CompiledLayer(weights)(x_TD, selected)

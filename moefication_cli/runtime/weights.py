@@ -1,0 +1,119 @@
+"""The weights of one FFN, dense or split into experts, and the activations the backends know.
+
+Axes: T tokens, D model width, F FFN neurons, E experts, N neurons per expert, S shared (always-on) neurons,
+F = S + E*N. Every projection is neuron-major, [F, D]: a row is one neuron, an expert is a contiguous block of rows.
+A dense `down` weight of shape [D, F] whose storage is neuron-major (strides (1, D)) is the same memory.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "relu2": lambda x: functional.relu(x).square(),
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": functional.silu,
+    "tanh": torch.tanh,
+    "identity": lambda x: x,
+}
+
+
+@dataclass(frozen=True)
+class FFNWeights:
+    """One feed-forward layer: y = act(x W_up^T + b_up) W_down + b_down, or act(gate) * up when gated."""
+
+    w_up_FD: Tensor
+    w_down_FD: Tensor  # neuron-major: row n is what neuron n writes
+    w_gate_FD: Tensor | None = None
+    b_up_F: Tensor | None = None
+    b_gate_F: Tensor | None = None
+    b_down_D: Tensor | None = None
+    activation: str = "relu"
+
+    @property
+    def num_neurons(self) -> int:
+        return self.w_up_FD.shape[0]
+
+    @property
+    def d_model(self) -> int:
+        return self.w_up_FD.shape[1]
+
+    @property
+    def gated(self) -> bool:
+        return self.w_gate_FD is not None
+
+    @property
+    def flops_per_neuron(self) -> int:
+        """Multiply-adds per token of one neuron: D per projection it takes part in."""
+        return self.d_model * (3 if self.gated else 2)
+
+    def hidden(self, x_TD: Tensor) -> Tensor:
+        """Activations h_TF of all neurons."""
+        act = ACTIVATIONS[self.activation]
+        up_TF = functional.linear(x_TD, self.w_up_FD, self.b_up_F)
+        if self.w_gate_FD is None:
+            return act(up_TF)
+        return act(functional.linear(x_TD, self.w_gate_FD, self.b_gate_F)) * up_TF
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """The dense output y_TD."""
+        y_TD = self.hidden(x_TD) @ self.w_down_FD
+        return y_TD if self.b_down_D is None else y_TD + self.b_down_D
+
+    def to(self, device: torch.device | str) -> "FFNWeights":
+        """The same weights on another device."""
+        move = lambda t: None if t is None else t.to(device)  # noqa: E731
+        return replace(
+            self,
+            w_up_FD=self.w_up_FD.to(device),
+            w_down_FD=self.w_down_FD.to(device),
+            w_gate_FD=move(self.w_gate_FD),
+            b_up_F=move(self.b_up_F),
+            b_gate_F=move(self.b_gate_F),
+            b_down_D=move(self.b_down_D),
+        )
+
+    def permute(self, order_F: Tensor) -> "FFNWeights":
+        """The same function with its neurons in another order."""
+        pick = lambda t: None if t is None else t[order_F]  # noqa: E731
+        return replace(
+            self,
+            w_up_FD=self.w_up_FD[order_F],
+            w_down_FD=self.w_down_FD[order_F],
+            w_gate_FD=pick(self.w_gate_FD),
+            b_up_F=pick(self.b_up_F),
+            b_gate_F=pick(self.b_gate_F),
+        )
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """What stands in for dropped experts; acts only where at least one expert is off, so all-on stays exact.
+
+    y += constant_D - sum over selected e of taken_back_ED[e] + (x @ w_in_RD^T) @ w_out_RD
+    """
+
+    constant_D: Tensor | None = None
+    taken_back_ED: Tensor | None = None
+    w_in_RD: Tensor | None = None  # optional low-rank correction from the FFN's input
+    w_out_RD: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """An FFN whose rows are permuted: S shared neurons first, then expert after expert of N neurons."""
+
+    ffn: FFNWeights
+    num_experts: int
+    num_shared: int = 0
+    compensation: Compensation | None = None
+
+    @property
+    def expert_size(self) -> int:
+        return (self.ffn.num_neurons - self.num_shared) // self.num_experts

@@ -1,0 +1,88 @@
+"""The rows of `eval` that are not ours: static pruning, and the published recipe built on the same activations.
+
+The published recipe is a stage of its own, RUN/baseline/paper, cached like any other: balanced k-means on normalised
+weight rows with experts of 32 neurons, and the two-layer router trained on sums of activations (MoEfication, section 3;
+its defects mended as routing/fit.py says).
+"""
+
+from typing import Any
+
+import torch
+
+from moefication_cli.config import EvalConfig, RouterConfig, SplitConfig
+from moefication_cli.routing.router import Rule
+from moefication_cli.runtime.layer import MoEFFN
+from moefication_cli.split.partition import divisors
+from moefication_cli.stages.contract import Control
+from moefication_cli.stages.inputs import (
+    RunModel,
+    begin_options,
+    expert_weights,
+    layer_seed,
+    read_partition,
+    read_tokens,
+)
+from moefication_cli.stages.plan import RoutedLayer, plan_layers, read_router
+from moefication_cli.stages.router import train_layer
+from moefication_cli.stages.split import split_layer
+from moefication_cli.stages.variants import PinnedFFN, Variant, prune
+from moefication_cli.store.rundir import RunDir
+from moefication_cli.store.stage import Stage
+
+PAPER_EXPERT_SIZE = 32
+_SAMPLE_TOKENS = 2048
+_STATISTICS = ("variance_F", "contribution_F", "mean_F")
+
+
+def static_variant(run: RunDir, model: RunModel, activations: Stage, fraction: float, control: Control) -> Variant:
+    """Static pruning at this share of the neurons; per layer the best of four ways, see `variants.prune`."""
+    layers: list[Any] = []
+    for index in range(len(model.sites)):
+        with activations.open_layer(index) as stored:
+            statistics = {name: stored.tensor(name) for name in _STATISTICS}
+        sample = read_tokens(activations, index, _SAMPLE_TOKENS, layer_seed(control.seed, index)).x_TD
+        layers.append(prune(model.read_ffn(index), statistics, fraction, sample.to(model.device))[0])
+    return Variant("static", "baseline", fraction, layers, meta={"rule": "static", "score": "best of four"})
+
+
+def paper_variant(run: RunDir, model: RunModel, fraction: float, config: EvalConfig, control: Control) -> Variant:
+    """The published recipe at this fraction, everything counted as `config.fraction_of` says."""
+    stage = build_paper(run, model, control)
+    routed, layers = [], []
+    for index, site in enumerate(model.sites):
+        router, score = read_router(stage, index)
+        routed.append(RoutedLayer(site, read_partition(stage, index), router.to(model.device), score))
+    fractions = []
+    for layer in routed:
+        # A narrow budget may not pay for this router at all: it then runs one expert and its real cost is reported.
+        least = layer.cost().flops(1) / layer.cost().dense_flops
+        plan = plan_layers([layer], max(fraction, least) if config.fraction_of == "flops" else fraction, config.fraction_of)[0]
+        weights = expert_weights(model.read_ffn(layer.index), layer.partition)
+        rule = plan.rule or Rule(top_k=layer.partition.num_experts)
+        layers.append(PinnedFFN(MoEFFN(weights, layer.router, rule, backend=config.backend)))
+        fractions.append(plan.flops_fraction)
+    ks = [layer.layer.rule.top_k for layer in layers if layer.layer.rule is not None]
+    meta = {"score": "activation", "rule": "top_k", "top_k": sum(k or 0 for k in ks) / len(ks)}
+    return Variant("paper", "baseline", fraction, list(layers), meta=meta, flops=fractions)
+
+
+def build_paper(run: RunDir, model: RunModel, control: Control) -> Stage:
+    """RUN/baseline/paper: split and router of the published recipe for every layer."""
+    activations = run.require("activations")
+    router_config = RouterConfig(router="mlp")
+    options = begin_options(router_config, control, model, {"activations": activations})
+    options["only"] = None
+    with run.begin("baseline/paper", **options) as work:
+        for index in control.track(work.pending(), "published recipe", len(model.sites)):
+            seed = layer_seed(control.seed, index)
+            site = model.sites[index]
+            size = min(divisors(site.num_neurons), key=lambda d: (abs(d - PAPER_EXPERT_SIZE), d))
+            config = SplitConfig(method="kmeans", expert_size=size)
+            partition, metrics = split_layer(model, None, None, index, config, control)
+            weights = expert_weights(model.read_ffn(index), partition)
+            record = train_layer(router_config, weights, read_tokens(activations, index), [0.2], seed)
+            tensors = {"expert_F": partition.expert_F.to(torch.int32)} | record.tensors
+            work.save(index, tensors, record.settings, metrics=metrics | record.metrics)
+        work.finish()
+    return run.read_stage("baseline/paper")
+

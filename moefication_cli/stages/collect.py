@@ -1,0 +1,178 @@
+"""collect-activations: run the model over data; store every FFN's inputs and its neurons' statistics.
+
+Works in shards of the sampled sequences: each finished shard is on disk, so a killed run resumes at the next one, and
+memory holds one shard however much is collected. At the end the shards are joined layer by layer.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+import torch
+from torch import Tensor
+
+from moefication_cli.config import CollectConfig
+from moefication_cli.errors import ConfigError, MoEficationError, NonFiniteError
+from moefication_cli.models.capture import capture
+from moefication_cli.models.loading import LoadedModel, load_model
+from moefication_cli.models.sites import FFNSite
+from moefication_cli.stages.contract import Control, Result
+from moefication_cli.stages.examples import open_examples
+from moefication_cli.stages.inputs import RunModel, begin_options, layered_result, open_model
+from moefication_cli.store.layerfile import open_layer, read_layer, write_layer
+from moefication_cli.store.rundir import RunDir
+from moefication_cli.store.work import Work
+from moefication_cli.tasks.examples import Batch
+
+_SHARD_BYTES = 256 * 2**20  # of stored inputs, over all layers: what is held in memory and redone after a kill
+_SUMS = ("active_F", "sum_F", "square_F", "absolute_F")
+
+
+def collect_activations(run: RunDir, config: CollectConfig, control: Control) -> Result:
+    """Store inputs_TD (real tokens only) and sequence_T per FFN, with rate, mean, variance and contribution per neuron.
+
+    Writes RUN/activations/layer_NNN.safetensors. Raises ConfigError (model, data, fields), NonFiniteError naming the
+    layer.
+    """
+    model = open_model(run, config, control)
+    options = begin_options(config, control, model, {})
+    options["only"] = None
+    with run.begin("activations", **options) as work:
+        manifest = work.manifest
+        if not work.up_to_date:
+            with work.hold("shards"):
+                _run_shards(run, model, work, config, control)
+                for index in control.track(work.pending(), "join", len(model.sites)):
+                    _join(work, model, index, config)
+                manifest = work.finish()
+    return layered_result("collect-activations", work, manifest)
+
+
+def _run_shards(run: RunDir, model: RunModel, work: Work, config: CollectConfig, control: Control) -> None:
+    loaded = load_model(
+        model.checkpoint.folder,
+        task=config.task,
+        device=model.device,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+        quiet=True,
+        device_map="auto" if config.offload else None,
+        offload_folder=work.scratch / "offload" if config.offload else None,
+    )
+    examples = open_examples(run, loaded, config, control)
+    batches = examples.calibration(config.max_tokens, control.seed, config.batch_size)
+    per_token = sum(site.d_model for site in model.sites) * getattr(torch, config.storage_dtype).itemsize
+    number = first_row = 0
+    for shard in control.track(_shards(batches, max(1, _SHARD_BYTES // per_token)), "collect-activations"):
+        path = _shard(work.scratch, number)
+        if not path.exists():  # of a run that was killed
+            _collect_shard(loaded, model.sites, shard, config, path, first_row)
+        number += 1
+        first_row += sum(_num_rows(batch) for batch in shard)
+    if number == 0:
+        raise ConfigError(f"{config.data}: there is nothing to run the model on", "raise --max-tokens or check the data")
+    (work.scratch / "count").write_text(str(number))
+
+
+def _shards(batches: Iterator[Batch], max_tokens: int) -> Iterator[list[Batch]]:
+    shard: list[Batch] = []
+    tokens = 0
+    for batch in batches:
+        shard.append(batch)
+        tokens += batch.num_tokens
+        if tokens >= max_tokens:
+            yield shard
+            shard, tokens = [], 0
+    if shard:
+        yield shard
+
+
+def _num_rows(batch: Batch) -> int:
+    return len(batch.inputs["input_ids"])
+
+
+def _shard(scratch: Path, number: int) -> Path:
+    return scratch / f"shard_{number:05d}.safetensors"
+
+
+@torch.inference_mode()
+def _collect_shard(
+    loaded: LoadedModel, sites: list[FFNSite], shard: list[Batch], config: CollectConfig, path: Path, first_row: int
+) -> None:
+    dtype = getattr(torch, config.storage_dtype)
+    inputs: list[list[Tensor]] = [[] for _ in sites]
+    sequences: list[list[Tensor]] = [[] for _ in sites]
+    sums = [torch.zeros(len(_SUMS), site.num_neurons, dtype=torch.float64) for site in sites]
+    rows = {"encoder": torch.empty(0), "decoder": torch.empty(0)}  # of the batch in progress: its tokens' sequences
+
+    def on_input(site: FFNSite, x_TD: Tensor) -> None:
+        stored_TD = x_TD.to(device="cpu", dtype=dtype)
+        if not torch.isfinite(stored_TD).all():
+            raise _non_finite(site, x_TD, config)
+        inputs[site.index].append(stored_TD)
+        sequences[site.index].append(rows[site.stack])
+
+    def on_hidden(site: FFNSite, h_TF: Tensor) -> None:
+        h_TF = h_TF.float()
+        parts = ((h_TF > 0).sum(0), h_TF.sum(0), h_TF.square().sum(0), h_TF.abs().sum(0))
+        sums[site.index] += torch.stack([part.double().cpu() for part in parts])
+
+    with capture(loaded.model, sites, on_input, on_hidden):
+        for batch in shard:
+            for stack, name in (("encoder", "attention_mask"), ("decoder", "decoder_attention_mask")):
+                rows[stack] = _sequence_of_tokens(batch, stack, name, first_row)
+            loaded.model(**batch.to(loaded.device).inputs)
+            first_row += _num_rows(batch)
+    tensors: dict[str, Tensor] = {}
+    for site in sites:
+        if not torch.isfinite(sums[site.index]).all():
+            raise NonFiniteError(f"layer {site.index} ({site.name}): activations contain NaN or infinity", "try --dtype float32")
+        tensors[f"{site.index}.inputs_TD"] = torch.cat(inputs[site.index])
+        tensors[f"{site.index}.sequence_T"] = torch.cat(sequences[site.index])
+        tensors[f"{site.index}.sums"] = sums[site.index]
+    write_layer(path, tensors, {"layer": "all"})
+
+
+def _sequence_of_tokens(batch: Batch, stack: str, mask_name: str, first_row: int) -> Tensor:
+    """The sequence number of every real token of one stack, in the order `capture` delivers them."""
+    mask = batch.inputs.get(mask_name)
+    if mask is None:
+        like = batch.inputs.get("decoder_input_ids" if stack == "decoder" else "input_ids")
+        mask = torch.zeros(0, 0) if like is None else torch.ones_like(like)
+    return torch.repeat_interleave(torch.arange(len(mask), dtype=torch.int32) + first_row, mask.sum(1).long())
+
+
+def _non_finite(site: FFNSite, x_TD: Tensor, config: CollectConfig) -> MoEficationError:
+    where = f"layer {site.index} ({site.name})"
+    if torch.isfinite(x_TD).all():
+        return NonFiniteError(f"{where}: inputs do not fit {config.storage_dtype}", "store them with --storage-dtype bfloat16")
+    return NonFiniteError(f"{where}: the FFN's inputs contain NaN or infinity", "check the model, or try --dtype float32")
+
+
+def _join(work: Work, model: RunModel, index: int, config: CollectConfig) -> None:
+    """One layer's file from all shards, and its neurons' statistics."""
+    inputs, sequences, total = [], [], None
+    for number in range(int((work.scratch / "count").read_text())):
+        names = [f"{index}.inputs_TD", f"{index}.sequence_T", f"{index}.sums"]
+        tensors, _ = read_layer(_shard(work.scratch, number), names)
+        inputs.append(tensors[names[0]])
+        sequences.append(tensors[names[1]])
+        total = tensors[names[2]] if total is None else total + tensors[names[2]]
+    assert total is not None
+    count = sum(len(part) for part in sequences)
+    norms_F = model.read_ffn(index).w_down_FD.norm(dim=1).double().cpu()
+    active_F, sum_F, square_F, absolute_F = total / count
+    statistics = {
+        "rate_F": active_F.float(),
+        "mean_F": sum_F.float(),
+        "variance_F": (square_F - sum_F.square()).clamp_min(0).float(),
+        "contribution_F": (absolute_F * norms_F).float(),
+    }
+    metrics = {"tokens": count, "firing": float(active_F.mean()), "dead_neurons": int((active_F == 0).sum())}
+    tensors = {"inputs_TD": torch.cat(inputs), "sequence_T": torch.cat(sequences), **statistics}
+    work.save(index, tensors, metrics=metrics)
+
+
+def read_statistics(path: Path) -> dict[str, Tensor]:
+    """rate_F, mean_F, variance_F and contribution_F of one layer file."""
+    with open_layer(path) as layer:
+        return {name: layer.tensor(name) for name in ("rate_F", "mean_F", "variance_F", "contribution_F")}
+

@@ -1,0 +1,357 @@
+"""eval: quality and time of the MoE beside the dense model, oracles and baselines, all in one pass over the data.
+
+Every batch goes through the stock dense model and then, in turn, through every row's layers, so that all rows see the
+same examples and share the machine's good and bad moments.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from moefication_cli.config import EvalConfig, compared_values, recorded_values
+from moefication_cli.errors import ConfigError
+from moefication_cli.models.loading import LoadedModel, load_model
+from moefication_cli.models.masking import TokenMask
+from moefication_cli.models.surgery import install, live_weights, permute_in_place
+from moefication_cli.runtime.layer import MoEFFN
+from moefication_cli.stages.baseline import paper_variant, static_variant
+from moefication_cli.stages.contract import Control, Result, parse_fractions
+from moefication_cli.stages.examples import open_examples
+from moefication_cli.stages.inputs import RunModel, open_model
+from moefication_cli.stages.plan import FractionOf, LayerPlan, describe_rule, plan_layers, routed_layers
+from moefication_cli.stages.plots import plot_quality
+from moefication_cli.stages.variants import (
+    NeuronOracleFFN,
+    PinnedFFN,
+    Variant,
+    routed_variant,
+    selected_variant,
+)
+from moefication_cli.store import jsonio
+from moefication_cli.store.manifest import BASE_MODEL
+from moefication_cli.store.rundir import RunDir
+from moefication_cli.store.stage import Stage
+from moefication_cli.tasks.examples import Batch, Examples, Scores, Summary, compare, summarise
+from moefication_cli.tasks.stats import Values, bootstrap_ci, paired_bootstrap
+
+ALWAYS = ("groundtruth", "random", "static")
+_TABLE = ("selection", "fraction", "value", "relative", "agreement", "kl", "active_fraction", "ffn_flops_fraction", "speedup", "backend")
+
+
+def evaluate(run: RunDir, config: EvalConfig, control: Control) -> Result:
+    """Measure every selection at every fraction; writes RUN/eval/<name>/metrics.json and quality.png.
+
+    Raises ConfigError (no data, unknown selection), MissingArtifactError, StaleArtifactError.
+    """
+    model = open_model(run, None, control)
+    split = run.require("split")
+    routers = {name: run.require(f"router/{name}") for name in run.names("router")}
+    applied = run.require("model") if run.manifest("model") is not None else None
+    fractions = _fractions(config, applied)
+    selections = _selections(config, routers)
+    activations = run.require("activations") if {"static", "paper"} & set(selections) else None
+    stages = {"split": split, "activations": activations, "model": applied}
+    inputs = {BASE_MODEL: model.fingerprint}
+    inputs |= {name: stage.digest for name, stage in stages.items() if stage is not None}
+    inputs |= {f"router/{name}": stage.digest for name, stage in routers.items() if name in selections}
+    options: dict[str, Any] = {
+        "config": recorded_values(config) | {"seed": control.seed},
+        "compared": [*compared_values(config), "seed"],
+        "sources": control.sources,
+        "inputs": inputs,
+        "force": control.force,
+        "device": str(model.device),
+    }
+    with run.begin(f"eval/{config.name}", **options) as work:
+        if work.up_to_date:
+            metrics = jsonio.read_object(run.path(f"eval/{config.name}") / "metrics.json")
+        else:
+            metrics = _measure(run, model, split, routers, applied, activations, selections, fractions, config, control)
+            jsonio.write(work.folder / "metrics.json", metrics)
+            plot_quality(metrics, work.folder / "quality.png")
+            work.finish({"metric": metrics["dense"]["metric"], "rows": len(metrics["rows"])})
+    return _result(run, config, metrics, work.reason is None)
+
+
+def _fractions(config: EvalConfig, applied: Stage | None) -> list[float]:
+    own = None if applied is None else applied.config.get("fraction")
+    if config.fractions is None:
+        return [float(own) if own else 0.2]
+    return parse_fractions(config.fractions)
+
+
+def _selections(config: EvalConfig, routers: dict[str, Stage]) -> list[str]:
+    if config.selection is None:
+        return [*ALWAYS, "neuron", *routers]
+    asked = [name.strip() for name in config.selection.split(",") if name.strip()]
+    known = {*ALWAYS, "neuron", "paper", *routers}
+    for name in asked:
+        if name not in known:
+            raise ConfigError(f"--selection {name}: no such selection or trained router", f"there are {', '.join(sorted(known))}")
+    return list(dict.fromkeys([*ALWAYS, *asked]))
+
+
+def _measure(
+    run: RunDir,
+    model: RunModel,
+    split: Stage,
+    routers: dict[str, Stage],
+    applied: Stage | None,
+    activations: Stage | None,
+    selections: list[str],
+    fractions: list[float],
+    config: EvalConfig,
+    control: Control,
+) -> dict[str, Any]:
+    dense, converted = (_load(run, model, config) for _ in range(2))
+    examples = open_examples(run, dense, config, control)
+    variants = _variants(run, model, converted, split, routers, applied, activations, selections, fractions, config, control)
+    mask = TokenMask(converted.model)
+    summary, seconds, tokens = _run_all(dense, converted, model, examples, variants, mask, config, control)
+    reference = {
+        "metric": summary.metric,
+        "value": summary.value,
+        "stderr": summary.stderr,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+    }
+    scores = [Scores.join(variant.measured) for variant in variants]
+    rows = [
+        _row(variant, found, reference, tokens, model, control.seed)
+        for variant, found in zip(variants, scores, strict=True)
+    ]
+    _compare_with_static(variants, scores, rows, control.seed)
+    return {
+        "schema": "moefication/metrics@1",
+        "model": str(model.checkpoint.source.ref),
+        "data": config.data,
+        "examples": summary.num_examples,
+        "tokens": tokens,
+        "device": str(model.device),
+        "threads": torch.get_num_threads(),
+        "dense": reference,
+        "rows": rows,
+    }
+
+
+def _load(run: RunDir, model: RunModel, config: EvalConfig) -> LoadedModel:
+    return load_model(
+        model.checkpoint.folder,
+        task=config.task or run.info.task,
+        device=model.device,
+        dtype=config.dtype,
+        trust_remote_code=bool(run.info.trust_remote_code),
+        quiet=True,
+    )
+
+
+def _variants(
+    run: RunDir,
+    model: RunModel,
+    converted: LoadedModel,
+    split: Stage,
+    routers: dict[str, Stage],
+    applied: Stage | None,
+    activations: Stage | None,
+    selections: list[str],
+    fractions: list[float],
+    config: EvalConfig,
+    control: Control,
+) -> list[Variant]:
+    """All rows, on one model whose neurons stand in the order of the split."""
+    net, sites = converted.model, model.sites
+    routed = {name: routed_layers(model, split, stage) for name, stage in routers.items()}
+    if not routed:
+        raise ConfigError(f"{run.root}: no router is trained", f"moefication train-router {run.root}")
+    applied_router = None if applied is None else applied.config["router"]
+    any_layers = routed[applied_router or next(iter(routed))]
+    for layer in any_layers:
+        permute_in_place(net, layer.site, layer.partition.order_F())
+    score = any_layers[0].score
+    variants: list[Variant] = []
+    for fraction in fractions:
+        by_neurons = plan_layers(any_layers, fraction, "neurons")
+        for name in selections:
+            if name in ("groundtruth", "random"):
+                variants.append(selected_variant(name, net, sites, by_neurons, fraction, score, control.seed, config.backend))
+            elif name == "neuron":
+                layers: list[Any] = []
+                for site in sites:
+                    layers.append(NeuronOracleFFN(live_weights(net, site), max(1, round(fraction * site.num_neurons))))
+                variants.append(Variant("neuron", "oracle", fraction, layers, meta={"score": "contribution", "rule": "top_k"}))
+            elif name == "static":
+                assert activations is not None
+                variants.append(static_variant(run, model, activations, fraction, control))
+            elif name == "paper":
+                variants.append(paper_variant(run, model, fraction, config, control))
+            else:
+                plans = plan_layers(routed[name], fraction, config.fraction_of)
+                variants.append(_router_row(name, net, plans, fraction, config))
+    if applied is not None:
+        variants += _applied_row(variants, net, routed, applied, config)
+    return variants
+
+
+def _router_row(name: str, net: Any, plans: list[LayerPlan], fraction: float, config: EvalConfig) -> Variant:
+    variant = routed_variant(name, net, plans, fraction, config.backend)
+    variant.meta |= describe_rule(plans) | {"budget": "uniform"}
+    variant.flops = [plan.flops_fraction for plan in plans]
+    return variant
+
+
+def _applied_row(
+    variants: list[Variant], net: Any, routed: dict[str, Any], applied: Stage, config: EvalConfig
+) -> list[Variant]:
+    """Marks the row that RUN/model is, or adds it when no row has its settings."""
+    made = applied.config
+    fraction_of: FractionOf = made["fraction_of"]
+    plans = plan_layers(
+        routed[made["router"]], made["fraction"], fraction_of, top_k=made["top_k"], keep_dense=made["keep_dense"]
+    )
+    rules = [plan.rule for plan in plans]
+    for variant in variants:
+        same = [layer.rule for layer in variant.layers if isinstance(layer, MoEFFN)] == rules
+        if variant.selection == made["router"] and variant.kind == "router" and same:
+            variant.applied = True
+            return []
+    row = _router_row(made["router"], net, plans, made["fraction"], config)
+    row.applied = True
+    return [row]
+
+
+@torch.inference_mode()
+def _run_all(
+    dense: LoadedModel,
+    converted: LoadedModel,
+    model: RunModel,
+    examples: Examples,
+    variants: Sequence[Variant],
+    mask: TokenMask,
+    config: EvalConfig,
+    control: Control,
+) -> tuple[Summary, float, int]:
+    """One pass over the data. Returns the dense model's summary, its seconds and the number of real tokens."""
+    reference: list[Scores] = []
+    seconds, tokens, warm = 0.0, 0, False
+    batches: Iterable[Batch] = examples.batches(config.batch_size)
+    for batch in control.track(batches, "eval"):
+        inputs = batch.to(dense.device).inputs
+        if not warm:  # compilation and first-touch costs are nobody's speed
+            dense.model(**inputs)
+            for variant in variants:
+                _install(converted, model, variant, mask)
+                converted.model(**inputs)
+                _count(variant)
+            warm = True
+        logits, spent = _timed(dense, inputs)
+        seconds += spent
+        tokens += batch.num_tokens
+        reference.append(examples.score(logits, batch))
+        for variant in variants:
+            _install(converted, model, variant, mask)
+            other, spent = _timed(converted, inputs)
+            variant.seconds += spent
+            variant.measured.append(compare(examples, logits, other, batch))
+    return summarise(examples.metric, reference), seconds, tokens
+
+
+def _install(converted: LoadedModel, model: RunModel, variant: Variant, mask: TokenMask) -> None:
+    for site, layer in zip(model.sites, variant.layers, strict=True):
+        install(converted.model, site, layer, mask)
+
+
+def _count(variant: Variant) -> None:
+    for layer in variant.layers:
+        moe = layer.layer if isinstance(layer, PinnedFFN) else layer
+        if isinstance(moe, MoEFFN):
+            moe.count_selections()
+
+
+def _timed(loaded: LoadedModel, inputs: dict[str, Any]) -> tuple[Any, float]:
+    if loaded.device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    logits = loaded.model(**inputs).logits
+    if loaded.device.type == "cuda":
+        torch.cuda.synchronize()
+    return logits, time.perf_counter() - started
+
+
+def _row(
+    variant: Variant, scores: Scores, reference: dict[str, Any], tokens: int, model: RunModel, seed: int
+) -> dict[str, Any]:
+    summary = summarise(reference["metric"], scores)
+    kl = bootstrap_ci(_filled(scores.kl_B), seed, weights=scores.weight_B)
+    sizes = [site.num_parameters for site in model.sites]
+    active = [float(layer.active_fraction) for layer in variant.layers]  # type: ignore[attr-defined]
+    flops = variant.flops if variant.flops is not None else active
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(v * s for v, s in zip(values, sizes, strict=True)) / sum(sizes)
+
+    row: dict[str, Any] = {
+        "selection": variant.selection,
+        "kind": variant.kind,
+        "applied": variant.applied,
+        "fraction": variant.fraction,
+        "top_k": None,
+        "rule": None,
+        "budget": "uniform",
+        "score": None,
+        "seed": None,
+    }
+    return row | variant.meta | {
+        "metric": summary.metric,
+        "value": summary.value,
+        "stderr": summary.stderr,
+        "relative": summary.value / reference["value"] if reference["value"] else None,
+        "agreement": summary.agreement,
+        "kl": summary.kl,
+        "kl_interval": [kl.low, kl.high],
+        "active_fraction": mean(active),
+        "ffn_flops_fraction": mean(flops),
+        "seconds": variant.seconds,
+        "tokens_per_second": tokens / variant.seconds,
+        "speedup": reference["seconds"] / variant.seconds,
+        "backend": variant.backend,
+    }  # fmt: skip
+
+
+def _compare_with_static(
+    variants: Sequence[Variant], scores: Sequence[Scores], rows: list[dict[str, Any]], seed: int
+) -> None:
+    """Adds to each row the paired difference of KL to static pruning at the same fraction, with a 95 % interval."""
+    static = {v.fraction: found for v, found in zip(variants, scores, strict=True) if v.selection == "static"}
+    for variant, mine, row in zip(variants, scores, rows, strict=True):
+        base = static.get(variant.fraction)
+        if base is None or variant.selection == "static":
+            continue
+        difference = paired_bootstrap(_filled(mine.kl_B), _filled(base.kl_B), seed, weights=mine.weight_B)
+        row["kl_minus_static"] = difference.value
+        row["kl_minus_static_interval"] = [difference.low, difference.high]
+
+
+def _filled(values: Values | None) -> Values:
+    assert values is not None  # every row is scored beside the dense model
+    return values
+
+
+def _result(run: RunDir, config: EvalConfig, metrics: dict[str, Any], up_to_date: bool) -> Result:
+    dense = metrics["dense"]
+    head = {"selection": "dense", "fraction": 1.0, "value": dense["value"], "relative": 1.0, "speedup": 1.0}
+    table = [head, *({name: row[name] for name in _TABLE} for row in metrics["rows"])]
+    path = run.path(f"eval/{config.name}")
+    notes = [f"value is {dense['metric']}; KL and agreement are to the dense model; all rows on {metrics['examples']} examples"]
+    for row in metrics["rows"]:
+        interval = row.get("kl_minus_static_interval")
+        if row["kind"] == "router" and interval is not None and interval[1] >= 0:
+            notes.append(
+                f"{row['selection']} at {row['fraction']:g} does not beat static pruning "
+                f"(KL difference {row['kl_minus_static']:+.4f}, 95 % interval {interval[0]:+.4f} to {interval[1]:+.4f})"
+            )
+    notes.append(f"plot: {path / 'quality.png'}   numbers: {path / 'metrics.json'}")
+    payload = {key: value for key, value in metrics.items() if key != "rows"} | {"table": table}
+    payload["metrics_path"] = str(path / "metrics.json")
+    return Result("eval", table, payload | {"rows": metrics["rows"]}, up_to_date=up_to_date, notes=notes)

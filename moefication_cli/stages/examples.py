@@ -1,0 +1,57 @@
+"""From a run's data and task options to `Examples`; what the user said once is remembered in run.json."""
+
+from typing import Any, Literal
+
+from moefication_cli.config import CollectConfig, EvalConfig
+from moefication_cli.errors import ConfigError
+from moefication_cli.models.loading import LoadedModel, guess_task
+from moefication_cli.stages.contract import Control
+from moefication_cli.store.rundir import RunDir
+from moefication_cli.tasks.data import load_rows
+from moefication_cli.tasks.examples import Examples, TaskOptions
+from moefication_cli.tasks.task import prepare
+
+_TASKS = ("classification", "text2text", "lm")
+
+
+def open_examples(
+    run: RunDir, loaded: LoadedModel, config: CollectConfig | EvalConfig, control: Control
+) -> Examples:
+    """The rows `config.data` names, as examples of the run's task. Says on stderr what was guessed.
+
+    Raises ConfigError: no data, no such field, a task the model cannot do.
+    """
+    purpose: Literal["calibrate", "evaluate"] = "calibrate" if isinstance(config, CollectConfig) else "evaluate"
+    if config.data is None:
+        raise ConfigError("no data was named", "name a file or hub dataset with --data")
+    info = run.info
+    known = dict(info.fields or {})
+    task = config.task or info.task
+    if task is None:
+        task = guess_task(loaded.config)
+        control.say(f"task: {task} (guessed from {', '.join(loaded.config.architectures or ['the model'])})")
+    if task not in _TASKS:
+        raise ConfigError("the task cannot be guessed from this model", "name it with --task classification|text2text|lm")
+    prompt, words = config.prompt or info.prompt, config.label_words or info.label_words
+    fields = {name: getattr(config, name) or known.get(name) for name in ("text_field", "label_field", "max_length")}
+    rows = load_rows(
+        config.data,
+        split=config.split,
+        text_field=fields["text_field"],
+        label_field=fields["label_field"],
+        header=config.header,
+        documents=config.documents,
+        purpose=purpose,
+    )
+    options = TaskOptions(fields["max_length"], prompt, words, config.limit, control.seed)
+    labelled = purpose == "evaluate"
+    examples = prepare(task, loaded.tokenizer, loaded.config, rows, options, require_labels=labelled)  # type: ignore[arg-type]
+    for note in [*rows.notes, *examples.notes]:
+        control.say(note)
+    _remember(run, task, prompt, words, fields)
+    return examples
+
+
+def _remember(run: RunDir, task: str, prompt: str | None, words: str | None, fields: dict[str, Any]) -> None:
+    said = {name: value for name, value in fields.items() if value is not None}
+    run.remember(task=task, prompt=prompt, label_words=words, fields=said or None)

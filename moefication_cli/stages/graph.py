@@ -1,0 +1,67 @@
+"""build-graph: which neurons fire together. Reads `activations` and the model; hidden activations are recomputed."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from moefication_cli.config import GraphConfig
+from moefication_cli.routing.scores import token_chunks
+from moefication_cli.runtime.weights import FFNWeights
+from moefication_cli.split.coactivation import coactivation_graph
+from moefication_cli.split.graph import to_metis_text
+from moefication_cli.stages.contract import Control, Result
+from moefication_cli.stages.inputs import (
+    begin_options,
+    layer_seed,
+    layered_result,
+    open_model,
+    read_graph,
+    read_tokens,
+)
+from moefication_cli.store.rundir import RunDir
+
+
+def build_graph(run: RunDir, config: GraphConfig, control: Control) -> Result:
+    """Build the co-activation graph of every FFN (MoEfication, section 3.1, equation 4).
+
+    Writes RUN/graph/layer_NNN.safetensors (CSR) and, with --export-metis, one file per layer that `gpmetis` reads.
+    """
+    model = open_model(run, None, control)
+    activations = run.require("activations")
+    with run.begin("graph", **begin_options(config, control, model, {"activations": activations})) as work:
+        for index in control.track(work.pending(), "build-graph", len(model.sites)):
+            weights = model.read_ffn(index)
+            x_TD = read_tokens(activations, index, config.max_tokens, layer_seed(control.seed, index)).x_TD
+            graph = coactivation_graph(
+                lambda weights=weights, x_TD=x_TD: _hidden_chunks(weights, x_TD),
+                weights.num_neurons,
+                kind=config.weights,
+                neighbours=config.neighbours or None,
+            )
+            tensors = {"indptr_F1": graph.indptr_F1, "indices_M": graph.indices_M, "weights_M": graph.weights_M}
+            metrics = {"edges": graph.num_edges, "isolated": int((graph.indptr_F1.diff() == 0).sum()), "tokens": len(x_TD)}
+            work.save(index, tensors, {"num_neurons": weights.num_neurons, "weights": config.weights}, metrics=metrics)
+        manifest = work.finish()
+    result = layered_result("build-graph", work, manifest)
+    if config.export_metis and manifest is not None:
+        result.payload["metis"] = _export(run, Path(config.export_metis), len(model.sites))
+        result.notes.append(f"METIS graphs are in {config.export_metis}; e.g. gpmetis {result.payload['metis'][0]} 32")
+    return result
+
+
+def _hidden_chunks(weights: FFNWeights, x_TD: Tensor) -> Iterator[Tensor]:
+    for part in token_chunks(x_TD.shape[0], weights.num_neurons):
+        yield weights.hidden(x_TD[part].to(weights.w_up_FD.device))
+
+
+def _export(run: RunDir, folder: Path, num_layers: int) -> list[str]:
+    graph = run.read_stage("graph")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for index in range(num_layers):
+        path = folder / f"layer_{index:03d}.graph"
+        with path.open("w", encoding="ascii") as file:
+            file.writelines(to_metis_text(read_graph(graph, index)))
+        paths.append(str(path))
+    return paths

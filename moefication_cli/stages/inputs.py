@@ -1,0 +1,166 @@
+"""What the stages read: the model one FFN at a time, and the layer files of earlier stages.
+
+A run remembers its model in run.json; the first stage that names `--model` writes it there.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefication_cli.config import ModelConfig, compared_values, recorded_values
+from moefication_cli.errors import ConfigError
+from moefication_cli.models.checkpoint import Checkpoint
+from moefication_cli.models.sites import FFNSite
+from moefication_cli.runtime.weights import ExpertWeights, FFNWeights
+from moefication_cli.split.graph import Graph
+from moefication_cli.split.partition import Partition
+from moefication_cli.stages.contract import Control, Result, parse_layers
+from moefication_cli.store.manifest import BASE_MODEL, Manifest
+from moefication_cli.store.rundir import RunDir
+from moefication_cli.store.stage import Stage
+from moefication_cli.store.work import Work
+
+_BLOCK = 64  # tokens read together when a layer's inputs are sampled
+
+
+@dataclass(frozen=True)
+class RunModel:
+    """The run's model: where its FFNs are, and their weights one FFN at a time."""
+
+    checkpoint: Checkpoint
+    fingerprint: str
+    device: torch.device
+
+    @property
+    def sites(self) -> Sequence[FFNSite]:
+        return self.checkpoint.sites
+
+    @property
+    def names(self) -> list[str]:
+        """Module path of every FFN without the head's prefix, in execution order."""
+        return [site.name for site in self.sites]
+
+    def read_ffn(self, index: int) -> FFNWeights:
+        """Float32 weights of one FFN, read from the checkpoint now, on the stage's device."""
+        return self.checkpoint.read_ffn(self.sites[index]).to(self.device)
+
+
+def open_model(run: RunDir, config: ModelConfig | None, control: Control) -> RunModel:
+    """The model this run is about. Remembers `--model` and how to read it in run.json.
+
+    Raises ConfigError when the run knows no model, UnavailableError for a device that is not here.
+    """
+    from moefication_cli.models.loading import resolve_device
+
+    device = resolve_device(control.device)
+    info = run.info
+    named: dict[str, Any] = {}
+    if config is not None:
+        named = {"model": _absolute(config.model), "revision": config.revision, "ffn": config.ffn}
+        named |= {"trust_remote_code": True} if config.trust_remote_code else {}
+    model = named.get("model") or info.model
+    if model is None:
+        raise ConfigError(f"{run.root}: no model is known for this run", "name it once with --model")
+    if info.model not in (None, model):
+        control.say(f"{run.root}: the model changes from {info.model} to {model}; stages made from it become stale")
+    checkpoint = Checkpoint(
+        model,
+        revision=named.get("revision") or info.revision,
+        ffn=named.get("ffn") or info.ffn,
+        trust_remote_code=bool(named.get("trust_remote_code") or info.trust_remote_code),
+    )
+    fingerprint = checkpoint.fingerprint(run.hashes.sha256)
+    if not control.dry_run:
+        named["revision"] = checkpoint.resolved_revision
+        run.remember(**named | {"model": model, "fingerprint": fingerprint})
+    return RunModel(checkpoint, fingerprint, device)
+
+
+def _absolute(model: str | None) -> str | None:
+    return str(Path(model).resolve()) if model is not None and Path(model).exists() else model
+
+
+def begin_options(config: Any, control: Control, model: RunModel, inputs: dict[str, Stage | None]) -> dict[str, Any]:
+    """The arguments of `RunDir.begin` that every layered stage shares: config, provenance, inputs, layers."""
+    return {
+        "config": recorded_values(config) | {"seed": control.seed},
+        "compared": [*compared_values(config), "seed"],
+        "sources": control.sources,
+        "inputs": {BASE_MODEL: model.fingerprint} | {name: stage.digest for name, stage in inputs.items() if stage},
+        "layers": model.names,
+        "only": parse_layers(control.layers, len(model.sites)),
+        "force": control.force,
+        "device": str(model.device),
+    }
+
+
+def layered_result(command: str, work: Work, manifest: Manifest | None) -> Result:
+    """The result of a stage with one file per layer: one row per layer, from the manifest's metrics."""
+    if manifest is None:
+        missing = work.missing()
+        note = f"{len(missing)} layers are still to be done (by other processes, or with --layers): {', '.join(missing)}"
+        return Result(command, payload={"complete": False, "missing": missing}, notes=[note])
+    rows = []
+    for number, layer in enumerate(manifest.metrics["layers"]):
+        flat = {name: value for name, value in layer.items() if not isinstance(value, list | dict) and name != "layer"}
+        rows.append({"layer": number, "name": layer["layer"], **flat})
+    payload = {"complete": True, "digest": manifest.digest, "metrics": manifest.metrics, "seconds": manifest.seconds}
+    return Result(command, rows, payload, up_to_date=work.reason is None)
+
+
+def layer_seed(seed: int, index: int) -> int:
+    """A seed of its own for every layer, so that layer order and process count change nothing."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:4], "little") >> 1
+
+
+def read_partition(split: Stage, index: int) -> Partition:
+    """The split of one layer."""
+    tensors, _ = split.read_layer(index, ["expert_F"])
+    return Partition(tensors["expert_F"].to(torch.int64))
+
+
+def read_graph(graph: Stage, index: int) -> Graph:
+    """The co-activation graph of one layer."""
+    tensors, _ = graph.read_layer(index)
+    return Graph(tensors["indptr_F1"], tensors["indices_M"], tensors["weights_M"])
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """FFN inputs of one layer and the sequence each token came from."""
+
+    x_TD: Tensor
+    sequence_T: Tensor
+
+    def split_heldout(self, fraction: float, seed: int) -> "tuple[Tokens, Tokens]":
+        """(training, held-out) tokens, divided by sequence so that no sentence is on both sides."""
+        ids = self.sequence_T.unique()
+        order = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
+        if len(ids) < 2:
+            held_T = torch.arange(len(self.sequence_T)) >= int(len(self.sequence_T) * (1 - fraction))
+        else:
+            held_T = torch.isin(self.sequence_T, order[: max(1, round(fraction * len(ids)))])
+        return Tokens(self.x_TD[~held_T], self.sequence_T[~held_T]), Tokens(self.x_TD[held_T], self.sequence_T[held_T])
+
+
+def read_tokens(activations: Stage, index: int, max_tokens: int | None = None, seed: int = 0) -> Tokens:
+    """Float32 inputs of one FFN; with `max_tokens`, that many from blocks spread at random over all of them."""
+    with activations.open_layer(index) as layer:
+        total = layer.shapes["inputs_TD"][0]
+        if max_tokens is None or max_tokens >= total:
+            return Tokens(layer.tensor("inputs_TD").float(), layer.tensor("sequence_T"))
+        starts = torch.arange(0, total, _BLOCK)
+        order = starts[torch.randperm(len(starts), generator=torch.Generator().manual_seed(seed))]
+        blocks = [(s, min(s + _BLOCK, total)) for s in order[: -(-max_tokens // _BLOCK)].sort().values.tolist()]
+        x_TD = torch.cat([layer.rows("inputs_TD", *block).float() for block in blocks])
+        return Tokens(x_TD[:max_tokens], torch.cat([layer.rows("sequence_T", *b) for b in blocks])[:max_tokens])
+
+
+def expert_weights(ffn: FFNWeights, partition: Partition) -> ExpertWeights:
+    """The FFN with its neurons in expert order: shared first, then expert after expert."""
+    return ExpertWeights(ffn.permute(partition.order_F()), partition.num_experts, partition.num_shared)

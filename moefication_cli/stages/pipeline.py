@@ -1,0 +1,79 @@
+"""run: all stages in order, skipping what is up to date."""
+
+from dataclasses import replace
+
+from moefication_cli.config import ApplyConfig, CollectConfig, EvalConfig, GraphConfig, RouterConfig, RunConfig, SplitConfig
+from moefication_cli.errors import ConfigError
+from moefication_cli.stages.apply import apply as apply_stage
+from moefication_cli.stages.collect import collect_activations
+from moefication_cli.stages.contract import Control, Result
+from moefication_cli.stages.evaluate import evaluate as evaluate_stage
+from moefication_cli.stages.graph import build_graph
+from moefication_cli.stages.router import train_router
+from moefication_cli.stages.split import split as split_stage
+from moefication_cli.store.rundir import RunDir
+
+# The published recipe as options of our stages; `eval` also builds it for its row `paper`.
+_PAPER_SPLIT = {"method": "kmeans", "expert_size": 32, "num_experts": None, "shared_fraction": 0.0}
+
+
+def run_all(
+    run: RunDir,
+    extra: RunConfig,
+    collect: CollectConfig,
+    split: SplitConfig,
+    router: RouterConfig,
+    apply: ApplyConfig,
+    evaluate: EvalConfig,
+    control: Control,
+) -> Result:
+    """collect-activations, (build-graph), split, train-router, apply and, with --eval-data, eval."""
+    if collect.data is None and run.manifest("activations") is None:
+        raise ConfigError("run needs data to calibrate on", "name it with --data")
+    if extra.recipe == "paper":
+        split, router = replace(split, **_PAPER_SPLIT), replace(router, router="mlp")
+    done: list[Result] = []
+    collect = _remembered(run, collect, control)
+    done.append(collect_activations(run, collect, control))
+    if split.method == "graph":
+        done.append(build_graph(run, GraphConfig(), control))
+    done.append(split_stage(run, split, control))
+    done.append(train_router(run, router, control))
+    apply = replace(apply, router=apply.router or router.router)
+    done.append(apply_stage(run, apply, control))
+    if extra.eval_data is None:
+        control.say("no --eval-data: nothing was measured; moefication eval RUN --data ... does it")
+        return _last(done)
+    fractions = evaluate.fractions or f"{apply.fraction:g}"
+    if f"{apply.fraction:g}" not in fractions.split(","):
+        fractions += f",{apply.fraction:g}"
+    selection = evaluate.selection or f"groundtruth,neuron,random,static,paper,{apply.router}"
+    config = replace(
+        evaluate,
+        data=extra.eval_data,
+        split=extra.eval_split,
+        limit=extra.eval_limit,
+        fractions=fractions,
+        selection=selection,
+        fraction_of=apply.fraction_of,
+    )
+    done.append(evaluate_stage(run, config, control))
+    return _last(done)
+
+
+def _remembered(run: RunDir, collect: CollectConfig, control: Control) -> CollectConfig:
+    """A re-run without --data calibrates on the data of last time."""
+    if collect.data is not None:
+        return collect
+    made = run.read_stage("activations").config
+    control.say(f"calibration data as before: {made['data']}")
+    return replace(collect, data=made["data"], split=made["split"], header=made["header"], documents=made["documents"])
+
+
+def _last(done: list[Result]) -> Result:
+    """The last stage's table; every stage's payload under `stages`."""
+    last = done[-1]
+    stages = {result.command: {"up_to_date": result.up_to_date, **result.payload} for result in done}
+    return replace(
+        last, command="run", payload=last.payload | {"stages": stages}, up_to_date=all(r.up_to_date for r in done)
+    )

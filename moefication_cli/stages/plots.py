@@ -1,0 +1,53 @@
+"""The picture of an evaluation: quality against the share of the FFN that is computed."""
+
+from pathlib import Path
+from typing import Any
+
+_STYLE = {
+    "neuron": ("#999999", ":", "neuron oracle"),
+    "groundtruth": ("#555555", "--", "expert oracle"),
+    "static": ("#d95f02", "-", "static pruning"),
+    "paper": ("#7570b3", "-", "published recipe"),
+    "random": ("#bbbbbb", "-.", "random experts"),
+}
+_ROUTER_COLOURS = ("#1b9e77", "#1f78b4", "#e7298a", "#66a61e")
+
+
+def plot_quality(metrics: dict[str, Any], path: Path) -> None:
+    """Write quality.png: the metric and the KL to dense against `ffn_flops_fraction`, one line per selection."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    dense, rows = metrics["dense"], metrics["rows"]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    colours = iter(_ROUTER_COLOURS * 4)
+    for name in dict.fromkeys(row["selection"] for row in rows):
+        points = sorted((r for r in rows if r["selection"] == name), key=lambda r: float(r["ffn_flops_fraction"]))
+        colour, line, label = _STYLE.get(name) or (next(colours), "-", f"{name} router")
+        x = [row["ffn_flops_fraction"] for row in points]
+        for axis, key in ((left, "value"), (right, "kl")):
+            axis.plot(x, [row[key] for row in points], line, color=colour, marker="o", markersize=4, label=label)
+    left.axhline(dense["value"], color="black", linewidth=1, label="dense")
+    left.set_ylabel(dense["metric"])
+    right.set_ylabel("KL(dense || converted)")
+    right.set_yscale("log")
+    if dense["metric"] == "perplexity":
+        left.set_yscale("log")
+    for axis in (left, right):
+        axis.set_xlabel("share of the dense FFN's multiply-adds")
+        axis.grid(alpha=0.3)
+    left.legend(fontsize=8)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def text_chart(metrics: dict[str, Any], width: int = 48) -> list[str]:
+    """A small chart for the terminal: bars of agreement with the dense model, one per row."""
+    lines = ["agreement with the dense model"]
+    for row in metrics["rows"]:
+        filled = round(width * max(0.0, min(1.0, row["agreement"])))
+        label = f"{row['selection']} {row['fraction']:g}"
+        lines.append(f"  {label:<18} {'█' * filled}{'·' * (width - filled)} {row['agreement']:.3f}")
+    return lines

@@ -1,0 +1,1 @@
+"""The only code that touches run directories: manifests, layer files, atomic commits, locks, staleness."""

@@ -1,0 +1,176 @@
+"""One layer's tensors as a safetensors file: written atomically, read strictly, whole or by rows.
+
+Names carry axes (`inputs_TD`, `expert_F`). The single metadata key `moefication` holds canonical JSON with `layer`, the
+FFN's module path: with one key the bytes are the same in every process (with several, the header's order is random).
+The header is parsed here once more because safetensors accepts duplicate names. Content is not hashed here: a flipped
+bit in a payload is found by the manifest's sha256. torch is imported when tensors are read or written, not before.
+"""
+
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moefication_cli.errors import CorruptArtifactError
+from moefication_cli.store import files, jsonio
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KEY = "moefication"
+_MAX_HEADER = 100_000_000  # the limit of safetensors itself
+_HINT = "run the stage that wrote it again, with --force"
+
+
+def write_layer(
+    path: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping[str, Any], tmp: Path | None = None
+) -> None:
+    """Write tensors (any device, any strides) and metadata (JSON, with `layer`) to `path`, atomically and durably.
+
+    `tmp` replaces the temporary name `.NAME.tmp` beside `path`; it must be on the same file system.
+    Raises `MoEficationError` naming path and size when the disk does not take it.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    if not isinstance(metadata.get("layer"), str):
+        raise ValueError("metadata must name its `layer`")
+    tmp = files.temporary(path) if tmp is None else tmp
+    stored = {name: _storable(tensor) for name, tensor in tensors.items()}
+    num_bytes = sum(t.numel() * t.element_size() for t in stored.values())
+    with files.writing(path, num_bytes):
+        try:
+            # save_file gives mode 0600 whatever the umask: learn the umask's mode from a file made the ordinary way.
+            tmp.unlink(missing_ok=True)
+            tmp.touch(mode=0o666)
+            mode = tmp.stat().st_mode & 0o777
+            save_file(stored, tmp, metadata={KEY: jsonio.canonical(metadata).decode()})
+            tmp.chmod(mode)
+            files.fsync(tmp)
+            files.replace(tmp, path)
+        except SafetensorError as error:
+            tmp.unlink(missing_ok=True)
+            raise files.write_error(path, str(error), num_bytes=num_bytes) from error
+        except BaseException:
+            tmp.unlink(missing_ok=True)
+            raise
+
+
+def _storable(tensor: "Tensor") -> "Tensor":
+    tensor = tensor.detach().cpu().contiguous()
+    # safetensors refuses tensors that share storage, and would keep a slice's whole storage alive anyway.
+    return tensor if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size() else tensor.clone()
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata object of a layer file, without torch."""
+    return _read_header(path)[1]
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(tensor entries, metadata); `CorruptArtifactError` unless header and file size agree exactly."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+        if not 0 < length <= min(_MAX_HEADER, size - 8):
+            raise CorruptArtifactError(f"{path} is truncated or no safetensors file ({size} bytes)", _HINT)
+        header = jsonio.parse(file.read(length), path)
+    try:
+        metadata = jsonio.parse(header.pop("__metadata__")[KEY], path)
+        end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+        if not isinstance(metadata["layer"], str):
+            raise TypeError("layer")
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise CorruptArtifactError(f"{path} is no layer file of this program: header lacks {error}", _HINT) from error
+    if size != 8 + length + end:
+        raise CorruptArtifactError(f"{path} has {size} bytes, its header promises {8 + length + end}", _HINT)
+    return header, metadata
+
+
+@dataclass(frozen=True)
+class LayerFile:
+    """An open layer file; tensors are read when asked for."""
+
+    path: Path
+    metadata: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    _handle: Any
+
+    @property
+    def names(self) -> list[str]:
+        """Tensor names, sorted."""
+        return sorted(self.shapes)
+
+    def tensor(self, name: str) -> "Tensor":
+        """One whole tensor."""
+        self._check(name)
+        tensor: Tensor = self._handle.get_tensor(name)
+        return tensor
+
+    def rows(self, name: str, start: int, stop: int) -> "Tensor":
+        """Rows start <= r < stop of a tensor, reading only those."""
+        self._check(name)
+        tensor: Tensor = self._handle.get_slice(name)[start:stop]
+        return tensor
+
+    def _check(self, name: str) -> None:
+        if name not in self.shapes:
+            raise CorruptArtifactError(f"{self.path} holds no tensor {name!r}, only {', '.join(self.names)}", _HINT)
+
+
+@contextmanager
+def open_layer(path: Path) -> Iterator[LayerFile]:
+    """Open a layer file for lazy reading. Raises `CorruptArtifactError` (also if it is missing), naming the file.
+
+    The file is memory-mapped: replacing it (a rename) while it is open leaves the reader with the old content.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        header, metadata = _read_header(path)
+        handle = safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CorruptArtifactError(f"{path} cannot be read: {error}", _HINT) from error
+    with handle:
+        try:
+            yield LayerFile(path, metadata, {n: tuple(e["shape"]) for n, e in header.items()}, handle)
+        except SafetensorError as error:
+            raise CorruptArtifactError(f"{path} cannot be read: {error}", _HINT) from error
+
+
+def read_layer(path: Path, names: list[str] | None = None) -> "tuple[dict[str, Tensor], dict[str, Any]]":
+    """(tensors, metadata) of a layer file; `names` limits what is read. Errors as `open_layer`."""
+    with open_layer(path) as layer:
+        return {name: layer.tensor(name) for name in (layer.names if names is None else names)}, layer.metadata
+
+
+def expect(
+    tensors: "Mapping[str, Tensor]",
+    required: Mapping[str, Any],
+    where: Path | str,
+    optional: Mapping[str, Any] | None = None,
+) -> None:
+    """Check names, dtypes and shapes of what was read; `CorruptArtifactError` naming `where` otherwise.
+
+    A spec is (dtype, dtypes or None for any; number of dimensions, or a shape with None for any size):
+    `expect(tensors, {"expert_F": (torch.int32, 1), "centroids_ED": (None, (48, None))}, path)`.
+    """
+    specs = {**(optional or {}), **required}
+    if lacking := sorted(required.keys() - tensors.keys()):
+        raise CorruptArtifactError(f"{where} lacks the tensor {lacking[0]!r}", _HINT)
+    if extra := sorted(tensors.keys() - specs.keys()):
+        raise CorruptArtifactError(f"{where} holds an unknown tensor {extra[0]!r}", _HINT)
+    for name, tensor in tensors.items():
+        dtype, shape = specs[name]
+        dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
+        if dtype is not None and tensor.dtype not in dtypes:
+            wanted = " or ".join(str(d) for d in dtypes)
+            raise CorruptArtifactError(f"{where}: {name!r} is {tensor.dtype}, expected {wanted}", _HINT)
+        actual = tuple(tensor.shape)
+        sizes = (None,) * shape if isinstance(shape, int) else shape
+        if len(actual) != len(sizes) or any(s is not None and s != a for s, a in zip(sizes, actual, strict=True)):
+            wanted = "(" + ", ".join("*" if s is None else str(s) for s in sizes) + ")"
+            raise CorruptArtifactError(f"{where}: {name!r} has shape {actual}, expected {wanted}", _HINT)

@@ -1,0 +1,269 @@
+"""A run directory: `run.json`, its stages, and whether they still fit together. The entry point of this package.
+
+    run = RunDir("artifacts/bert")
+    run.remember(model="bert", revision="...", fingerprint="...")
+    graph = run.require("graph")
+    with run.begin("split", config={...}, inputs={"graph": graph.digest}, layers=graph.layers) as work:
+        for i in work.pending():
+            tensors, _ = graph.read_layer(i)
+            work.save(i, {"expert_F": ...}, metrics={"cut": ...})
+        manifest = work.finish({"method": "graph"})     # None while other processes have layers to do
+
+Reading never writes (but for the hash cache, best effort). Only this package touches run directories.
+"""
+
+import shlex
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from moefication_cli.errors import ConfigError, CorruptArtifactError, MissingArtifactError, StaleArtifactError
+from moefication_cli.store import files, jsonio, locks
+from moefication_cli.store.hashes import HashCache
+from moefication_cli.store.manifest import BASE_MODEL, SCHEMA_VERSION, Manifest, check_fields, check_schema, differences
+from moefication_cli.store.stage import COMMANDS, Check, Stage, StagePaths, check_stage, verified
+from moefication_cli.store.work import Work
+
+LOCK_TIMEOUT = 5.0
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """`run.json`: what later stages need to know of the first command. None: not said yet."""
+
+    schema: str = f"moefication/run@{SCHEMA_VERSION}"
+    model: str | None = None  # hub id or folder
+    revision: str | None = None  # resolved commit, None for a folder
+    fingerprint: str | None = None  # of weights and config
+    task: str | None = None
+    prompt: str | None = None
+    label_words: str | None = None
+    fields: Mapping[str, Any] | None = None  # text and label fields of the data
+    ffn: str | None = None  # FFN described by hand, `--ffn`
+    trust_remote_code: bool | None = None
+
+
+class RunDir:
+    """One run directory; it need not exist yet. `lock_timeout`: seconds to wait for other processes."""
+
+    def __init__(self, path: str | Path, lock_timeout: float = LOCK_TIMEOUT) -> None:
+        self.root = Path(path)
+        self.lock_timeout = lock_timeout
+        self.hashes = HashCache(self.root)
+
+    def path(self, stage: str) -> Path:
+        """The folder of a stage. `ConfigError` if there is no such stage or its name is not a plain name."""
+        return self._paths(stage).final
+
+    def _paths(self, stage: str) -> StagePaths:
+        check_stage(stage)
+        return StagePaths(self.root, stage)
+
+    def names(self, kind: str) -> list[str]:
+        """Names of the finished stages of a kind with names: `names("router")` -> ["mlp", "similarity"]."""
+        folder = self.root / kind
+        if not folder.is_dir():
+            return []
+        return sorted(p.name for p in folder.iterdir() if p.name[0] != "." and (p / "manifest.json").is_file())
+
+    # -- run.json ----------------------------------------------------------------------------------------------------
+
+    @property
+    def info(self) -> RunInfo:
+        """`run.json`, or an empty record. Raises `CorruptArtifactError`."""
+        path = self.root / "run.json"
+        try:
+            value = jsonio.read_object(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return RunInfo()
+        check_schema(value.get("schema"), "run", path)
+        check_fields(value, RunInfo, path)
+        return RunInfo(**value)
+
+    def remember(self, **known: Any) -> RunInfo:
+        """Set fields of `run.json` (see `RunInfo`); None leaves a field as it is. Writes only if something changes."""
+        if odd := known.keys() - ({f.name for f in fields(RunInfo)} - {"schema"}):
+            raise TypeError(f"run.json has no field {sorted(odd)[0]!r}")
+        given = {name: jsonio.plain(value) for name, value in known.items() if value is not None}
+        if replace(self.info, **given) == self.info and (self.root / "run.json").exists():
+            return self.info
+        files.make_dirs(self.root)
+        with locks.held(self.root / ".locks" / "run.lock", "run.json", max(self.lock_timeout, 10.0)):
+            info = replace(self.info, **given)
+            check_fields(asdict(info), RunInfo, self.root / "run.json")
+            jsonio.write(self.root / "run.json", asdict(info))
+        return info
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def manifest(self, stage: str) -> Manifest | None:
+        """The manifest of a stage, None if it has not been made; its files are not looked at."""
+        paths = self._paths(stage)
+        manifest = paths.read_manifest()
+        if manifest is None and paths.unfinished_commit():
+            # A commit is between its two renames, or was killed there.
+            with paths.locked(max(self.lock_timeout, 10.0)):
+                paths.recover()
+            manifest = paths.read_manifest()
+        return manifest
+
+    def read_stage(self, stage: str, check: Check = "cached") -> Stage:
+        """A finished stage with its files checked against the manifest (`check`: see `stage.verified`).
+
+        Raises `MissingArtifactError` with the command to run, `CorruptArtifactError` naming the file.
+        """
+        paths = self._paths(stage)
+        manifest = self.manifest(stage)
+        while manifest is not None:
+            try:
+                return verified(paths, manifest, self.hashes, check)
+            except CorruptArtifactError:
+                now = self.manifest(stage)
+                if now == manifest:
+                    raise
+                manifest = now  # it was replaced while we looked
+        raise MissingArtifactError(
+            f"{paths.final} has not been made: this needs `{stage}`", f"run `{self.command(stage)}` first"
+        )
+
+    def require(self, stage: str, fingerprint: str | None = None, check: Check = "cached") -> Stage:
+        """`read_stage`, and everything it was made from is still as it was, all the way up.
+
+        `fingerprint`: the source model's today, by default what `run.json` says. An upstream stage that was deleted
+        does not count as changed. Raises also `StaleArtifactError` with the command to run.
+        """
+        if reason := self.why_stale(stage, fingerprint=fingerprint):
+            stale = self._oldest_stale(stage, fingerprint)
+            raise StaleArtifactError(f"`{stage}` is stale: {reason}", f"run `{self.command(stale)}`")
+        return self.read_stage(stage, check)
+
+    def why_stale(
+        self,
+        stage: str,
+        *,
+        config: Mapping[str, Any] | None = None,
+        compared: Collection[str] | None = None,
+        inputs: Mapping[str, str] | None = None,
+        layers: Sequence[str] | None = None,
+        fingerprint: str | None = None,
+    ) -> str | None:
+        """Why a finished stage is not what would be made today, as a sentence; None if it is, or is not there.
+
+        With `config` and `inputs` (as for `begin`) they are compared; without them only what lies upstream.
+        "`num_experts` 96 -> 48", "`activations` changed", "`graph` is stale: `activations` changed"
+        """
+        manifest = self.manifest(stage)
+        if manifest is None:
+            return None
+        values = manifest.values if config is None else config
+        names = [n for n, e in manifest.config.items() if e["compared"]] if config is None else compared
+        today = {n: v for n, v in values.items() if names is None or n in names}
+        known = dict(inputs or {})
+        if inputs is None:
+            known = {n: self._digest_of(n, fingerprint) or recorded for n, recorded in manifest.inputs.items()}
+        if reason := differences(manifest, today, known, layers):
+            return reason
+        for name in manifest.inputs:
+            if self._is_stage(name) and (reason := self.why_stale(name, fingerprint=fingerprint)):
+                return f"`{name}` is stale: {reason}"
+        return None
+
+    def _oldest_stale(self, stage: str, fingerprint: str | None) -> str:
+        manifest = self.manifest(stage)
+        for name in manifest.inputs if manifest else ():
+            if self._is_stage(name) and self.why_stale(name, fingerprint=fingerprint):
+                return self._oldest_stale(name, fingerprint)
+        return stage
+
+    def _digest_of(self, name: str, fingerprint: str | None) -> str | None:
+        if name == BASE_MODEL:
+            return fingerprint or self.info.fingerprint
+        manifest = self.manifest(name) if self._is_stage(name) else None
+        return manifest.digest if manifest else None
+
+    @staticmethod
+    def _is_stage(name: str) -> bool:
+        try:
+            check_stage(name)
+        except ConfigError:
+            return False
+        return True
+
+    def command(self, stage: str) -> str:
+        """The command that makes a stage: the one that made it if it is there, else one with the least options."""
+        kind, _, name = stage.partition("/")
+        manifest = self._paths(stage).read_manifest_or_none()
+        argv = manifest.environment.get("argv") if manifest else None
+        if isinstance(argv, list) and len(argv) > 2 and argv[1] in {COMMANDS[kind], "run"}:
+            return shlex.join(["moefication", *(str(a) for a in argv[1:])])
+        parts = ["moefication", COMMANDS[kind], str(self.root)]
+        if kind == "activations":
+            model = [] if (self.root / "run.json").exists() else ["--model", "MODEL"]
+            parts += [*model, "--data", "DATA"]
+        elif kind in {"router", "eval"} and name != "default":
+            parts += ["--router" if kind == "router" else "--name", name]
+        return shlex.join(parts)
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def begin(
+        self,
+        stage: str,
+        *,
+        config: Mapping[str, Any],
+        sources: Mapping[str, str] | None = None,
+        compared: Collection[str] | None = None,
+        inputs: Mapping[str, str] | None = None,
+        layers: Sequence[str] = (),
+        only: Collection[int] | None = None,
+        force: bool = False,
+        device: str = "cpu",
+    ) -> Iterator[Work]:
+        """Work on a stage; see `Work` and the module docstring. Leaving the block without `finish` keeps what is saved.
+
+        config    every option's value; `sources` says where each came from (default "default")
+        compared  the options that decide freshness and resumption; None: all of them
+        inputs    {upstream stage, `base_model` or other name: digest}
+        layers    FFN module paths in execution order; empty for a stage made in one go in `work.folder`
+        only      indices this process may do (array task, rank); others are left alone
+        force     redo `only`, or everything
+
+        Raises `LockedError`, `MoEficationError` (not writable), `ConfigError` (an index out of range).
+        """
+        if compared is not None and (odd := set(compared) - set(config)):
+            raise ValueError(f"compared names {sorted(odd)[0]!r}, which config lacks")
+        targets = range(len(layers)) if only is None else sorted(set(only))
+        if wrong := [i for i in targets if not 0 <= i < len(layers)]:
+            raise ConfigError(
+                f"there is no layer {wrong[0]}: `{stage}` has {len(layers)} layers", f"choose from 0-{len(layers) - 1}"
+            )
+        work = Work(
+            paths=self._paths(stage),
+            hashes=self.hashes,
+            config={
+                name: {
+                    "value": jsonio.plain(value),
+                    "source": (sources or {}).get(name, "default"),
+                    "compared": compared is None or name in compared,
+                }
+                for name, value in config.items()
+            },
+            inputs=dict(inputs or {}),
+            layers=tuple(layers),
+            targets=targets,
+            device=device,
+            timeout=self.lock_timeout,
+        )
+        if not force:
+            # Without locks first: an up-to-date stage in a read-only directory is fine.
+            work.manifest, work.reason = work.freshness()
+        try:
+            if not work.up_to_date or work.paths.unfinished_commit():
+                files.make_dirs(work.paths.final.parent)
+                work.prepare(force)
+            yield work
+        finally:
+            work.release()

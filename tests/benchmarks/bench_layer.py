@@ -1,0 +1,187 @@
+"""One FFN layer: the stock torch FFN against the MoE with its router, alternating in one process, weights cold.
+
+    python tests/benchmarks/bench_layer.py                 every row of the table below, about ten minutes on two cores
+    python tests/benchmarks/bench_layer.py --cases t5-base --tokens 1,8 --repeats 30 --json
+
+Dense is what a user has: two or three nn.Linear and an activation. The MoE holds the same weights behind `MoEFFN`, a linear router
+(D -> E) and top-k included. Calls rotate over so many layers that no weight is still in cache when its turn comes again.
+ReLU rows carry a bias that lets 15 % of the neurons fire; SwiGLU rows have nothing to skip. Weights are random, so a
+row says nothing about quality. `bound` is the larger of the ratios of arithmetic and of bytes, router and the union of the
+tokens' experts counted; skipping neurons whose ReLU is zero is not in it and may pass it.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moefication_cli.routing.router import Router, Rule
+from moefication_cli.runtime.layer import MoEFFN
+from moefication_cli.runtime.weights import ACTIVATIONS, ExpertWeights, FFNWeights
+
+CACHE_BYTES = 128 << 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer's shape."""
+
+    name: str
+    d_model: int
+    neurons: int
+    experts: int
+    activation: str
+    gated: bool = False
+
+
+CASES = [
+    Case("t5-base", 768, 3072, 96, "relu"),
+    Case("bert-large", 1024, 4096, 128, "relu"),
+    Case("llama-7b", 4096, 11008, 86, "silu", True),
+    Case("t5-base/16", 768, 3072, 192, "relu"),
+    Case("t5-base/8", 768, 3072, 384, "relu"),
+    Case("bert-large/16", 1024, 4096, 256, "relu"),
+    Case("bert-large/8", 1024, 4096, 512, "relu"),
+    Case("llama-7b/16", 4096, 11008, 688, "silu", True),
+    Case("bert-base-gelu", 768, 3072, 96, "gelu"),
+    Case("small-384", 384, 1536, 192, "relu"),
+    Case("small-256", 256, 1024, 128, "relu"),
+    Case("small-64", 64, 172, 43, "silu", True),
+]
+
+
+class Dense(nn.Module):
+    """A stock FFN."""
+
+    def __init__(self, case: Case, dtype: torch.dtype) -> None:
+        super().__init__()
+        scale = case.d_model**-0.5
+        self.act = ACTIVATIONS[case.activation]
+        bias = not case.gated
+        self.up = nn.Linear(case.d_model, case.neurons, bias=bias, dtype=dtype)
+        self.down = nn.Linear(case.neurons, case.d_model, bias=bias, dtype=dtype)
+        self.gate = nn.Linear(case.d_model, case.neurons, bias=False, dtype=dtype) if case.gated else None
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.data.normal_(0.0, scale)
+        if bias and case.activation == "relu":
+            self.up.bias.data.fill_(-1.0364)  # a unit normal exceeds 1.0364 with probability 0.15
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate is not None:
+            return self.down(self.act(self.gate(x)) * self.up(x))
+        return self.down(self.act(self.up(x)))
+
+
+def moe(dense: Dense, case: Case, fraction: float, backend: str) -> tuple[MoEFFN, int]:
+    """The same weights as a MoE, and how many experts a token gets."""
+    ffn = FFNWeights(
+        dense.up.weight.data,
+        dense.down.weight.data.t().contiguous(),
+        None if dense.gate is None else dense.gate.weight.data,
+        None if dense.up.bias is None else dense.up.bias.data,
+        None,
+        None if dense.down.bias is None else dense.down.bias.data,
+        case.activation,
+    )
+    top_k = max(1, round(fraction * case.experts))
+    router = Router(torch.randn(case.experts, case.d_model))
+    return MoEFFN(ExpertWeights(ffn, case.experts), router, Rule(top_k=top_k), backend), top_k
+
+
+def bound(case: Case, tokens: int, top_k: int, dtype: torch.dtype) -> float:
+    """The best ratio the layer's arithmetic and bytes allow: the larger cost of dense over the larger cost of the MoE."""
+    neuron, router = case.d_model * (3 if case.gated else 2), case.experts * case.d_model
+    touched = 1.0 - (1.0 - top_k / case.experts) ** tokens
+    arithmetic = case.neurons * neuron / (case.neurons * neuron * top_k / case.experts + router)
+    size = dtype.itemsize
+    read = case.neurons * neuron * size / (case.neurons * neuron * size * touched + router * 4)
+    return max(arithmetic, read) if tokens > 1 else min(arithmetic, read)
+
+
+def measure(calls: list[Callable[[], object]], repeats: int) -> list[list[float]]:
+    """Seconds of each call, all calls in alternation."""
+    seconds: list[list[float]] = [[] for _ in calls]
+    for _ in range(repeats):
+        for taken, call in zip(seconds, calls, strict=True):
+            start = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - start)
+    return seconds
+
+
+def row(case: Case, tokens: int, fraction: float, dtype: torch.dtype, backend: str, repeats: int, budget: float) -> dict[str, object]:
+    """One row of the table."""
+    layer_bytes = case.neurons * case.d_model * (3 if case.gated else 2) * dtype.itemsize
+    layers = max(2, -(-CACHE_BYTES // layer_bytes)) if tokens <= 64 else 2
+    stock = [Dense(case, dtype) for _ in range(layers)]
+    experts = [moe(layer, case, fraction, backend) for layer in stock]
+    top_k = experts[0][1]
+    x_LTD = torch.randn(layers, tokens, case.d_model, dtype=dtype)
+    turn = 0
+
+    def dense_call() -> Tensor:
+        nonlocal turn
+        turn = (turn + 1) % layers
+        return stock[turn](x_LTD[turn])
+
+    def moe_call() -> Tensor:
+        return experts[turn][0](x_LTD[turn])
+
+    with torch.inference_mode():
+        for _ in range(layers):
+            dense_call(), moe_call()
+        once = sum(s[0] for s in measure([dense_call, moe_call], 1))
+        dense_s, moe_s = measure([dense_call, moe_call], max(5, min(repeats, int(budget / once))))
+    middle = (statistics.median(dense_s), statistics.median(moe_s))
+    limit = bound(case, tokens, top_k, dtype)
+    return {
+        "case": case.name, "d_model": case.d_model, "neurons": case.neurons, "experts": case.experts, "top_k": top_k,
+        "activation": case.activation, "gated": case.gated, "tokens": tokens, "fraction": fraction, "dtype": str(dtype)[6:],
+        "threads": torch.get_num_threads(), "backend": experts[0][0].last_backend, "repeats": len(dense_s),
+        "dense_seconds": middle[0], "moe_seconds": middle[1], "speedup": middle[0] / middle[1],
+        "dense_range": [min(dense_s), max(dense_s)], "moe_range": [min(moe_s), max(moe_s)], "bound": limit,
+        "speedup_of_minima": min(dense_s) / min(moe_s),
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Runs the rows asked for and prints a table, or one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", default=",".join(case.name for case in CASES))
+    parser.add_argument("--tokens", default="1,8,64,512,2048")
+    parser.add_argument("--fractions", default="0.2")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--budget", type=float, default=4.0, help="seconds per row")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    rows = []
+    if not options.json:
+        print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+        print("case            tokens  frac  dense ms   moe ms  speedup  of minima  bound  backend")
+    for case in [c for c in CASES if c.name in options.cases.split(",")]:
+        for tokens in map(int, options.tokens.split(",")):
+            for fraction in map(float, options.fractions.split(",")):
+                r = row(case, tokens, fraction, getattr(torch, options.dtype), options.backend, options.repeats, options.budget)
+                rows.append(r)
+                if not options.json:
+                    print(
+                        f"{r['case']:<15} {tokens:>6} {fraction:>5} {1e3 * r['dense_seconds']:>9.3f} {1e3 * r['moe_seconds']:>8.3f} "
+                        f"{r['speedup']:>7.2f}x {r['speedup_of_minima']:>9.2f}x {r['bound']:>5.2f}x  {r['backend']}",
+                        flush=True,
+                    )
+    if options.json:
+        print(json.dumps({"ok": True, "machine": platform.machine(), "torch": torch.__version__, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""The architecture as a test: imports point left only, each heavy dependency has one home, `--help` is light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "moefication_cli"
+ORDER = ["errors", "config", "split", "routing", "runtime", "store", "models", "tasks", "stages", "cli"]
+# `routing` and `runtime` hold plain tensors for each other: weights and routers are data both sides describe.
+SIBLINGS = {("routing", "runtime")}
+HOMES = {
+    "typer": {"cli"},
+    "rich": {"cli"},
+    "transformers": {"models", "tasks"},
+    "datasets": {"tasks"},
+    "accelerate": {"models"},
+    "pymetis": {"split"},
+    "k_means_constrained": {"split"},
+    "numba": {"runtime", "split"},
+    "triton": {"runtime"},
+    "fmoe": {"runtime"},
+    "matplotlib": {"stages"},
+    "click": set(),
+    "pickle": {"models"},  # the name of the error torch.load raises, nothing else
+}
+
+
+def imports(path: Path) -> list[tuple[str, int]]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.append((node.module, node.lineno))
+            if node.module == "moefication_cli":
+                found += [(f"moefication_cli.{alias.name}", node.lineno) for alias in node.names]
+    return found
+
+
+def violations(path: Path, package: str) -> list[str]:
+    bad = []
+    for name, line in imports(path):
+        top, _, rest = name.partition(".")
+        if top == "moefication_cli" and rest:
+            target = rest.split(".")[0]
+            if target in ORDER and package in ORDER and ORDER.index(target) > ORDER.index(package):
+                if (package, target) not in SIBLINGS:
+                    bad.append(f"{path.name}:{line}: {package} imports {target}")
+        elif top in HOMES and package not in HOMES[top]:
+            bad.append(f"{path.name}:{line}: {package} imports {top}")
+    return bad
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_left(path: Path) -> None:
+    relative = path.relative_to(PACKAGE)
+    package = relative.parts[0].removesuffix(".py")
+    if package in ("__init__", "__main__"):
+        return
+    assert not violations(path, package)
+
+
+def test_a_wrong_import_is_found(tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text("import transformers\nfrom moefication_cli.cli import app\nfrom moefication_cli import stages\n")
+    assert len(violations(wrong, "split")) == 3
+
+
+def test_no_module_is_too_long() -> None:
+    long = {p.name: n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 400}
+    assert not long
+
+
+def test_help_imports_no_torch() -> None:
+    code = "import sys; import moefication_cli.cli.app; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
