@@ -53,7 +53,9 @@ class ControlConfig:
     seed: int = option(0, "Seed; each layer derives its own from it", minimum=0)
     layers: str | None = option(None, "Only these layers, e.g. 0,3-7 (batch arrays)", compared=False)
     force: bool = option(False, "Redo the stage even if it is up to date", compared=False)
-    dry_run: bool = option(False, "Say what would be read, written and how long it would take; do nothing", compared=False)
+    dry_run: bool = option(
+        False, "Say what would be read, written and how long it would take; do nothing", compared=False
+    )
     json: bool = option(False, "Print exactly one JSON object on stdout", compared=False)
     quiet: bool = option(False, "No progress on stderr, only warnings and errors", compared=False)
 
@@ -99,6 +101,9 @@ class CollectConfig(ModelConfig, TaskConfig, DataConfig):
     storage_dtype: Literal["float16", "bfloat16", "float32"] = option("float16", "How inputs are stored")
     dtype: str | None = option(None, "Model dtype (default: float32 on CPU, the checkpoint's on CUDA)")
     batch_size: int = option(32, "Sequences per forward pass", minimum=1, compared=False)
+    sensitivity: bool = option(
+        True, "Also measure how much each token's FFN output matters (a backward pass); routers and budgets use it"
+    )
     offload: bool = option(False, "Model larger than memory: let accelerate place and offload it", compared=False)
 
 
@@ -127,7 +132,9 @@ class SplitConfig(ModelConfig):
     projection: Literal["auto", "up", "gate"] = option("auto", "kmeans: rows to cluster (auto: gate rows where gated)")
     profile_tokens: int = option(4096, "activation: tokens that make up a neuron's profile", minimum=1)
     from_partition: str | None = option(None, "Folder or file pattern of gpmetis .part.N files, one per layer")
-    init: str | None = option(None, "Warm start from the split of this run directory; the better of warm and cold stays")
+    init: str | None = option(
+        None, "Warm start from the split of this run directory; the better of warm and cold stays"
+    )
 
 
 @dataclass(frozen=True)
@@ -138,12 +145,16 @@ class RouterConfig:
         "regression", "regression: low-rank, predicts contribution; mlp: the paper's; linear; quadratic; similarity"
     )
     score: Score | None = option(None, "What an expert is worth (default: activation for mlp, norm otherwise)")
-    width: int | None = option(None, "Hidden width of regression and quadratic routers (default: by model width)", minimum=1)
-    epochs: int = option(20, "At most this many passes over the tokens", minimum=1)
+    width: int | None = option(
+        None, "Hidden width of regression and quadratic routers (default: by model width)", minimum=1
+    )
+    epochs: int | None = option(None, "Passes over the tokens (default: 6; at most 20 for mlp, which stops early)", minimum=1)
     batch_size: int = option(1024, "Tokens per training step", minimum=1)
     learning_rate: float | None = option(None, "Adam's step (default: by router)", minimum=0.0)
     patience: int = option(3, "Epochs without improvement before stopping", minimum=1)
-    heldout_fraction: float = option(0.1, "Share of sequences held out to measure and to stop", minimum=0.01, maximum=0.9)
+    heldout_fraction: float = option(
+        0.1, "Share of sequences held out to measure and to stop", minimum=0.01, maximum=0.9
+    )
     max_tokens: int | None = option(None, "Use at most this many of the collected tokens", minimum=1)
     fractions: str = option("0.05,0.1,0.2,0.3,0.5", "Active fractions the captured share is reported at")
     recipe: Literal["default", "paper"] = option("default", "paper: the published training (30 epochs, batch 512)")
@@ -155,8 +166,19 @@ class ApplyConfig:
 
     router: str | None = option(None, "Which trained router (default: the one there is)")
     fraction: float = option(0.2, "What an FFN may compute, as a share of dense", minimum=0.0, maximum=1.0)
-    fraction_of: Literal["flops", "neurons"] = option("flops", "flops counts everything, router included; neurons: the paper")
+    fraction_of: Literal["flops", "neurons"] = option(
+        "flops", "flops counts everything, router included; neurons: the paper"
+    )
     top_k: int | None = option(None, "Experts per token, instead of --fraction", minimum=1)
+    rule: Literal["threshold", "top_k"] | None = option(
+        None, "Experts per token: all whose score passes a calibrated threshold, or a fixed number (default: by router)"
+    )
+    budget: Literal["auto", "uniform"] | None = option(
+        None, "auto: share the compute between layers by what it saves; uniform: the same everywhere (default: by router)"
+    )
+    compensation: Literal["auto", "mean", "none"] = option(
+        "auto", "What stands in for dropped experts: their mean, or the best low-rank correction as well"
+    )
     keep_dense: str | None = option(None, "Layers left as they are, e.g. 0,11")
 
 
@@ -164,7 +186,9 @@ class ApplyConfig:
 class EvalConfig(TaskConfig, DataConfig):
     """eval: quality and time of the MoE beside the dense model, oracles and baselines."""
 
-    selection: str | None = option(None, "Comma list of groundtruth,neuron,random,static,paper and routers (default: all there are)")
+    selection: str | None = option(
+        None, "Comma list of groundtruth,neuron,random,static,paper and routers (default: all there are)"
+    )
     fractions: str | None = option(None, "Comma list (default: the fraction of RUN/model)")
     fraction_of: Literal["flops", "neurons"] = option("flops", "What --fractions bound: flops (all counted) or neurons")
     name: str = option("default", "Keeps several evaluations apart", compared=False)
@@ -188,3 +212,41 @@ class DemoConfig:
     """demo: the shipped model, converted and measured on standard-library modules it never saw."""
 
     fractions: str = option("0.1,0.2,0.3,0.5", "What an FFN may compute, as shares of dense")
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """bench: time of the MoE beside the dense model, and how fast it could be."""
+
+    shape: Literal["t5-base", "bert-large", "opt-1.3b", "llama-7b-layer"] | None = option(
+        None, "Random weights of this architecture instead of MODEL_OR_RUN"
+    )
+    mode: str | None = option(None, "Comma list of ffn, prefill, decode (default: all the model has)")
+    tokens: str = option("1,8,64,512", "ffn: tokens per call, a comma list")
+    batch: str = option("1", "prefill, decode: sequences at once, a comma list")
+    seq: str = option("128", "prefill: tokens per sequence, a comma list")
+    prompt_tokens: int = option(32, "decode: tokens before the first generated one", minimum=1)
+    new_tokens: int = option(32, "decode: tokens generated before starting again from the prompt", minimum=1)
+    fractions: str | None = option(
+        None, "Active share of the experts, a comma list (default: 0.2; of a run, what RUN/model does)"
+    )
+    expert_size: int | None = option(
+        None, "Neurons per expert of random routers (default: 32; llama-7b-layer 128)", minimum=1
+    )
+    num_experts: int | None = option(None, "Experts per FFN, instead of --expert-size", minimum=1)
+    router_width: int | None = option(
+        None, "Hidden width of random routers, 0 for linear ones (default: as train-router's)", minimum=0
+    )
+    firing: float = option(
+        0.15, "--shape: share of ReLU neurons that fire, by a bias of the random weights", minimum=0.001, maximum=1.0
+    )
+    activation: str | None = option(None, "--shape: another activation, e.g. gelu (default: relu; llama silu)")
+    backend: str = option("auto", "Backend of the MoE")
+    dtype: str | None = option(None, "float32 or bfloat16 (default: float32 on CPU, the checkpoint's on CUDA)")
+    threads: int | None = option(None, "CPU threads (default: what torch takes)", minimum=1)
+    repeats: int = option(100, "Dense and MoE take turns at most so many times per row", minimum=1)
+    seconds: float = option(5.0, "Seconds per row, about; 5 turns at least", minimum=0.0)
+    revision: str | None = option(None, "Revision of a hub model")
+    ffn: str | None = option(None, 'FFN described by hand: "up=...,gate=...,down=..." with * for the layer number')
+    task: TaskName | None = option(None, "classification, text2text or lm; guessed from the architecture")
+    trust_remote_code: bool = option(False, "Run code that comes with the model")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from cli_runner import Runner
 
 
 @pytest.fixture
@@ -12,3 +13,9 @@ def shared_dir() -> Path:
     if not (folder / "models").is_dir():
         pytest.skip(f"needs the real models and data in {folder}, which is not there")
     return folder
+
+
+@pytest.fixture
+def run_cli(capsys: pytest.CaptureFixture[str]) -> Runner:
+    """Runs a command and returns its exit code, stdout and stderr."""
+    return Runner(capsys)

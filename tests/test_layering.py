@@ -75,5 +75,7 @@ def test_no_module_is_too_long() -> None:
 
 
 def test_help_imports_no_torch() -> None:
-    code = "import sys; import moefication_cli.cli.app; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = (
+        "import sys; import moefication_cli.cli.app; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -116,7 +116,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path):
             return (os.mkdir, (str(tmp_path / "ran"),))
 
     with (tmp_path / "pytorch_model.bin").open("wb") as file:
-        pickle.dump({"bert.pooler.dense.bias": Evil()}, file)
+        pickle.dump({"bert.pooler.dense.bias": Evil()}, file, protocol=2)
     checkpoint = Checkpoint(tmp_path)
     with pytest.raises(ConfigError, match=r"refused by torch\.load"):
         checkpoint.read_ffn(checkpoint.sites[0])

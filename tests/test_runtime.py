@@ -71,7 +71,9 @@ def float32(w: ExpertWeights) -> ExpertWeights:
         changed = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}  # type: ignore[arg-type]
         return dataclasses.replace(record, **{k: t.float() for k, t in changed.items() if isinstance(t, Tensor)})  # type: ignore[type-var]
 
-    return dataclasses.replace(w, ffn=wide(w.ffn), compensation=None if w.compensation is None else wide(w.compensation))
+    return dataclasses.replace(
+        w, ffn=wide(w.ffn), compensation=None if w.compensation is None else wide(w.compensation)
+    )
 
 
 def error(y: Tensor, expected: Tensor) -> float:
@@ -128,7 +130,9 @@ def test_numba_knows_every_activation(act: str, gated: bool) -> None:
         assert error(BACKENDS["numba"](x, ids(6, 12, 5), w), wrong) > 1e-3
 
 
-@pytest.mark.parametrize(("d", "E", "N", "S"), [(64, 43, 4, 0), (36, 5, 3, 7), (20, 3, 1, 0), (300, 6, 33, 40), (1056, 4, 130, 0)])
+@pytest.mark.parametrize(
+    ("d", "E", "N", "S"), [(64, 43, 4, 0), (36, 5, 3, 7), (20, 3, 1, 0), (300, 6, 33, 40), (1056, 4, 130, 0)]
+)
 @pytest.mark.parametrize("gated", [False, True])
 def test_numba_takes_any_shape(d: int, E: int, N: int, S: int, gated: bool) -> None:
     w = make(d=d, E=E, N=N, S=S, gated=gated, act="relu", fix=True)
@@ -239,7 +243,9 @@ def test_the_compiled_router_selects_what_the_router_selects(kind: str, dtype: t
                 assert error(y, masked(x.float(), selected, float32(w))) < (5e-6 if dtype == torch.float32 else 2e-2)
                 count = selected.sum() if selected.dtype == torch.bool else selected.numel()
                 assert int(layer.counts_E.sum()) == count and layer.num_counted == T  # type: ignore[union-attr]
-                lower = MoEFFN(w, Router(-router.w_in_RD, router.b_in_R, router.w_out_ER, router.b_out_E), rule, "numba")
+                lower = MoEFFN(
+                    w, Router(-router.w_in_RD, router.b_in_R, router.w_out_ER, router.b_out_E), rule, "numba"
+                )
                 assert error(lower(x), masked(x.float(), selected, float32(w))) > 1e-2
 
 

@@ -218,6 +218,21 @@ def test_long_runs_claim_the_gain_that_is_recomputed():
         assert again == 0  # skipping rows did not hide a swap
 
 
+def test_long_weighted_runs_claim_the_gain_that_is_recomputed():
+    x = torch.randn(320, 24, generator=torch.Generator().manual_seed(3))
+    w = torch.rand(320, generator=torch.Generator().manual_seed(4)) + 0.05
+    w = w / w.mean()
+    gram_FF, scale = kmeans.gram(x)
+    order = np.random.default_rng(0).permutation(320)
+    labels = (order.argsort() % 40).astype(np.int32)
+    before = naive_inertia(x, torch.from_numpy(labels), w)
+    args = gram_FF.numpy(), w.numpy(), labels, 40, order, 200, 2**62, 1e-6
+    count, gain = swaps.weighted_swap_sweeps(*args)
+    after = naive_inertia(x, torch.from_numpy(labels), w)
+    assert count > 150
+    assert before - after == pytest.approx(gain * scale**2, rel=1e-4)
+
+
 @pytest.mark.parametrize("num_experts", [4, 12, 48])
 def test_planted_clusters_are_recovered(num_experts):
     x, truth_F = planted(num_experts=num_experts)
@@ -342,6 +357,21 @@ def test_torch_rounds_lower_the_objective_every_time_and_end_where_no_swap_helps
     compiled = labels.numpy().astype(np.int32)
     args = (gram_FF.numpy(), w.numpy(), compiled, 8, order.numpy(), 50, 2**62, 1e-5)
     assert swaps.weighted_swap_sweeps(*args)[0] == 0  # the compiled kernel agrees that nothing is left to gain
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_torch_gains_equal_the_recomputed_decrease(weighted):
+    x = torch.randn(48, 10, generator=torch.Generator().manual_seed(1))
+    w = torch.rand(48, generator=torch.Generator().manual_seed(2)) + 0.1 if weighted else torch.ones(48)
+    w = w / w.mean()
+    gram_FF, scale = kmeans.gram(x)
+    labels = torch.arange(48) % 6
+    gain_F, partner_F = swaps_torch._State(gram_FF, labels, 6, w if weighted else None).best_partners()
+    now = naive_inertia(x, labels, w)
+    for i, (gain, j) in enumerate(zip(gain_F.tolist(), partner_F.tolist(), strict=True)):
+        trial = labels.clone()
+        trial[i], trial[j] = labels[j], labels[i]
+        assert now - naive_inertia(x, trial, w) == pytest.approx(gain * scale**2, rel=1e-3, abs=1e-3)
 
 
 def test_torch_path_recovers_planted_clusters():

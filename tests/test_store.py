@@ -34,6 +34,7 @@ from moefication_cli.store import files, jsonio, locks
 from moefication_cli.store.layerfile import expect, open_layer, read_layer, read_metadata, write_layer
 from moefication_cli.store.manifest import Manifest
 from moefication_cli.store.rundir import RunDir
+from moefication_cli.store.stage import StagePaths
 from moefication_cli.store.work import Work
 
 LAYERS = ["encoder.layer.0", "encoder.layer.1", "encoder.layer.2", "encoder.layer.3"]
@@ -143,6 +144,8 @@ def test_layer_file_round_trip_rows_and_metadata(tmp_path: Path) -> None:
     stored = {
         "inputs_TD": base.T,
         "shared_TD": base,
+        "same_TD": base,
+        "slice_TD": base[1:],
         "half_T": torch.ones(3, dtype=torch.float16),
         "none_T": torch.ones(0),
     }
@@ -369,6 +372,17 @@ def test_interrupted_stage_resumes_at_the_first_unfinished_layer(run: RunDir) ->
     redone.clear()
     split(run, 16, after=redone.append)
     assert redone == [0, 1, 2, 3]
+
+
+def test_leftovers_of_other_work_are_swept(run: RunDir) -> None:
+    with begin(run, layers=[*LAYERS, "encoder.layer.4"], only=[4]) as work:
+        for i in work.pending():
+            work.save(i, tensors_of(i, 4))
+    assert len(done(split(run)).files) == 4
+    with run.begin("model", config={"a": 1}) as work:
+        (work.folder / "half written").write_text("x")
+        (work.folder / ".tokenizer.tmp").write_text("x")
+    assert list(one_file(run).files) == ["sub/file.txt"]
 
 
 def test_scratch_survives_an_interruption_but_not_the_commit(run: RunDir) -> None:
@@ -600,7 +614,6 @@ EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
     "inputs": lambda m: m["inputs"].update(graph=3),
     "schema": lambda m: m.update(schema="moefication/graph@1"),
     "schema type": lambda m: m.update(schema=1),
-    **{f"name {n!r}": lambda m, n=n: m["files"].update({n: {"sha256": "0" * 64, "bytes": 1}}) for n in BAD_NAMES},  # type: ignore[misc]
 }
 
 
@@ -613,6 +626,19 @@ def test_edited_manifest_is_corrupt(run: RunDir, edit: Callable[[dict[str, Any]]
     with pytest.raises(CorruptArtifactError, match=r"manifest\.json"):
         run.read_stage("split")
     assert done(split(run)).digest == first.digest
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_manifest_with_a_fitting_digest_cannot_name_files_outside(run: RunDir, name: str) -> None:
+    split(run)
+
+    def edit(value: dict[str, Any]) -> None:
+        value["files"][name] = {"sha256": "0" * 64, "bytes": 1}
+        value["digest"] = Manifest.make(**{k: v for k, v in value.items() if k not in {"schema", "digest"}}).digest
+
+    edit_manifest(run, edit)
+    with pytest.raises(CorruptArtifactError, match="names a file outside its folder"):
+        run.read_stage("split")
 
 
 def test_newer_manifest_asks_for_an_upgrade(run: RunDir) -> None:
@@ -776,6 +802,21 @@ def test_commit_killed_before_or_between_its_renames_is_settled_by_the_next_read
     folder.rename(run.root / ".split.old")  # the old one moved away, the new one lost
     assert run.read_stage("split").digest == first.digest
     assert not list(run.root.glob(".split.*"))
+
+
+def test_partial_folder_that_is_worked_on_again_is_not_taken_for_complete(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = done(split(run))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StagePaths, "swap", lambda self: signal.raise_signal(signal.SIGINT))
+        split(run, 8)
+    assert (run.root / ".split.partial" / "manifest.json").exists()
+    assert run.read_stage("split").digest == old.digest
+    with begin(run, 8, force=True, only=[0]):
+        files.remove(run.path("split"))
+        assert run.manifest("split") is None
+    assert done(split(run, 8)).digest != old.digest
 
 
 def test_kill_in_the_middle_of_the_work_frees_locks_and_resumes(run: RunDir) -> None:

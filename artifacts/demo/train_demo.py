@@ -118,14 +118,21 @@ def main() -> None:
     save(model, tokenizer, args, perplexity(model, heldout_ids, args.length), args.steps)
 
 
-def save(model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace, value: float, step: int) -> None:
+def save(
+    model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace, value: float, step: int
+) -> None:
     """Write the float16 folder and what was measured, the way the demo reads it."""
     state = {name: tensor.detach().to(torch.float16) for name, tensor in model.state_dict().items()}
     copy = OPTForCausalLM(model.config).to(torch.float16)
     copy.load_state_dict(state)
     copy.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    result = {"heldout_perplexity": round(value, 3), "steps": step, "batch_size": args.batch_size, "length": args.length}
+    result = {
+        "heldout_perplexity": round(value, 3),
+        "steps": step,
+        "batch_size": args.batch_size,
+        "length": args.length,
+    }
     (args.out / "training.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"step {step}: held-out perplexity {value:.2f}", flush=True)
 

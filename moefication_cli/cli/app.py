@@ -166,21 +166,35 @@ register(app, "run", [RunConfig, CollectConfig, SplitConfig, RouterConfig, Apply
 register(app, "demo", [DemoConfig], _demo, argument_default="artifacts/demo-run")
 
 
-class _TerminatedError(BaseException):
-    """SIGTERM or SIGHUP arrived; unwinding releases locks and sweeps temporary files."""
+class _StoppedError(BaseException):
+    """A signal asked us to stop; unwinding releases locks and sweeps temporary files."""
 
     def __init__(self, signum: int) -> None:
         self.signum = signum
 
 
-def _terminate(signum: int, frame: Any) -> NoReturn:
-    raise _TerminatedError(signum)
+def _stop_on_signals() -> None:
+    """Raise where the program stands, and again every second until somebody catches it.
+
+    Python drops an exception raised inside a destructor or a weak-reference callback; once would not be enough.
+    """
+
+    def stop(signum: int, frame: Any) -> NoReturn:
+        def again(_: int, frame: Any) -> NoReturn:
+            raise _StoppedError(signum)
+
+        signal.signal(signal.SIGALRM, again)
+        signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
+        raise _StoppedError(signum)
+
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        if signal.getsignal(number) != signal.SIG_IGN:  # a shell's background jobs ignore SIGINT on purpose
+            signal.signal(number, stop)
 
 
 def main() -> NoReturn:
     """Entry point: every error becomes one message on stderr and the documented exit code."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _terminate)
+    _stop_on_signals()
     arguments = sys.argv[1:]
     console = Console(json_mode="--json" in arguments)
     sys.exit(_exit_code(console, arguments))
@@ -197,8 +211,10 @@ def _exit_code(console: Console, arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         console.error(MoEficationError("interrupted", "run the same command again: finished layers are kept"))
         return 130
-    except _TerminatedError as stop:
-        console.error(MoEficationError("terminated", "run the same command again: finished layers are kept"))
+    except _StoppedError as stop:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        name = signal.Signals(stop.signum).name
+        console.error(MoEficationError(f"stopped by {name}", "run the same command again: finished layers are kept"))
         return 128 + stop.signum
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  the reader is gone; nothing is left to say

@@ -16,7 +16,15 @@ from moefication_cli.errors import MoEficationError
 from moefication_cli.stages.contract import Result
 
 T = TypeVar("T")
+_TITLES = {
+    "ffn_flops_fraction": "FFN FLOPs",
+    "active_fraction": "active",
+    "agreement": "agree",
+    "num_neurons": "F",
+    "d_model": "d",
+}
 _PLAIN_INTERVAL = 5.0  # seconds between progress lines where stderr is no terminal
+_PIPE_WIDTH = 200  # columns of a table where stdout is no terminal
 
 
 class Console:
@@ -26,6 +34,8 @@ class Console:
         self.json_mode = json_mode
         self.quiet = quiet
         self._out = RichConsole(highlight=False, soft_wrap=True)
+        if not self._out.is_terminal:
+            self._out.width = _PIPE_WIDTH
         self._err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
 
     def say(self, message: str) -> None:
@@ -92,7 +102,9 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     numeric = {name for name in names if all(isinstance(row.get(name), int | float | None) for row in rows)}
     table = Table(header_style="bold", show_edge=False, pad_edge=False)
     for name in names:
-        table.add_column(name.replace("_", " "), justify="right" if name in numeric else "left", overflow="fold")
+        table.add_column(
+            _TITLES.get(name, name.replace("_", " ")), justify="right" if name in numeric else "left", overflow="fold"
+        )
     for row in rows:
         table.add_row(*(_cell(row.get(name)) for name in names))
     return table

@@ -122,7 +122,9 @@ def read_config(path: str) -> dict[str, dict[str, Any]]:
         raise ConfigError(f"--config {path} is not valid TOML: {error}") from None
     stray = [key for key, value in tables.items() if not isinstance(value, dict)]
     if stray:
-        raise ConfigError(f"--config {path}: `{stray[0]}` stands outside a table", "write one table per command: [split]")
+        raise ConfigError(
+            f"--config {path}: `{stray[0]}` stands outside a table", "write one table per command: [split]"
+        )
     return {name: {key.replace("-", "_"): value for key, value in table.items()} for name, table in tables.items()}
 
 

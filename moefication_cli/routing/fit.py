@@ -11,7 +11,7 @@ Axes: T tokens, D model width, E experts, R router width.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from moefication_cli.errors import NonFiniteError
 from moefication_cli.routing.router import ROUTER_ACTIVATIONS, Router
 from moefication_cli.routing.scores import captured_share
 from moefication_cli.runtime.weights import ExpertWeights
+
+
+_START_TOKENS = 20000  # enough for the closed-form start
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A router and how it came about: captured share on held-out tokens after each epoch (0 = before training)."""
+    """A router and its held-out measure after each epoch (0 = before training): captured share, or squared error."""
 
     router: Router
     history: list[float] = field(default_factory=list)
@@ -69,12 +72,8 @@ def similarity_router(weights: ExpertWeights) -> Router:
 
 def linear_router(sample: Sample, *, damping: float = 1e-3) -> Fitted:
     """Ridge regression of the scores on the inputs, in closed form; `damping` is relative to the mean variance."""
-    x_mean_D, y_mean_E = sample.x_TD.mean(0), sample.target_TE.mean(0)
-    x_TD = sample.x_TD - x_mean_D
-    gram_DD = x_TD.T @ x_TD
-    gram_DD.diagonal().add_(damping * gram_DD.diagonal().mean() + 1e-6)
-    w_DE = torch.linalg.solve(gram_DD, x_TD.T @ (sample.target_TE - y_mean_E))
-    router = Router(w_in_RD=w_DE.T.contiguous(), b_in_R=y_mean_E - x_mean_D @ w_DE)
+    w_ED, b_E = _ridge(sample.x_TD, sample.target_TE, damping)
+    router = Router(w_in_RD=w_ED, b_in_R=b_E)
     return Fitted(router, [_watch(router, sample, Training.watch_fraction)])
 
 
@@ -91,20 +90,82 @@ def mlp_router(weights: ExpertWeights, sample: Sample, training: Training) -> Fi
 
 
 def regression_router(sample: Sample, width: int, training: Training, activation: str = "relu") -> Fitted:
-    """A d -> R -> E network that predicts the scores, least squares; inputs are standardised inside the weights."""
+    """A d -> R -> E network that predicts the scores, least squares.
+
+    Starts from the leading directions of the ridge solution with the output layer refitted, then AdamW with a one-cycle
+    schedule on standardised inputs; the standardisation is folded into the weights. Keeps the best of start and end by
+    held-out error.
+    """
     generator = torch.Generator().manual_seed(training.seed)
-    d_model, num_experts = sample.x_TD.shape[1], sample.target_TE.shape[1]
+    mean_D, spread_D = sample.x_TD.mean(0), sample.x_TD.std(0).clamp_min(1e-6)
     scale = sample.target_TE.mean().clamp_min(1e-12)
-    spread_D = sample.x_TD.std(0).clamp_min(1e-6)
-    w_in_RD = torch.randn(width, d_model, generator=generator).to(spread_D) / (spread_D * d_model**0.5)
-    start = Router(
-        w_in_RD=w_in_RD,
-        b_in_R=-(w_in_RD @ sample.x_TD.mean(0)),
-        w_out_ER=(torch.randn(num_experts, width, generator=generator) * (0.1 / width**0.5)).to(spread_D),
-        b_out_E=sample.target_TE.mean(0) / scale,
-        activation=activation,
-    )
-    return train(start, sample, sample.target_TE / scale, functional.mse_loss, training)
+    z_TD, target_TE = (sample.x_TD - mean_D) / spread_D, sample.target_TE / scale
+    start = _ridge_start(z_TD[:_START_TOKENS], target_TE[:_START_TOKENS], width, activation, generator)
+    held_z_TD, held_TE = (sample.heldout_x_TD - mean_D) / spread_D, sample.heldout_target_TE / scale
+
+    def error(router: Router) -> float:
+        with torch.inference_mode():
+            return float((router.scores(held_z_TD) - held_TE).square().mean())
+
+    parameters = {name: tensor.clone().requires_grad_() for name, tensor in start.tensors().items()}
+    steps = training.epochs * max(1, len(z_TD) // training.batch_size)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=training.learning_rate, weight_decay=1e-3, fused=True)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, training.learning_rate, total_steps=steps + 1, pct_start=0.1)
+    history = [error(start)]
+    for _ in range(training.epochs):
+        order_T = torch.randperm(len(z_TD), generator=generator).to(z_TD.device)
+        for index_B in order_T.split(training.batch_size)[: max(1, len(z_TD) // training.batch_size)]:
+            value = functional.mse_loss(_raw_scores(parameters, start, z_TD[index_B]), target_TE[index_B])
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            optimizer.step()
+            scheduler.step()
+        if not torch.isfinite(value):
+            raise NonFiniteError("the router's loss is not finite", "lower --learning-rate or check the activations")
+        history.append(error(_with(start, parameters)))
+    best_epoch = len(history) - 1 if history[-1] <= history[0] else 0
+    best = _with(start, parameters) if best_epoch else start
+    assert best.b_in_R is not None
+    w_in_RD = best.w_in_RD / spread_D
+    return Fitted(replace(best, w_in_RD=w_in_RD, b_in_R=best.b_in_R - w_in_RD @ mean_D), history, best_epoch)
+
+
+def _ridge_start(z_TD: Tensor, target_TE: Tensor, width: int, activation: str, generator: torch.Generator) -> Router:
+    w_ED = _ridge(z_TD, target_TE, 1e-2)[0]
+    centred_TD = z_TD - z_TD.mean(0)
+    covariance_DD = centred_TD.T @ centred_TD / len(z_TD)
+    covariance_DD.diagonal().add_(1e-4 * covariance_DD.diagonal().mean() + 1e-9)
+    # Directions of the input that the linear prediction varies along most.
+    left_ER = torch.linalg.svd(w_ED @ torch.linalg.cholesky(covariance_DD), full_matrices=False).U[:, :width]
+    directions_RD = left_ER.T @ w_ED
+    noise_RD = torch.randn(width, z_TD.shape[1], generator=generator).to(z_TD)
+    if len(directions_RD) < width:
+        more = noise_RD[len(directions_RD) :] * directions_RD.std()
+        directions_RD = torch.cat([directions_RD, more])
+    directions_RD = directions_RD / (z_TD @ directions_RD.T).std(0).clamp_min(1e-9).unsqueeze(1)
+    b_in_R = -(directions_RD @ z_TD.mean(0))
+    if activation == "relu":
+        sign_R1 = torch.where(torch.arange(width) % 2 == 0, 1.0, -1.0).to(z_TD).unsqueeze(1)
+        directions_RD = directions_RD * sign_R1 + noise_RD * (0.3 / z_TD.shape[1] ** 0.5)
+        b_in_R = -(directions_RD @ z_TD.mean(0)) + 0.5 * torch.randn(width, generator=generator).to(z_TD)
+    hidden_TR = ROUTER_ACTIVATIONS[activation](functional.linear(z_TD, directions_RD, b_in_R))
+    w_out_ER, b_out_E = _ridge(hidden_TR, target_TE, 1e-3)
+    return Router(directions_RD.contiguous(), b_in_R, w_out_ER, b_out_E, activation=activation)
+
+
+def _ridge(x_TD: Tensor, y_TE: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """(w_ED, b_E) of the ridge regression; `damping` is relative to the inputs' mean variance."""
+    x_mean_D, y_mean_E = x_TD.mean(0), y_TE.mean(0)
+    centred_TD = x_TD - x_mean_D
+    gram_DD = centred_TD.T @ centred_TD
+    gram_DD.diagonal().add_(damping * gram_DD.diagonal().mean() + 1e-6)
+    w_DE = torch.linalg.solve(gram_DD, centred_TD.T @ (y_TE - y_mean_E))
+    return w_DE.T.contiguous(), y_mean_E - x_mean_D @ w_DE
+
+
+def _with(like: Router, parameters: dict[str, Tensor]) -> Router:
+    """The router of these trained parameters."""
+    return replace(like, **{name: tensor.detach().clone() for name, tensor in parameters.items()})
 
 
 def train(
@@ -133,11 +194,7 @@ def train(
             scheduler.step()
         if not torch.isfinite(value):
             raise NonFiniteError("the router's loss is not finite", "lower --learning-rate or check the activations")
-        now = Router(
-            **{name: tensor.detach().clone() for name, tensor in parameters.items()},
-            activation=start.activation,
-            normalise=start.normalise,
-        )
+        now = _with(start, parameters)
         history.append(_watch(now, sample, training.watch_fraction))
         if history[-1] > history[best_epoch]:
             best, best_epoch = now, epoch

@@ -53,7 +53,9 @@ def oracle_scores(x_TD: Tensor, weights: ExpertWeights, kind: ScoreKind) -> Tens
         h_TF = weights.ffn.hidden(x_TD[part].to(weights.ffn.w_up_FD.dtype))
         out_TE[part] = expert_scores(h_TF, weights, kind).float()
     if not torch.isfinite(out_TE).all():
-        raise NonFiniteError("expert scores contain NaN or infinity", "look for overflow in the model's weights or inputs")
+        raise NonFiniteError(
+            "expert scores contain NaN or infinity", "look for overflow in the model's weights or inputs"
+        )
     return out_TE
 
 

@@ -58,7 +58,9 @@ def available(name: str, device: torch.device, dtype: torch.dtype, weights: Expe
 def _missing(name: str, device: torch.device, dtype: torch.dtype, weights: ExpertWeights | None) -> str | None:
     if name == "grouped" and weights is not None:
         return portable.grouped_obstacle(weights)
-    package, kind = {"numba": ("numba", "cpu"), "triton": ("triton", "cuda"), "fastmoe": ("fmoe", "cuda")}.get(name, ("", ""))
+    package, kind = {"numba": ("numba", "cpu"), "triton": ("triton", "cuda"), "fastmoe": ("fmoe", "cuda")}.get(
+        name, ("", "")
+    )
     if not package:
         return None
     if device.type != kind:

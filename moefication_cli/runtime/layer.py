@@ -87,7 +87,10 @@ class MoEFFN:
         if token_mask is not None:
             real_T = token_mask.reshape(-1)
             if real_T.shape[0] != x_TD.shape[0] or real_T.dtype != torch.bool:
-                raise ConfigError(f"padding mask {tuple(token_mask.shape)} {token_mask.dtype} for input {tuple(x.shape)}", "pass bools")
+                raise ConfigError(
+                    f"padding mask {tuple(token_mask.shape)} {token_mask.dtype} for input {tuple(x.shape)}",
+                    "pass bools",
+                )
         return self._tokens(x_TD, real_T).view(x.shape)
 
     def _tokens(self, x_TD: Tensor, real_T: Tensor | None) -> Tensor:

@@ -7,10 +7,8 @@ Where torch's library offers no GOMP interface the call runs on one thread. Comp
 
 import ctypes
 import struct
-import sys
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -42,16 +40,19 @@ CHUNK_TOKENS = 256
 
 @lru_cache(maxsize=1)
 def _openmp() -> tuple[int, int]:
-    """Addresses of GOMP_parallel and GOMP_barrier in the OpenMP library torch has loaded, or zeros."""
-    for path in sorted(Path(torch.__file__).parent.glob("lib/libgomp*")) + [None]:  # type: ignore[list-item]
-        try:
-            library = ctypes.CDLL(None if path is None else str(path))
-            names = (library.GOMP_parallel, library.GOMP_barrier)
-        except (OSError, AttributeError, TypeError):
-            continue
-        parallel, barrier = (ctypes.cast(name, ctypes.c_void_p).value or 0 for name in names)
-        return parallel, barrier
-    return 0, 0
+    """Addresses of GOMP_parallel, in the OpenMP library torch has loaded, and of sched_yield; zeros where there is none."""
+    found = []
+    for name in ("GOMP_parallel", "sched_yield"):
+        for path in [*map(str, sorted(Path(torch.__file__).parent.glob("lib/libgomp*"))), None]:
+            try:
+                function = getattr(ctypes.CDLL(path), name)
+            except (OSError, AttributeError, TypeError):
+                continue
+            found.append(ctypes.cast(function, ctypes.c_void_p).value or 0)
+            break
+        else:
+            found.append(0)
+    return found[0], found[1]
 
 
 def _kernels(dtype: torch.dtype) -> tuple[int, int]:
@@ -81,9 +82,13 @@ class CompiledLayer:
                     "use --backend torch",
                 )
             if not tensor.is_contiguous():
-                raise UnavailableError("backend numba needs neuron-major, contiguous projections", "use --backend torch")
+                raise UnavailableError(
+                    "backend numba needs neuron-major, contiguous projections", "use --backend torch"
+                )
         if ffn.activation not in ACTIVATION_CODES:
-            raise UnavailableError(f"backend numba does not know the activation {ffn.activation!r}", "use --backend torch")
+            raise UnavailableError(
+                f"backend numba does not know the activation {ffn.activation!r}", "use --backend torch"
+            )
         self.weights, self.dtype, self.width = weights, dtype, ffn.d_model
         self._wide, self._kept = wide, list[Tensor]()
         table = np.zeros(forward.LAYER_SLOTS, np.int64)
@@ -96,9 +101,15 @@ class CompiledLayer:
         table[forward.N], table[forward.S] = weights.expert_size, weights.num_shared
         table[forward.ACT], table[forward.W_BYTES] = ACTIVATION_CODES[ffn.activation], size
         if fix is not None:
-            table[forward.CONSTANT], table[forward.TAKEN] = self._address(fix.constant_D), self._address(fix.taken_back_ED)
+            table[forward.CONSTANT], table[forward.TAKEN] = (
+                self._address(fix.constant_D),
+                self._address(fix.taken_back_ED),
+            )
             if fix.w_in_RD is not None and fix.w_out_RD is not None:
-                table[forward.C_IN], table[forward.C_OUT] = self._address(fix.w_in_RD, dtype), self._address(fix.w_out_RD, dtype)
+                table[forward.C_IN], table[forward.C_OUT] = (
+                    self._address(fix.w_in_RD, dtype),
+                    self._address(fix.w_out_RD, dtype),
+                )
                 table[forward.C_RANK] = fix.w_in_RD.shape[0]
         active = weights.num_experts
         table[forward.R_WIDTH] = weights.num_experts
@@ -107,7 +118,10 @@ class CompiledLayer:
             table[forward.R_IN], table[forward.R_OUT] = self._address(router.w_in_RD), self._address(router.w_out_ER)
             table[forward.R_B_IN], table[forward.R_B_OUT] = self._address(router.b_in_R), self._address(router.b_out_E)
             table[forward.R_WIDTH] = router.w_in_RD.shape[0]
-            table[forward.R_ACT], table[forward.R_NORMALISE] = ACTIVATION_CODES[router.activation], int(router.normalise)
+            table[forward.R_ACT], table[forward.R_NORMALISE] = (
+                ACTIVATION_CODES[router.activation],
+                int(router.normalise),
+            )
             if rule.threshold is None:
                 assert rule.top_k is not None
                 table[forward.TOP_K] = active = rule.top_k
@@ -119,7 +133,7 @@ class CompiledLayer:
         table[forward.ROUTE] = kernels.project_float32.address
         self._table = table
         self._layer = int(table.ctypes.data)
-        self._parallel, self._barrier = _openmp()
+        self._parallel, self._give_way = _openmp()
 
     def _address(self, tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int:
         """Where the tensor lies, contiguous and in `dtype`; converted copies (biases, small tensors) are kept alive here."""
@@ -139,10 +153,13 @@ class CompiledLayer:
         num_tokens = x_TD.shape[0]
         if x_TD.dtype != self.dtype or x_TD.device.type != "cpu":
             raise UnavailableError(
-                f"backend numba got {x_TD.dtype} input on {x_TD.device} for {self.dtype} weights on the CPU", "use --backend torch"
+                f"backend numba got {x_TD.dtype} input on {x_TD.device} for {self.dtype} weights on the CPU",
+                "use --backend torch",
             )
         if torch.is_grad_enabled() and (x_TD.requires_grad or any(w.requires_grad for w in self._wide)):
-            raise ConfigError("backend numba computes no gradients", "call it under torch.inference_mode(), or use --backend torch")
+            raise ConfigError(
+                "backend numba computes no gradients", "call it under torch.inference_mode(), or use --backend torch"
+            )
         x_TD = x_TD.contiguous()
         y_TD = torch.empty_like(x_TD)
         kind, k = forward.FROM_ROUTER, 0
@@ -166,7 +183,7 @@ class CompiledLayer:
             forward.run.address,
             forward.run_chunks.address,
             self._parallel,
-            self._barrier,
+            self._give_way,
             x_TD.data_ptr(),
             y_TD.data_ptr(),
             num_tokens,

@@ -2,7 +2,8 @@
 
 Two ways to share the work, both from the same function `run`:
 few tokens   the threads of one OpenMP team split router rows and (expert, <= 32 neurons) pieces between them, each into its
-             own accumulators, with barriers between the steps: every selected weight is read once, by one core;
+             own accumulators: every selected weight is read once, by one core. A step starts when the pieces of the one
+             before are done, not when every thread has come: one that gets no core (a busy machine) holds nobody up;
 many tokens  each thread takes chunks of tokens and does all steps on its own, without a barrier.
 
 The arithmetic is in `numba_kernels`; here are the order of the steps, the lists of tokens and the buffers. The router is float32.
@@ -18,12 +19,29 @@ from moefication_cli.runtime.numba_kernels import BATCH, F32, IDENTITY, RELU, SQ
 
 # The layer's table: addresses of tensors (0 if absent), sizes, codes. Filled once by `numba_backend`.
 (W_UP, W_GATE, W_DOWN, B_UP, B_GATE, B_DOWN, D, E, N, S, ACT, CONSTANT, TAKEN, C_IN, C_OUT, C_RANK) = range(16)
-(R_IN, R_B_IN, R_OUT, R_B_OUT, R_WIDTH, R_ACT, R_NORMALISE, UNUSED, TOP_K, THRESHOLD, W_BYTES, PROJECT, PIECES, ROUTE) = range(16, 30)
+(
+    R_IN,
+    R_B_IN,
+    R_OUT,
+    R_B_OUT,
+    R_WIDTH,
+    R_ACT,
+    R_NORMALISE,
+    UNUSED,
+    TOP_K,
+    THRESHOLD,
+    W_BYTES,
+    PROJECT,
+    PIECES,
+    ROUTE,
+) = range(16, 30)
 LAYER_SLOTS = 30
 # The call's table. ON is [E, T] bytes, KEPT [T] int64: how many experts the token has, or -1 at padding.
-(LAYER, X, Y, T, KIND, SELECTED, K, REAL, COUNTS, BARRIER, TEAM, PIECE, CHUNK, ERROR, TICKET, NEXT) = range(16)
-(XF, ACC, ON, KEPT, Z, Z_BYTES, SCORES, SCORE_BYTES, SCRATCH, SCRATCH_BYTES, STATES, RUN) = range(24, 36)
-CALL_SLOTS = 40  # NEXT .. NEXT + 5 are work counters
+(LAYER, X, Y, T, KIND, SELECTED, K, REAL, COUNTS, YIELD, TEAM, PIECE, CHUNK, RUN) = range(14)
+(XF, ACC, ON, KEPT, Z, Z_BYTES, SCORES, SCORE_BYTES, SCRATCH, SCRATCH_BYTES, STATES) = range(14, 25)
+ERROR, TICKET, PARTIALS, NEXT, DONE = 32, 33, 34, 40, 48  # written by all threads: away from the slots above
+CALL_SLOTS = 64
+WIDEN, FIRST, SECOND, SELECT, EXPERTS, FINISH = range(6)  # steps; each has a counter at NEXT and one at DONE
 FROM_ROUTER, FROM_IDS, FROM_MASK = range(3)
 
 MANY_PIECE, FEW_PIECE = 128, 32
@@ -31,19 +49,26 @@ BF16 = np.uint16(0)
 
 
 @internal
-def _barrier(s):
-    if v.at(s, BARRIER) != 0 and v.at(s, TEAM) > 1:
-        v.call_barrier(v.at(s, BARRIER))
+def _take(s, step, count):
+    """The first of the next `count` work items of a step."""
+    if v.at(s, TEAM) > 1:
+        return v.atomic_add(s + 8 * (NEXT + step), count)
+    first = v.at(s, NEXT + step)
+    v.put(s, NEXT + step, first + count)
+    return first
 
 
 @internal
-def _take(s, counter, step):
-    """The first of the next `step` work items."""
+def _done(s, step, count):
     if v.at(s, TEAM) > 1:
-        return v.atomic_add(s + 8 * (NEXT + counter), step)
-    first = v.at(s, NEXT + counter)
-    v.put(s, NEXT + counter, first + step)
-    return first
+        v.atomic_add(s + 8 * (DONE + step), count)
+
+
+@internal
+def _wait(s, step, total):
+    """Until all items of a step are done."""
+    if v.at(s, TEAM) > 1:
+        v.wait_for(s + 8 * (DONE + step), total, v.at(s, YIELD))
 
 
 @internal
@@ -52,17 +77,24 @@ def _route(s, scratch, second):
     layer = v.at(s, LAYER)
     tokens = v.at(s, T)
     source, source_bytes, length = v.at(s, XF), 4 * v.at(layer, D), v.at(layer, D)
-    w, bias, width, act, norm = v.at(layer, R_IN), v.at(layer, R_B_IN), v.at(layer, R_WIDTH), v.at(layer, R_ACT), v.at(layer, R_NORMALISE)
+    w, bias, width, act, norm = (
+        v.at(layer, R_IN),
+        v.at(layer, R_B_IN),
+        v.at(layer, R_WIDTH),
+        v.at(layer, R_ACT),
+        v.at(layer, R_NORMALISE),
+    )
     out, out_bytes = v.at(s, Z), v.at(s, Z_BYTES)
     if second:
         source, source_bytes, length = out, out_bytes, width
         w, bias, width, act, norm = v.at(layer, R_OUT), v.at(layer, R_B_OUT), v.at(layer, E), IDENTITY, 0
         out, out_bytes = v.at(s, SCORES), v.at(s, SCORE_BYTES)
     rows = scratch
-    step = 32 if v.at(s, TEAM) > 1 else width
+    step, name = 32 if v.at(s, TEAM) > 1 else width, SECOND if second else FIRST
     while True:
-        first = _take(s, 1 if second else 0, step)
+        first = _take(s, name, step)
         if first >= width:
+            _wait(s, name, width)
             return
         n = min(step, width - first)
         for start in range(0, tokens, BATCH):
@@ -93,6 +125,7 @@ def _route(s, scratch, second):
                     elif act == SQUARE:
                         z = v.mul(z, z)
                     v.store_part(F32, where, z, min(n - j, 16))
+        _done(s, name, n)
 
 
 @internal
@@ -158,12 +191,16 @@ def _select(s, t, keys):
 
 
 @internal
-def _experts(s, accumulators, scratch):
+def _experts(s, scratch):
     """All pieces: shared neurons, the low-rank compensation, the experts."""
     layer = v.at(s, LAYER)
     tokens, width, size, piece = v.at(s, T), v.at(layer, D), v.at(layer, W_BYTES), v.at(s, PIECE)
     shared, rank, per_expert, act = v.at(layer, S), v.at(layer, C_RANK), v.at(layer, N), v.at(layer, ACT)
-    n_shared, n_rank, n_expert = (shared + piece - 1) // piece, (rank + piece - 1) // piece, (per_expert + piece - 1) // piece
+    n_shared, n_rank, n_expert = (
+        (shared + piece - 1) // piece,
+        (rank + piece - 1) // piece,
+        (per_expert + piece - 1) // piece,
+    )
     total = n_shared + n_rank + n_expert * v.at(layer, E)
     step = max(1, min(8, total // 64)) if v.at(s, TEAM) > 1 else total
     listed = scratch  # token numbers, then addresses of the batch's rows
@@ -171,12 +208,24 @@ def _experts(s, accumulators, scratch):
     ys = rows + 8 * (BATCH + 8)
     nobody = ys + 8 * (BATCH + 8)
     work = nobody + 4 * (width + 16)
-    up, gate, down, b_up, b_gate = v.at(layer, W_UP), v.at(layer, W_GATE), v.at(layer, W_DOWN), v.at(layer, B_UP), v.at(layer, B_GATE)
+    up, gate, down, b_up, b_gate = (
+        v.at(layer, W_UP),
+        v.at(layer, W_GATE),
+        v.at(layer, W_DOWN),
+        v.at(layer, B_UP),
+        v.at(layer, B_GATE),
+    )
+    accumulators = np.int64(0)
     xf, kept, row_bytes = v.at(s, XF), v.at(s, KEPT), width * size
     while True:
-        begin = _take(s, 3, step)
+        begin = _take(s, EXPERTS, step)
         if begin >= total:
+            _wait(s, EXPERTS, total)
             return
+        if accumulators == 0:
+            accumulators = v.at(s, ACC) + 4 * tokens * width * v.atomic_add(s + 8 * PARTIALS, 1)
+            for c in range(0, tokens * width, 16):
+                v.store_part(F32, accumulators + 4 * c, v.zero(), min(16, tokens * width - c))
         for item in range(begin, min(begin + step, total)):
             count = 0
             if item < n_shared:
@@ -214,7 +263,24 @@ def _experts(s, accumulators, scratch):
                 b1 += 4 * first if b1 != 0 else 0
                 b2 += 4 * first if b2 != 0 else 0
                 project = v.at(layer, PROJECT)
-                v.call_14(v.at(layer, PIECES), project, rows, ys, m, w1 + at, w2, w3 + at, b1, b2, n, width, row_bytes, code, work)
+                v.call_14(
+                    v.at(layer, PIECES),
+                    project,
+                    rows,
+                    ys,
+                    m,
+                    w1 + at,
+                    w2,
+                    w3 + at,
+                    b1,
+                    b2,
+                    n,
+                    width,
+                    row_bytes,
+                    code,
+                    work,
+                )
+        _done(s, EXPERTS, min(step, total - begin))
 
 
 @internal
@@ -287,38 +353,34 @@ def _arrange(s, base):
 def run(s):
     """All steps for the tokens of `s`, alone or as one thread of its team."""
     layer = v.at(s, LAYER)
-    slot = v.atomic_add(s + 8 * TICKET, 1)
     tokens, width, team = v.at(s, T), v.at(layer, D), v.at(s, TEAM)
-    scratch = v.at(s, SCRATCH) + slot * v.at(s, SCRATCH_BYTES)
-    accumulators = v.at(s, ACC) + 4 * slot * tokens * width
-    for c in range(0, tokens * width, 16):
-        v.store_part(F32, accumulators + 4 * c, v.zero(), min(16, tokens * width - c))
+    scratch = v.at(s, SCRATCH) + v.at(s, SCRATCH_BYTES) * v.atomic_add(s + 8 * TICKET, 1)
     if v.at(s, XF) != v.at(s, X):  # bfloat16 inputs are widened once
         while True:
-            t = _take(s, 5, 1)
+            t = _take(s, WIDEN, 1)
             if t >= tokens:
                 break
             for c in range(0, width, 16):
                 at, lanes = t * width + c, min(16, width - c)
                 v.store_part(F32, v.at(s, XF) + 4 * at, v.load_part(BF16, v.at(s, X) + 2 * at, lanes), lanes)
-        _barrier(s)
+            _done(s, WIDEN, 1)
+        _wait(s, WIDEN, tokens)
     if v.at(s, KIND) == FROM_ROUTER:
         for second in range(2 if v.at(layer, R_OUT) != 0 else 1):
             _route(s, scratch, second == 1)
-            _barrier(s)
     while True:
-        t = _take(s, 2, 1)
+        t = _take(s, SELECT, 1)
         if t >= tokens:
             break
         _select(s, t, scratch)
-    _barrier(s)
-    _experts(s, accumulators, scratch)
-    _barrier(s)
-    partials = v.at(s, TICKET)  # every thread that came has passed two barriers by now
+        _done(s, SELECT, 1)
+    _wait(s, SELECT, tokens)
+    _experts(s, scratch)
+    partials = v.at(s, PARTIALS)
     parts = (width + 511) // 512 if team > 1 else 1
     columns = 512 if team > 1 else width
     while True:
-        item = _take(s, 4, 1)
+        item = _take(s, FINISH, 1)
         if item >= tokens * parts:
             return
         t, part = divmod(item, parts)
@@ -337,7 +399,7 @@ def run_chunks(s):
             return
         for slot in range(CALL_SLOTS):
             v.put(own, slot, v.at(s, slot))
-        for slot in range(TICKET, XF):
+        for slot in range(ERROR, CALL_SLOTS):
             v.put(own, slot, 0)
         v.put(own, TEAM, 1)
         v.put(own, T, min(chunk, tokens - first))
@@ -356,10 +418,12 @@ def run_chunks(s):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def forward(layer, run_all, run_some, parallel, barrier, x, y, tokens, kind, selected, k, real, counts, threads, chunk):
+def forward(
+    layer, run_all, run_some, parallel, give_way, x, y, tokens, kind, selected, k, real, counts, threads, chunk
+):
     """y [T, D] of one layer; 0, or 1 for an expert id out of range (y is then not to be used).
 
-    `parallel` and `barrier` are GOMP_parallel and GOMP_barrier, or 0 for one thread; `chunk` > 0 splits by tokens.
+    `parallel` and `give_way` are GOMP_parallel and sched_yield, or 0 for one thread; `chunk` > 0 splits by tokens.
     """
     state = np.zeros(CALL_SLOTS, np.int64)
     s = np.int64(state.ctypes.data)
@@ -373,9 +437,16 @@ def forward(layer, run_all, run_some, parallel, barrier, x, y, tokens, kind, sel
     v.put(s, K, k)
     v.put(s, REAL, real)
     v.put(s, COUNTS, counts)
-    v.put(s, BARRIER, barrier)
+    v.put(s, YIELD, give_way)
     v.put(s, CHUNK, chunk)
-    v.put(s, PIECE, min(FEW_PIECE if chunk == 0 else MANY_PIECE, max(8, max(v.at(layer, N), max(v.at(layer, S), v.at(layer, C_RANK))))))
+    v.put(
+        s,
+        PIECE,
+        min(
+            FEW_PIECE if chunk == 0 else MANY_PIECE,
+            max(8, max(v.at(layer, N), max(v.at(layer, S), v.at(layer, C_RANK)))),
+        ),
+    )
     v.put(s, TEAM, threads)
     if chunk > 0:
         v.put(s, T, chunk)

@@ -19,7 +19,6 @@ F32 = np.float32(0)
 internal = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy")  # no checks for division by zero
 
 
-
 @internal
 def _activation(code, x):
     if code == RELU:
@@ -66,12 +65,36 @@ def project(tag, rows, m, w, row_bytes, n, length, h, h_bytes):
                 x2 = v.get_i64(rows + 8 * i + 16) + 4 * start
                 x3 = v.get_i64(rows + 8 * i + 24) + 4 * start
                 while j < n:
-                    block.dots_4x4(tag, x0, x1, x2, x3, w + j * row_bytes + size * start, row_bytes, n - j, part, out + 4 * j, h_bytes)
+                    block.dots_4x4(
+                        tag,
+                        x0,
+                        x1,
+                        x2,
+                        x3,
+                        w + j * row_bytes + size * start,
+                        row_bytes,
+                        n - j,
+                        part,
+                        out + 4 * j,
+                        h_bytes,
+                    )
                     j += 4
                 i += 4
             elif m - i == 2:
                 while j < n:
-                    block.dots_2x4(tag, x0, x1, x0, x1, w + j * row_bytes + size * start, row_bytes, n - j, part, out + 4 * j, h_bytes)
+                    block.dots_2x4(
+                        tag,
+                        x0,
+                        x1,
+                        x0,
+                        x1,
+                        w + j * row_bytes + size * start,
+                        row_bytes,
+                        n - j,
+                        part,
+                        out + 4 * j,
+                        h_bytes,
+                    )
                     j += 4
                 i += 2
             else:
@@ -99,11 +122,15 @@ def _spread_dense(tag, ys, m, w, row_bytes, n, length, h, h_bytes):
             y2 = v.get_i64(ys + 8 * i + 16)
             y3 = v.get_i64(ys + 8 * i + 24)
             while c + 64 <= length:
-                block.update_4x4(tag, y0 + 4 * c, y1 + 4 * c, y2 + 4 * c, y3 + 4 * c, w + size * c, row_bytes, n, out, h_bytes, 64)
+                block.update_4x4(
+                    tag, y0 + 4 * c, y1 + 4 * c, y2 + 4 * c, y3 + 4 * c, w + size * c, row_bytes, n, out, h_bytes, 64
+                )
                 c += 64
             while c < length:
                 lanes = min(length - c, 16)
-                block.update_4x1(tag, y0 + 4 * c, y1 + 4 * c, y2 + 4 * c, y3 + 4 * c, w + size * c, row_bytes, n, out, h_bytes, lanes)
+                block.update_4x1(
+                    tag, y0 + 4 * c, y1 + 4 * c, y2 + 4 * c, y3 + 4 * c, w + size * c, row_bytes, n, out, h_bytes, lanes
+                )
                 c += 16
             i += 4
         else:

@@ -20,7 +20,9 @@ def check_form(selected: Tensor, num_tokens: int, num_experts: int) -> None:
     if selected.is_floating_point() or selected.is_complex():
         raise ConfigError(f"selected experts are {selected.dtype}", "pass integer ids_TK or a bool mask_TE")
     if selected.dim() != 2 or selected.shape[0] != num_tokens:
-        raise ConfigError(f"selection of shape {tuple(selected.shape)} for {num_tokens} tokens", "pass [tokens, K] or [tokens, E]")
+        raise ConfigError(
+            f"selection of shape {tuple(selected.shape)} for {num_tokens} tokens", "pass [tokens, K] or [tokens, E]"
+        )
     if selected.dtype == torch.bool and selected.shape[1] != num_experts:
         raise ConfigError(f"selection mask over {selected.shape[1]} experts, the layer has {num_experts} experts")
 
@@ -35,7 +37,9 @@ def check_selection(selected: Tensor, num_tokens: int, num_experts: int) -> None
         return
     low, high = int(selected.min()), int(selected.max())
     if low < 0 or high >= num_experts:
-        raise ConfigError(f"selected expert id {low if low < 0 else high} out of range: the layer has {num_experts} experts")
+        raise ConfigError(
+            f"selected expert id {low if low < 0 else high} out of range: the layer has {num_experts} experts"
+        )
 
 
 def selection_mask(selected: Tensor, num_tokens: int, num_experts: int) -> Tensor:

@@ -8,6 +8,7 @@ Nothing here checks bounds. Editing this file does not invalidate numba's cache 
 
 from collections.abc import Callable, Sequence
 from inspect import Parameter, Signature
+from platform import machine
 from typing import Any
 
 from llvmlite import ir
@@ -122,7 +123,12 @@ def store_vector(builder: Any, tag: Any, address: Any, value: Any, count: Any = 
         builder.store(_narrow(builder, tag, value), where, align=align)
         return
     name = f"llvm.masked.store.v16{'f32' if tag == types.float32 else 'i16'}.p0"
-    _call(builder, name, ir.VoidType(), [_narrow(builder, tag, value), where, ir.Constant(I32, align), _lanes_below(builder, count)])
+    _call(
+        builder,
+        name,
+        ir.VoidType(),
+        [_narrow(builder, tag, value), where, ir.Constant(I32, align), _lanes_below(builder, count)],
+    )
 
 
 def sum_each(builder: Any, vectors: Sequence[Any]) -> Any:
@@ -216,9 +222,25 @@ def _atomic_add(builder: Any, args: Any, kinds: Any) -> Any:
     return builder.atomic_rmw("add", pointer(builder, args[0], I64), args[1], "seq_cst")
 
 
-def _call_barrier(builder: Any, args: Any, kinds: Any) -> None:
-    function = pointer(builder, args[0], ir.FunctionType(ir.VoidType(), []))
-    builder.call(function, [])
+def _wait_for(builder: Any, args: Any, kinds: Any) -> None:
+    """(address, least, sched_yield): spins until the int64 there is at least `least`; gives the core away after a while."""
+    polls = cgutils.alloca_once_value(builder, ir.Constant(I64, 0))
+    check, again, give, done = (builder.append_basic_block(name) for name in ("check", "again", "give", "done"))
+    builder.branch(check)
+    builder.position_at_end(check)
+    now = builder.load_atomic(pointer(builder, args[0], I64), "acquire", 8)
+    builder.cbranch(builder.icmp_signed(">=", now, args[1]), done, again)
+    builder.position_at_end(again)
+    count = builder.add(builder.load(polls), ir.Constant(I64, 1))
+    builder.store(count, polls)
+    if machine() in ("x86_64", "AMD64"):
+        _call(builder, "llvm.x86.sse2.pause", ir.VoidType(), [])
+    patient = builder.icmp_signed("<", count, ir.Constant(I64, 2000))
+    builder.cbranch(builder.or_(patient, builder.icmp_signed("==", args[2], ir.Constant(I64, 0))), check, give)
+    builder.position_at_end(give)
+    builder.call(pointer(builder, args[2], ir.FunctionType(I32, [])), [])
+    builder.branch(check)
+    builder.position_at_end(done)
 
 
 def _call_parallel(builder: Any, args: Any, kinds: Any) -> None:
@@ -285,7 +307,9 @@ load = operation(VECTOR, 2, lambda builder, args, kinds: load_vector(builder, ki
 load_part = operation(VECTOR, 3, lambda builder, args, kinds: load_vector(builder, kinds[0], args[1], args[2]))
 # (tag, address, vector) and (tag, address, vector, count)
 store = operation(types.none, 3, lambda builder, args, kinds: store_vector(builder, kinds[0], args[1], args[2]))
-store_part = operation(types.none, 4, lambda builder, args, kinds: store_vector(builder, kinds[0], args[1], args[2], args[3]))
+store_part = operation(
+    types.none, 4, lambda builder, args, kinds: store_vector(builder, kinds[0], args[1], args[2], args[3])
+)
 zero = operation(VECTOR, 0, _zero)
 splat = operation(VECTOR, 1, lambda builder, args, kinds: splat_value(builder, args[0]))
 fma = operation(VECTOR, 3, lambda builder, args, kinds: fused(builder, *args))  # a * b + c
@@ -314,5 +338,5 @@ put_f32 = operation(types.none, 2, _put(F32))
 get_u8 = operation(types.uint8, 1, _get(I8))
 put_u8 = operation(types.none, 2, _put(I8))
 atomic_add = operation(types.int64, 2, _atomic_add)
-call_barrier = operation(types.none, 1, _call_barrier)
+wait_for = operation(types.none, 3, _wait_for)
 call_parallel = operation(types.none, 4, _call_parallel)

@@ -104,12 +104,18 @@ def _updates(tokens: int, vectors: int) -> Any:
         w, row_bytes, count, h, h_bytes, lanes = args[5:]
         lanes = lanes if vectors == 1 else None
         width = 4 if element(kinds[0]) == F32 else 2
-        columns = [(r, v, builder.add(args[1 + r], _int(v * LANES * _FLOAT_BYTES))) for r in range(tokens) for v in range(vectors)]
+        columns = [
+            (r, v, builder.add(args[1 + r], _int(v * LANES * _FLOAT_BYTES)))
+            for r in range(tokens)
+            for v in range(vectors)
+        ]
         slots = _accumulators(builder, [load_vector(builder, types.float32, y, lanes) for _, _, y in columns])
 
         def body(n: Any) -> None:
             row = builder.add(w, builder.mul(n, row_bytes))
-            loaded = [load_vector(builder, kinds[0], builder.add(row, _int(v * LANES * width)), lanes) for v in range(vectors)]
+            loaded = [
+                load_vector(builder, kinds[0], builder.add(row, _int(v * LANES * width)), lanes) for v in range(vectors)
+            ]
             for r in range(tokens):
                 at = builder.add(h, builder.add(builder.mul(h_bytes, _int(r)), builder.mul(n, _int(_FLOAT_BYTES))))
                 value = splat_value(builder, builder.load(pointer(builder, at, F32)))

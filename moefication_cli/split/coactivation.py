@@ -88,8 +88,6 @@ def _accumulate(
         for low in range(0, num_neurons, _BLOCK):
             high = min(low + _BLOCK, num_neurons)
             sums_RF[high:, low:high] = sums_RF[low:high, high:].t()
-            corner = sums_RF[low:high, low:high]
-            corner.copy_(corner.triu() + corner.triu(1).t())
     if not bool(torch.isfinite(sums_RF).all()):
         raise NonFiniteError("sums of co-activation overflow float32", "use kind count for this layer")
     return sums_RF

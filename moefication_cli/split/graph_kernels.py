@@ -84,12 +84,17 @@ def balance_parts(
 
 @compiled
 def adopt_lower_weights(indptr_F1: Array, indices_M: Array, weights_M: Array) -> None:
-    """Give entry (m, n) the weight of (n, m) where n < m, in place; the pattern is symmetric and rows are sorted."""
+    """Give entry (m, n) the weight of (n, m) where n < m, in place; the pattern is symmetric and rows are sorted.
+
+    A pattern that is not symmetric is left for `first_asymmetry` to find.
+    """
     n = indptr_F1.shape[0] - 1
     at = indptr_F1[:-1].copy()
     for i in range(n):
         for e in range(indptr_F1[i], indptr_F1[i + 1]):
             j = indices_M[e]
+            if at[j] >= indptr_F1[j + 1]:
+                return
             if i < j:
                 weights_M[at[j]] = weights_M[e]
             at[j] += 1

@@ -10,6 +10,7 @@ from moefication_cli.errors import MoEficationError
 from moefication_cli.models.checkpoint import Checkpoint
 from moefication_cli.models.moe_folder import layer_tensors, write_moe_settings
 from moefication_cli.stages.contract import Control, Result
+from moefication_cli.stages.estimate import estimate, ffn_bytes
 from moefication_cli.stages.inputs import RunModel, layer_seed, open_model
 from moefication_cli.stages.plan import LayerPlan, choose_router, describe_rule, plan_layers, routed_layers
 from moefication_cli.store.manifest import BASE_MODEL
@@ -35,6 +36,18 @@ def apply(run: RunDir, config: ApplyConfig, control: Control) -> Result:
         top_k=config.top_k,
         keep_dense=config.keep_dense,
     )
+    if control.dry_run:
+        size = float(sum(path.stat().st_size for path in model.checkpoint.files))
+        return estimate(
+            "apply",
+            run,
+            model,
+            writes=run.path("model"),
+            num_bytes=size,
+            flops=0.0,
+            memory=2 * ffn_bytes(model),
+            reads={"split": split, "router": router},
+        )
     inputs = {BASE_MODEL: model.fingerprint, "split": split.digest, f"router/{name}": router.digest}
     options: dict[str, Any] = {
         "config": recorded_values(config) | {"router": name, "seed": control.seed},

@@ -56,7 +56,9 @@ def paper_variant(run: RunDir, model: RunModel, fraction: float, config: EvalCon
     for layer in routed:
         # A narrow budget may not pay for this router at all: it then runs one expert and its real cost is reported.
         least = layer.cost().flops(1) / layer.cost().dense_flops
-        plan = plan_layers([layer], max(fraction, least) if config.fraction_of == "flops" else fraction, config.fraction_of)[0]
+        plan = plan_layers(
+            [layer], max(fraction, least) if config.fraction_of == "flops" else fraction, config.fraction_of
+        )[0]
         weights = expert_weights(model.read_ffn(layer.index), layer.partition)
         rule = plan.rule or Rule(top_k=layer.partition.num_experts)
         layers.append(PinnedFFN(MoEFFN(weights, layer.router, rule, backend=config.backend)))
@@ -85,4 +87,3 @@ def build_paper(run: RunDir, model: RunModel, control: Control) -> Stage:
             work.save(index, tensors, record.settings, metrics=metrics | record.metrics)
         work.finish()
     return run.read_stage("baseline/paper")
-

@@ -4,7 +4,8 @@ Works in shards of the sampled sequences: each finished shard is on disk, so a k
 memory holds one shard however much is collected. At the end the shards are joined layer by layer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 import torch
 from torch import Tensor
@@ -13,10 +14,12 @@ from moefication_cli.config import CollectConfig
 from moefication_cli.errors import ConfigError, MoEficationError, NonFiniteError
 from moefication_cli.models.capture import capture
 from moefication_cli.models.loading import LoadedModel, load_model
+from moefication_cli.models.sensitivity import gradient_norms, sampled_log_likelihood, token_weights
 from moefication_cli.models.sites import FFNSite
 from moefication_cli.stages.contract import Control, Result
+from moefication_cli.stages.estimate import estimate
 from moefication_cli.stages.examples import open_examples
-from moefication_cli.stages.inputs import RunModel, begin_options, layered_result, open_model
+from moefication_cli.stages.inputs import RunModel, begin_options, layer_seed, layered_result, open_model
 from moefication_cli.store.layerfile import open_layer, read_layer, write_layer
 from moefication_cli.store.rundir import RunDir
 from moefication_cli.store.work import Work
@@ -33,6 +36,18 @@ def collect_activations(run: RunDir, config: CollectConfig, control: Control) ->
     layer.
     """
     model = open_model(run, config, control)
+    if control.dry_run:
+        width = sum(site.d_model for site in model.sites)
+        parameters = model.checkpoint.describe()["parameters"]
+        return estimate(
+            "collect-activations",
+            run,
+            model,
+            writes=run.path("activations"),
+            num_bytes=config.max_tokens * width * getattr(torch, config.storage_dtype).itemsize,
+            flops=2.0 * parameters * config.max_tokens,
+            memory=4.0 * parameters + 2 * _SHARD_BYTES,
+        )
     options = begin_options(config, control, model, {})
     options["only"] = None
     with run.begin("activations", **options) as work:
@@ -64,11 +79,13 @@ def _run_shards(run: RunDir, model: RunModel, work: Work, config: CollectConfig,
     for shard in control.track(_shards(batches, max(1, _SHARD_BYTES // per_token)), "collect-activations"):
         path = _shard(work.scratch, number)
         if not path.exists():  # of a run that was killed
-            _collect_shard(loaded, model.sites, shard, config, path, first_row)
+            _collect_shard(loaded, model.sites, shard, config, path, first_row, control.seed)
         number += 1
         first_row += sum(_num_rows(batch) for batch in shard)
     if number == 0:
-        raise ConfigError(f"{config.data}: there is nothing to run the model on", "raise --max-tokens or check the data")
+        raise ConfigError(
+            f"{config.data}: there is nothing to run the model on", "raise --max-tokens or check the data"
+        )
     (work.scratch / "count").write_text(str(number))
 
 
@@ -93,14 +110,14 @@ def _shard(scratch: Path, number: int) -> Path:
     return scratch / f"shard_{number:05d}.safetensors"
 
 
-@torch.inference_mode()
 def _collect_shard(
-    loaded: LoadedModel, sites: list[FFNSite], shard: list[Batch], config: CollectConfig, path: Path, first_row: int
+    loaded: LoadedModel, sites: Sequence[FFNSite], shard: list[Batch], config: CollectConfig, path: Path, first_row: int, seed: int
 ) -> None:
     dtype = getattr(torch, config.storage_dtype)
     inputs: list[list[Tensor]] = [[] for _ in sites]
     sequences: list[list[Tensor]] = [[] for _ in sites]
     sums = [torch.zeros(len(_SUMS), site.num_neurons, dtype=torch.float64) for site in sites]
+    norms: list[list[Tensor]] = [[] for _ in sites]
     rows = {"encoder": torch.empty(0), "decoder": torch.empty(0)}  # of the batch in progress: its tokens' sequences
 
     def on_input(site: FFNSite, x_TD: Tensor) -> None:
@@ -115,20 +132,45 @@ def _collect_shard(
         parts = ((h_TF > 0).sum(0), h_TF.sum(0), h_TF.square().sum(0), h_TF.abs().sum(0))
         sums[site.index] += torch.stack([part.double().cpu() for part in parts])
 
-    with capture(loaded.model, sites, on_input, on_hidden):
+    def on_gradient(site: FFNSite, norm_T: Tensor) -> None:
+        norms[site.index].append(norm_T)
+
+    loaded.model.requires_grad_(False)
+    with ExitStack() as stack:
+        mask = stack.enter_context(capture(loaded.model, sites, on_input, on_hidden))
+        if config.sensitivity:
+            stack.enter_context(gradient_norms(loaded.model, sites, on_gradient, mask))
         for batch in shard:
-            for stack, name in (("encoder", "attention_mask"), ("decoder", "decoder_attention_mask")):
-                rows[stack] = _sequence_of_tokens(batch, stack, name, first_row)
-            loaded.model(**batch.to(loaded.device).inputs)
+            for side, name in (("encoder", "attention_mask"), ("decoder", "decoder_attention_mask")):
+                rows[side] = _sequence_of_tokens(batch, side, name, first_row)
+            with torch.set_grad_enabled(config.sensitivity):
+                logits = loaded.model(**batch.to(loaded.device).inputs).logits
+                if config.sensitivity:
+                    generator = torch.Generator().manual_seed(layer_seed(seed, first_row))
+                    sampled_log_likelihood(*_predictions(logits, batch), generator).backward()  # type: ignore[no-untyped-call]
             first_row += _num_rows(batch)
     tensors: dict[str, Tensor] = {}
     for site in sites:
         if not torch.isfinite(sums[site.index]).all():
-            raise NonFiniteError(f"layer {site.index} ({site.name}): activations contain NaN or infinity", "try --dtype float32")
+            raise NonFiniteError(
+                f"layer {site.index} ({site.name}): activations contain NaN or infinity", "try --dtype float32"
+            )
         tensors[f"{site.index}.inputs_TD"] = torch.cat(inputs[site.index])
         tensors[f"{site.index}.sequence_T"] = torch.cat(sequences[site.index])
         tensors[f"{site.index}.sums"] = sums[site.index]
+        if config.sensitivity:
+            tensors[f"{site.index}.norm_T"] = torch.cat(norms[site.index])
     write_layer(path, tensors, {"layer": "all"})
+
+
+def _predictions(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """The logits that are predictions, and which of them are real: per sequence, or per token but the last."""
+    if logits.dim() == 2:
+        return logits, None
+    mask = batch.inputs.get("decoder_attention_mask", batch.inputs.get("attention_mask"))
+    if "decoder_input_ids" in batch.inputs:
+        return logits, None if "decoder_attention_mask" not in batch.inputs else mask.bool()  # type: ignore[union-attr]
+    return logits[:, :-1], None if mask is None else mask[:, 1:].bool()
 
 
 def _sequence_of_tokens(batch: Batch, stack: str, mask_name: str, first_row: int) -> Tensor:
@@ -143,18 +185,24 @@ def _sequence_of_tokens(batch: Batch, stack: str, mask_name: str, first_row: int
 def _non_finite(site: FFNSite, x_TD: Tensor, config: CollectConfig) -> MoEficationError:
     where = f"layer {site.index} ({site.name})"
     if torch.isfinite(x_TD).all():
-        return NonFiniteError(f"{where}: inputs do not fit {config.storage_dtype}", "store them with --storage-dtype bfloat16")
-    return NonFiniteError(f"{where}: the FFN's inputs contain NaN or infinity", "check the model, or try --dtype float32")
+        return NonFiniteError(
+            f"{where}: inputs do not fit {config.storage_dtype}", "store them with --storage-dtype bfloat16"
+        )
+    return NonFiniteError(
+        f"{where}: the FFN's inputs contain NaN or infinity", "check the model, or try --dtype float32"
+    )
 
 
 def _join(work: Work, model: RunModel, index: int, config: CollectConfig) -> None:
     """One layer's file from all shards, and its neurons' statistics."""
-    inputs, sequences, total = [], [], None
+    inputs, sequences, norms, total = [], [], [], None
     for number in range(int((work.scratch / "count").read_text())):
         names = [f"{index}.inputs_TD", f"{index}.sequence_T", f"{index}.sums"]
+        names += [f"{index}.norm_T"] if config.sensitivity else []
         tensors, _ = read_layer(_shard(work.scratch, number), names)
         inputs.append(tensors[names[0]])
         sequences.append(tensors[names[1]])
+        norms.append(tensors[names[3]] if config.sensitivity else torch.ones(len(tensors[names[1]])))
         total = tensors[names[2]] if total is None else total + tensors[names[2]]
     assert total is not None
     count = sum(len(part) for part in sequences)
@@ -167,7 +215,11 @@ def _join(work: Work, model: RunModel, index: int, config: CollectConfig) -> Non
         "contribution_F": (absolute_F * norms_F).float(),
     }
     metrics = {"tokens": count, "firing": float(active_F.mean()), "dead_neurons": int((active_F == 0).sum())}
-    tensors = {"inputs_TD": torch.cat(inputs), "sequence_T": torch.cat(sequences), **statistics}
+    sequence_T = torch.cat(sequences)
+    weight_T = token_weights(torch.cat(norms), sequence_T)
+    if not torch.isfinite(weight_T).all():
+        raise NonFiniteError(f"layer {index} ({model.names[index]}): gradients contain NaN or infinity", "--no-sensitivity")
+    tensors = {"inputs_TD": torch.cat(inputs), "sequence_T": sequence_T, "weight_T": weight_T, **statistics}
     work.save(index, tensors, metrics=metrics)
 
 
@@ -175,4 +227,3 @@ def read_statistics(path: Path) -> dict[str, Tensor]:
     """rate_F, mean_F, variance_F and contribution_F of one layer file."""
     with open_layer(path) as layer:
         return {name: layer.tensor(name) for name in ("rate_F", "mean_F", "variance_F", "contribution_F")}
-

@@ -3,7 +3,15 @@
 from dataclasses import replace
 from pathlib import Path
 
-from moefication_cli.config import ApplyConfig, CollectConfig, DemoConfig, EvalConfig, RouterConfig, RunConfig, SplitConfig
+from moefication_cli.config import (
+    ApplyConfig,
+    CollectConfig,
+    DemoConfig,
+    EvalConfig,
+    RouterConfig,
+    RunConfig,
+    SplitConfig,
+)
 from moefication_cli.errors import MissingArtifactError
 from moefication_cli.stages.contract import Control, Result
 from moefication_cli.stages.pipeline import run_all

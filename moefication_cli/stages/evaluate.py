@@ -18,6 +18,7 @@ from moefication_cli.models.surgery import install, live_weights, permute_in_pla
 from moefication_cli.runtime.layer import MoEFFN
 from moefication_cli.stages.baseline import paper_variant, static_variant
 from moefication_cli.stages.contract import Control, Result, parse_fractions
+from moefication_cli.stages.estimate import estimate
 from moefication_cli.stages.examples import open_examples
 from moefication_cli.stages.inputs import RunModel, open_model
 from moefication_cli.stages.plan import FractionOf, LayerPlan, describe_rule, plan_layers, routed_layers
@@ -37,7 +38,18 @@ from moefication_cli.tasks.examples import Batch, Examples, Scores, Summary, com
 from moefication_cli.tasks.stats import Values, bootstrap_ci, paired_bootstrap
 
 ALWAYS = ("groundtruth", "random", "static")
-_TABLE = ("selection", "fraction", "value", "relative", "agreement", "kl", "active_fraction", "ffn_flops_fraction", "speedup", "backend")
+_TABLE = (
+    "selection",
+    "fraction",
+    "value",
+    "relative",
+    "agreement",
+    "kl",
+    "active_fraction",
+    "ffn_flops_fraction",
+    "speedup",
+    "backend",
+)
 
 
 def evaluate(run: RunDir, config: EvalConfig, control: Control) -> Result:
@@ -53,6 +65,19 @@ def evaluate(run: RunDir, config: EvalConfig, control: Control) -> Result:
     selections = _selections(config, routers)
     activations = run.require("activations") if {"static", "paper"} & set(selections) else None
     stages = {"split": split, "activations": activations, "model": applied}
+    if control.dry_run:
+        parameters = float(model.checkpoint.describe()["parameters"])
+        passes = 1 + len(fractions) * len(selections)
+        return estimate(
+            "eval",
+            run,
+            model,
+            writes=run.path(f"eval/{config.name}"),
+            num_bytes=1e5,
+            flops=2 * parameters * passes * 128 * (config.limit or 1000),
+            memory=8 * parameters,
+            reads=stages,
+        )
     inputs = {BASE_MODEL: model.fingerprint}
     inputs |= {name: stage.digest for name, stage in stages.items() if stage is not None}
     inputs |= {f"router/{name}": stage.digest for name, stage in routers.items() if name in selections}
@@ -89,7 +114,9 @@ def _selections(config: EvalConfig, routers: dict[str, Stage]) -> list[str]:
     known = {*ALWAYS, "neuron", "paper", *routers}
     for name in asked:
         if name not in known:
-            raise ConfigError(f"--selection {name}: no such selection or trained router", f"there are {', '.join(sorted(known))}")
+            raise ConfigError(
+                f"--selection {name}: no such selection or trained router", f"there are {', '.join(sorted(known))}"
+            )
     return list(dict.fromkeys([*ALWAYS, *asked]))
 
 
@@ -107,7 +134,9 @@ def _measure(
 ) -> dict[str, Any]:
     dense, converted = (_load(run, model, config) for _ in range(2))
     examples = open_examples(run, dense, config, control)
-    variants = _variants(run, model, converted, split, routers, applied, activations, selections, fractions, config, control)
+    variants = _variants(
+        run, model, converted, split, routers, applied, activations, selections, fractions, config, control
+    )
     mask = TokenMask(converted.model)
     summary, seconds, tokens = _run_all(dense, converted, model, examples, variants, mask, config, control)
     reference = {
@@ -175,12 +204,16 @@ def _variants(
         by_neurons = plan_layers(any_layers, fraction, "neurons")
         for name in selections:
             if name in ("groundtruth", "random"):
-                variants.append(selected_variant(name, net, sites, by_neurons, fraction, score, control.seed, config.backend))
+                variants.append(
+                    selected_variant(name, net, sites, by_neurons, fraction, score, control.seed, config.backend)
+                )
             elif name == "neuron":
                 layers: list[Any] = []
                 for site in sites:
                     layers.append(NeuronOracleFFN(live_weights(net, site), max(1, round(fraction * site.num_neurons))))
-                variants.append(Variant("neuron", "oracle", fraction, layers, meta={"score": "contribution", "rule": "top_k"}))
+                variants.append(
+                    Variant("neuron", "oracle", fraction, layers, meta={"score": "contribution", "rule": "top_k"})
+                )
             elif name == "static":
                 assert activations is not None
                 variants.append(static_variant(run, model, activations, fraction, control))
@@ -343,7 +376,9 @@ def _result(run: RunDir, config: EvalConfig, metrics: dict[str, Any], up_to_date
     head = {"selection": "dense", "fraction": 1.0, "value": dense["value"], "relative": 1.0, "speedup": 1.0}
     table = [head, *({name: row[name] for name in _TABLE} for row in metrics["rows"])]
     path = run.path(f"eval/{config.name}")
-    notes = [f"value is {dense['metric']}; KL and agreement are to the dense model; all rows on {metrics['examples']} examples"]
+    notes = [
+        f"value is {dense['metric']}; KL and agreement are to the dense model; all rows on {metrics['examples']} examples"
+    ]
     for row in metrics["rows"]:
         interval = row.get("kl_minus_static_interval")
         if row["kind"] == "router" and interval is not None and interval[1] >= 0:

@@ -14,9 +14,7 @@ from moefication_cli.tasks.task import prepare
 _TASKS = ("classification", "text2text", "lm")
 
 
-def open_examples(
-    run: RunDir, loaded: LoadedModel, config: CollectConfig | EvalConfig, control: Control
-) -> Examples:
+def open_examples(run: RunDir, loaded: LoadedModel, config: CollectConfig | EvalConfig, control: Control) -> Examples:
     """The rows `config.data` names, as examples of the run's task. Says on stderr what was guessed.
 
     Raises ConfigError: no data, no such field, a task the model cannot do.
@@ -31,7 +29,9 @@ def open_examples(
         task = guess_task(loaded.config)
         control.say(f"task: {task} (guessed from {', '.join(loaded.config.architectures or ['the model'])})")
     if task not in _TASKS:
-        raise ConfigError("the task cannot be guessed from this model", "name it with --task classification|text2text|lm")
+        raise ConfigError(
+            "the task cannot be guessed from this model", "name it with --task classification|text2text|lm"
+        )
     prompt, words = config.prompt or info.prompt, config.label_words or info.label_words
     fields = {name: getattr(config, name) or known.get(name) for name in ("text_field", "label_field", "max_length")}
     rows = load_rows(

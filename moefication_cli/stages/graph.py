@@ -1,6 +1,7 @@
 """build-graph: which neurons fire together. Reads `activations` and the model; hidden activations are recomputed."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from moefication_cli.runtime.weights import FFNWeights
 from moefication_cli.split.coactivation import coactivation_graph
 from moefication_cli.split.graph import to_metis_text
 from moefication_cli.stages.contract import Control, Result
+from moefication_cli.stages.estimate import estimate, ffn_bytes, total_ffn_flops
 from moefication_cli.stages.inputs import (
     begin_options,
     layer_seed,
@@ -29,18 +31,36 @@ def build_graph(run: RunDir, config: GraphConfig, control: Control) -> Result:
     """
     model = open_model(run, None, control)
     activations = run.require("activations")
+    if control.dry_run:
+        tokens = config.max_tokens or activations.metrics["layers"][0]["tokens"]
+        neurons = max(site.num_neurons for site in model.sites)
+        edges = neurons * (config.neighbours or neurons)
+        return estimate(
+            "build-graph",
+            run,
+            model,
+            writes=run.path("graph"),
+            num_bytes=8.0 * edges * len(model.sites),
+            flops=total_ffn_flops(model, tokens) + len(model.sites) * tokens * neurons**2,
+            memory=ffn_bytes(model) + 4.0 * neurons**2 + 16.0 * edges,
+            reads={"activations": activations},
+        )
     with run.begin("graph", **begin_options(config, control, model, {"activations": activations})) as work:
         for index in control.track(work.pending(), "build-graph", len(model.sites)):
             weights = model.read_ffn(index)
             x_TD = read_tokens(activations, index, config.max_tokens, layer_seed(control.seed, index)).x_TD
             graph = coactivation_graph(
-                lambda weights=weights, x_TD=x_TD: _hidden_chunks(weights, x_TD),
+                partial(_hidden_chunks, weights, x_TD),
                 weights.num_neurons,
                 kind=config.weights,
                 neighbours=config.neighbours or None,
             )
             tensors = {"indptr_F1": graph.indptr_F1, "indices_M": graph.indices_M, "weights_M": graph.weights_M}
-            metrics = {"edges": graph.num_edges, "isolated": int((graph.indptr_F1.diff() == 0).sum()), "tokens": len(x_TD)}
+            metrics = {
+                "edges": graph.num_edges,
+                "isolated": int((graph.indptr_F1.diff() == 0).sum()),
+                "tokens": len(x_TD),
+            }
             work.save(index, tensors, {"num_neurons": weights.num_neurons, "weights": config.weights}, metrics=metrics)
         manifest = work.finish()
     result = layered_result("build-graph", work, manifest)

@@ -103,7 +103,9 @@ def layered_result(command: str, work: Work, manifest: Manifest | None) -> Resul
     """The result of a stage with one file per layer: one row per layer, from the manifest's metrics."""
     if manifest is None:
         missing = work.missing()
-        note = f"{len(missing)} layers are still to be done (by other processes, or with --layers): {', '.join(missing)}"
+        note = (
+            f"{len(missing)} layers are still to be done (by other processes, or with --layers): {', '.join(missing)}"
+        )
         return Result(command, payload={"complete": False, "missing": missing}, notes=[note])
     rows = []
     for number, layer in enumerate(manifest.metrics["layers"]):
@@ -132,33 +134,55 @@ def read_graph(graph: Stage, index: int) -> Graph:
 
 @dataclass(frozen=True)
 class Tokens:
-    """FFN inputs of one layer and the sequence each token came from."""
+    """FFN inputs of one layer, the sequence each token came from, and how much its output matters (see `models.sensitivity`)."""
 
     x_TD: Tensor
     sequence_T: Tensor
+    weight_T: Tensor
+
+    def __len__(self) -> int:
+        return len(self.sequence_T)
+
+    def pick(self, chosen_T: Tensor) -> "Tokens":
+        """These tokens, by index or mask."""
+        return Tokens(self.x_TD[chosen_T], self.sequence_T[chosen_T], self.weight_T[chosen_T])
+
+    def to(self, device: torch.device) -> "Tokens":
+        """The same tokens on another device."""
+        return Tokens(self.x_TD.to(device), self.sequence_T.to(device), self.weight_T.to(device))
 
     def split_heldout(self, fraction: float, seed: int) -> "tuple[Tokens, Tokens]":
         """(training, held-out) tokens, divided by sequence so that no sentence is on both sides."""
-        ids = self.sequence_T.unique()
+        ids = torch.unique(self.sequence_T)
         order = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
         if len(ids) < 2:
-            held_T = torch.arange(len(self.sequence_T)) >= int(len(self.sequence_T) * (1 - fraction))
+            held_T = torch.arange(len(self)) >= int(len(self) * (1 - fraction))
         else:
             held_T = torch.isin(self.sequence_T, order[: max(1, round(fraction * len(ids)))])
-        return Tokens(self.x_TD[~held_T], self.sequence_T[~held_T]), Tokens(self.x_TD[held_T], self.sequence_T[held_T])
+        return self.pick(~held_T), self.pick(held_T)
+
+    def sample(self, count: int, seed: int) -> "Tokens":
+        """At most `count` tokens drawn at random."""
+        if count >= len(self):
+            return self
+        return self.pick(torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count].sort().values)
 
 
 def read_tokens(activations: Stage, index: int, max_tokens: int | None = None, seed: int = 0) -> Tokens:
     """Float32 inputs of one FFN; with `max_tokens`, that many from blocks spread at random over all of them."""
     with activations.open_layer(index) as layer:
         total = layer.shapes["inputs_TD"][0]
-        if max_tokens is None or max_tokens >= total:
-            return Tokens(layer.tensor("inputs_TD").float(), layer.tensor("sequence_T"))
-        starts = torch.arange(0, total, _BLOCK)
-        order = starts[torch.randperm(len(starts), generator=torch.Generator().manual_seed(seed))]
-        blocks = [(s, min(s + _BLOCK, total)) for s in order[: -(-max_tokens // _BLOCK)].sort().values.tolist()]
-        x_TD = torch.cat([layer.rows("inputs_TD", *block).float() for block in blocks])
-        return Tokens(x_TD[:max_tokens], torch.cat([layer.rows("sequence_T", *b) for b in blocks])[:max_tokens])
+        blocks = [(0, total)]
+        if max_tokens is not None and max_tokens < total:
+            starts = torch.arange(0, total, _BLOCK)
+            order = starts[torch.randperm(len(starts), generator=torch.Generator().manual_seed(seed))]
+            starts = order[: -(-max_tokens // _BLOCK)].sort().values
+            blocks = [(s, min(s + _BLOCK, total)) for s in starts.tolist()]
+
+        def rows(name: str) -> Tensor:
+            return torch.cat([layer.rows(name, *block) for block in blocks])[:max_tokens]
+
+        return Tokens(rows("inputs_TD").float(), rows("sequence_T"), rows("weight_T"))
 
 
 def expert_weights(ffn: FFNWeights, partition: Partition) -> ExpertWeights:

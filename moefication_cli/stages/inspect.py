@@ -9,9 +9,7 @@ _COLUMNS = ("layer", "d_model", "num_neurons", "activation", "gated", "bias", "f
 
 def inspect_model(model: str, config: ModelConfig, control: Control) -> Result:
     """One row per FFN, the expert counts that divide F, and the share of the parameters that FFNs hold."""
-    checkpoint = Checkpoint(
-        model, revision=config.revision, ffn=config.ffn, trust_remote_code=config.trust_remote_code
-    )
+    checkpoint = Checkpoint(model, revision=config.revision, ffn=config.ffn, trust_remote_code=config.trust_remote_code)
     found = checkpoint.describe()
     rows = [{name: row[name] for name in _COLUMNS} for row in found["ffns"]]
     notes = [

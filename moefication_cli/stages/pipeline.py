@@ -2,7 +2,15 @@
 
 from dataclasses import replace
 
-from moefication_cli.config import ApplyConfig, CollectConfig, EvalConfig, GraphConfig, RouterConfig, RunConfig, SplitConfig
+from moefication_cli.config import (
+    ApplyConfig,
+    CollectConfig,
+    EvalConfig,
+    GraphConfig,
+    RouterConfig,
+    RunConfig,
+    SplitConfig,
+)
 from moefication_cli.errors import ConfigError
 from moefication_cli.stages.apply import apply as apply_stage
 from moefication_cli.stages.collect import collect_activations
@@ -12,9 +20,6 @@ from moefication_cli.stages.graph import build_graph
 from moefication_cli.stages.router import train_router
 from moefication_cli.stages.split import split as split_stage
 from moefication_cli.store.rundir import RunDir
-
-# The published recipe as options of our stages; `eval` also builds it for its row `paper`.
-_PAPER_SPLIT = {"method": "kmeans", "expert_size": 32, "num_experts": None, "shared_fraction": 0.0}
 
 
 def run_all(
@@ -31,7 +36,8 @@ def run_all(
     if collect.data is None and run.manifest("activations") is None:
         raise ConfigError("run needs data to calibrate on", "name it with --data")
     if extra.recipe == "paper":
-        split, router = replace(split, **_PAPER_SPLIT), replace(router, router="mlp")
+        split = replace(split, method="kmeans", expert_size=32, num_experts=None, shared_fraction=0.0)
+        router = replace(router, router="mlp")
     done: list[Result] = []
     collect = _remembered(run, collect, control)
     done.append(collect_activations(run, collect, control))

@@ -21,6 +21,7 @@ from moefication_cli.routing.router import Router
 from moefication_cli.routing.scores import captured_share, oracle_scores, overlap
 from moefication_cli.runtime.weights import ExpertWeights
 from moefication_cli.stages.contract import Control, Result, parse_fractions
+from moefication_cli.stages.estimate import estimate, ffn_bytes, total_ffn_flops
 from moefication_cli.stages.inputs import (
     Tokens,
     begin_options,
@@ -48,6 +49,22 @@ def train_router(run: RunDir, config: RouterConfig, control: Control) -> Result:
     model = open_model(run, None, control)
     fractions = parse_fractions(config.fractions)
     activations, split = run.require("activations"), run.require("split")
+    if control.dry_run:
+        tokens = config.max_tokens or max(layer["tokens"] for layer in activations.metrics["layers"])
+        d_model = max(site.d_model for site in model.sites)
+        experts = max(layer["num_experts"] for layer in split.metrics["layers"])
+        width = config.width or max(16, d_model // _WIDTH_SHARE)
+        return estimate(
+            "train-router",
+            run,
+            model,
+            writes=run.path(f"router/{config.router}"),
+            num_bytes=4.0 * width * (d_model + experts) * len(model.sites),
+            flops=total_ffn_flops(model, tokens)
+            + 6.0 * tokens * width * (d_model + experts) * config.epochs * len(model.sites),
+            memory=ffn_bytes(model) + 8.0 * tokens * (d_model + experts),
+            reads={"activations": activations, "split": split},
+        )
     options = begin_options(config, control, model, {"activations": activations, "split": split})
     with run.begin(f"router/{config.router}", **options) as work:
         for index in control.track(work.pending(), "train-router", len(model.sites)):

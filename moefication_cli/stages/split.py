@@ -22,8 +22,10 @@ from moefication_cli.split.partition import (
     with_shared,
 )
 from moefication_cli.stages.contract import Control, Result
+from moefication_cli.stages.estimate import estimate, ffn_bytes
 from moefication_cli.stages.inputs import (
     RunModel,
+    Tokens,
     begin_options,
     layer_seed,
     layered_result,
@@ -35,7 +37,7 @@ from moefication_cli.stages.inputs import (
 from moefication_cli.store.rundir import RunDir
 from moefication_cli.store.stage import Stage
 
-DEFAULT_EXPERT_SIZE = 8  # small experts keep far more quality; see tests/benchmarks/README.md
+DEFAULT_EXPERT_SIZE = 4  # small experts keep far more quality; see tests/benchmarks/README.md
 
 
 def split(run: RunDir, config: SplitConfig, control: Control) -> Result:
@@ -54,6 +56,19 @@ def split(run: RunDir, config: SplitConfig, control: Control) -> Result:
     profiled = (config.method == "activation" or config.shared_fraction > 0) and not config.from_partition
     activations = run.require("activations") if profiled else None
     inputs = {"graph": graph, "activations": activations}
+    if control.dry_run:
+        neurons = max(site.num_neurons for site in model.sites)
+        width = config.profile_tokens if config.method == "activation" else model.sites[0].d_model
+        return estimate(
+            "split",
+            run,
+            model,
+            writes=run.path("split"),
+            num_bytes=4.0 * neurons * len(model.sites),
+            flops=len(model.sites) * neurons**2 * (2.0 * width + 500 * config.restarts),
+            memory=ffn_bytes(model) + 4.0 * neurons * (neurons + width),
+            reads=inputs,
+        )
     with run.begin("split", **begin_options(config, control, model, inputs)) as work:
         for index in control.track(work.pending(), "split", len(model.sites)):
             partition, metrics = split_layer(model, activations, graph, index, config, control)
@@ -94,12 +109,16 @@ def split_layer(
     profile_FT = None
     if num_shared or config.method == "activation":
         assert activations is not None
-        profile_FT = contribution_profile(weights, read_tokens(activations, index, config.profile_tokens, seed).x_TD)
+        profile_FT = contribution_profile(weights, read_tokens(activations, index, config.profile_tokens, seed))
         shared_idx = profile_FT.mean(1).topk(num_shared).indices.sort().values
     rest_mask = torch.ones(site.num_neurons, dtype=torch.bool)
     rest_mask[shared_idx] = False
     rest_F = rest_mask.nonzero().squeeze(1)
-    metrics: dict[str, Any] = {"num_experts": num_experts, "num_shared": num_shared, "expert_size": len(rest_F) // num_experts}
+    metrics: dict[str, Any] = {
+        "num_experts": num_experts,
+        "num_shared": num_shared,
+        "expert_size": len(rest_F) // num_experts,
+    }
 
     if config.method == "random":
         expert_F = random_partition(len(rest_F), num_experts, seed).expert_F
@@ -117,14 +136,27 @@ def split_layer(
         else:
             found = balanced_kmeans(points[rest_F], num_experts, seed=seed, restarts=config.restarts, init_F=warm_F)
         expert_F, metrics["inertia"] = found.expert_F, float(found.inertia)
+    if profile_FT is not None:
+        # Layers without a router run the first experts always: the most important ones come first.
+        expert_F = by_importance(expert_F.to(torch.int64), profile_FT[rest_F].square().sum(1))
     rest = Partition(expert_F.to(torch.int64))
     return (with_shared(rest, shared_idx, site.num_neurons) if num_shared else rest), metrics
 
 
-def contribution_profile(weights: FFNWeights, x_TD: Tensor) -> Tensor:
-    """profile_FT: |h_n| * ||w_down_n|| of every neuron at every given token."""
-    h_TF = weights.hidden(x_TD.to(weights.w_up_FD.dtype))
-    return (h_TF.abs() * weights.w_down_FD.norm(dim=1)).T.contiguous()
+def contribution_profile(weights: FFNWeights, tokens: Tokens) -> Tensor:
+    """profile_FT: |h_n| * ||w_down_n|| of every neuron at every token, times the root of how much the token matters."""
+    h_TF = weights.hidden(tokens.x_TD.to(weights.w_up_FD.device))
+    root_T1 = (tokens.weight_T / tokens.weight_T.mean().clamp_min(1e-30)).sqrt().unsqueeze(1).to(h_TF)
+    return (h_TF.abs() * weights.w_down_FD.norm(dim=1) * root_T1).T.contiguous()
+
+
+def by_importance(expert_F: Tensor, importance_F: Tensor) -> Tensor:
+    """The same experts, numbered from the most important one down; importance is summed over an expert's neurons."""
+    total_E = torch.zeros(int(expert_F.max()) + 1, dtype=torch.float64)
+    total_E.index_add_(0, expert_F.cpu(), importance_F.double().cpu())
+    number_E = torch.empty_like(total_E, dtype=torch.int64)
+    number_E[total_E.argsort(descending=True, stable=True)] = torch.arange(len(total_E))
+    return number_E[expert_F.cpu()]
 
 
 def _projection(weights: FFNWeights, config: SplitConfig) -> Tensor:
@@ -140,7 +172,9 @@ def _warm_start(config: SplitConfig, index: int, rest_F: Tensor, num_experts: in
     partition = read_partition(RunDir(Path(config.init)).read_stage("split"), index)
     expert_F = partition.expert_F[rest_F] if partition.num_neurons > int(rest_F.max()) else None
     if expert_F is None or partition.num_experts != num_experts or bool((expert_F < 0).any()):
-        raise ConfigError(f"--init {config.init}: its split of layer {index} has other experts", "split it the same way")
+        raise ConfigError(
+            f"--init {config.init}: its split of layer {index} has other experts", "split it the same way"
+        )
     return expert_F
 
 
@@ -166,5 +200,7 @@ def _read_partition_file(pattern: str, graph: Stage | None, index: int, site: FF
     if bool((torch.bincount(expert_F, minlength=num_experts) == site.num_neurons // num_experts).all()):
         return Partition(expert_F)
     if graph is None:
-        raise ConfigError(f"{found[0]}: its parts have different sizes", "build the graph, so that they can be balanced")
+        raise ConfigError(
+            f"{found[0]}: its parts have different sizes", "build the graph, so that they can be balanced"
+        )
     return repair_balance(read_graph(graph, index), expert_F, num_experts)

@@ -173,7 +173,14 @@ def routed_variant(name: str, model: nn.Module, plans: Sequence[LayerPlan], frac
 
 
 def selected_variant(
-    name: str, model: nn.Module, sites: Sequence[FFNSite], plans: Sequence[LayerPlan], fraction: float, score: str, seed: int, backend: str
+    name: str,
+    model: nn.Module,
+    sites: Sequence[FFNSite],
+    plans: Sequence[LayerPlan],
+    fraction: float,
+    score: str,
+    seed: int,
+    backend: str,
 ) -> Variant:
     """`groundtruth` or `random` at the same number of experts, on the same split."""
     layers: list[FFNLayer] = []
@@ -188,4 +195,3 @@ def selected_variant(
     kind = "oracle" if name == "groundtruth" else "baseline"
     meta = {"score": score if name == "groundtruth" else None, "rule": "top_k", "top_k": sum(ks) / len(ks)}
     return Variant(name, kind, fraction, layers, meta=meta)
-

@@ -38,7 +38,7 @@ def write_layer(
     if not isinstance(metadata.get("layer"), str):
         raise ValueError("metadata must name its `layer`")
     tmp = files.temporary(path) if tmp is None else tmp
-    stored = {name: _storable(tensor) for name, tensor in tensors.items()}
+    stored = _storable(tensors)
     num_bytes = sum(t.numel() * t.element_size() for t in stored.values())
     with files.writing(path, num_bytes):
         try:
@@ -58,10 +58,18 @@ def write_layer(
             raise
 
 
-def _storable(tensor: "Tensor") -> "Tensor":
-    tensor = tensor.detach().cpu().contiguous()
-    # safetensors refuses tensors that share storage, and would keep a slice's whole storage alive anyway.
-    return tensor if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size() else tensor.clone()
+def _storable(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+    # safetensors refuses tensors that share storage: those, and slices of something larger, are copied.
+    stored: dict[str, Tensor] = {}
+    storages = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.nbytes() != tensor.numel() * tensor.element_size() or storage.data_ptr() in storages:
+            tensor = tensor.clone()
+        storages.add(tensor.untyped_storage().data_ptr())
+        stored[name] = tensor
+    return stored
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ On network file systems names are looked up by listing the folder: a negative lo
 import contextlib
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,16 +45,16 @@ class Partial:
         except (OSError, CorruptArtifactError):
             return False
 
-    def restart(self, old: Manifest | None, final: Path, skip: Collection[int], description: Mapping[str, Any]) -> None:
+    def restart(self, old: Manifest | None, final: Path, description: Mapping[str, Any]) -> None:
         """Sweep the folder and begin anew.
 
-        The intact layers of a finished stage `old` in `final` are linked in if it has our key (all but `skip`): so a
-        damaged or forced layer is redone alone.
+        The intact layers of a finished stage `old` in `final` are linked in if it has our key: so a damaged or forced
+        layer is redone alone.
         """
         files.remove(self.folder)
         files.make_dirs(self.work)
         if old is not None and old.key == self.key:
-            for index in set(range(self.num_layers)) - set(skip):
+            for index in range(self.num_layers):
                 self._keep(old, final, index)
         jsonio.write(self.work / "key.json", {"key": self.key, **description})
 

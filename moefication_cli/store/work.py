@@ -126,7 +126,6 @@ class Work:
             self.partial.restart(
                 old=self.paths.read_manifest_or_none(),
                 final=self.paths.final,
-                skip=redo,
                 description={"config": self.compared, "inputs": self.inputs},
             )
         for index in redo:
@@ -201,7 +200,6 @@ class Work:
         write_layer(path, tensors, {**(metadata or {}), "layer": layer}, self.partial.work / f"{path.name}.tmp")
         entry = {"sha256": self.hashes.sha256(path), "bytes": path.stat().st_size}
         self.partial.record(index, entry, {**(metrics or {}), "layer": layer, "seconds": seconds})
-        self.hashes.save()
         del self._claims[name]
         lock.release()
 
@@ -220,9 +218,10 @@ class Work:
             self._claims.pop(name)[0].release()
 
     def release(self) -> None:
-        """End all claims; `RunDir.begin` does it."""
+        """End all claims and keep the hashes; `RunDir.begin` does it."""
         while self._claims:
             self._claims.popitem()[1][0].release()
+        self.hashes.save()
 
     # -- commit ------------------------------------------------------------------------------------------------------
 
@@ -261,7 +260,6 @@ class Work:
             self.partial.complete(self.manifest)
             self.paths.swap()
             self.hashes.moved(self.paths.partial, self.paths.final)
-        self.hashes.save()
         return self.manifest
 
     def _done(self) -> set[int]:

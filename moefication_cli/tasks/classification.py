@@ -60,7 +60,8 @@ class ClassificationExamples:
         return self._batches(limited(self._rows.num_rows, self._options), batch_size)
 
     def calibration(self, max_tokens: int | None, seed: int, batch_size: int = 32) -> Iterator[Batch]:
-        return self._batches(sample_rows(self._rows.num_rows, self._encode, max_tokens, seed), batch_size)
+        indices = sample_rows(self._rows.num_rows, self._encode, max_tokens, seed, self._options.limit)
+        return self._batches(indices, batch_size)
 
     def reference(self, logits: Tensor, batch: Batch) -> Tensor:
         return logits.float().log_softmax(-1)

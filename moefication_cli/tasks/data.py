@@ -1,7 +1,7 @@
 """Rows to run a model on: a hub dataset or local files, read through `datasets` and memory-mapped.
 
-Local files never touch the network; what `datasets` writes for them lies in a temporary folder that lives as long as the
-`Rows`. Every field of a .tsv/.csv is text. In a .tsv quotes are ordinary characters, as in the GLUE files.
+Local files never touch the network; what `datasets` writes for them lies in a temporary folder that lives as long as
+the `Rows`. Every field of a .tsv/.csv is text. In a .tsv quotes are ordinary characters, as in the GLUE files.
 Does not tokenise (`language`, `classification`, `text2text` do) and does not choose the task.
 """
 
@@ -126,7 +126,8 @@ def load_rows(
     """Rows of a hub dataset (`glue/sst2` is configuration sst2 of glue), a local file or a folder of files.
 
     `split` picks a hub split, or the files of a folder that carry its name (train, dev, valid, ...); None picks by
-    `purpose` and says so in the notes. `text_field` is `a` or `a,b`; with `header=False` fields are column numbers from 0.
+    `purpose` and says so in the notes. `text_field` is `a` or `a,b`; with `header=False` fields are column numbers,
+    from 0.
     `documents`: whether each line of a .txt is a document or each file (auto looks at the first file).
     Raises ConfigError: not found, empty, unreadable, offline, wrong field.
     """
@@ -224,7 +225,10 @@ def _readable(name: str) -> Iterator[None]:
             raise ConfigError(f"{name} is no local file, and the hub cannot be reached", hint) from error
         raise ConfigError(f"{name} cannot be read: {_first_line(cause)}", "check the file's format") from error
     except (OSError, ValueError, KeyError) as error:  # datasets' own errors, pandas', pyarrow's and UnicodeDecodeError
-        raise ConfigError(f"{name} cannot be read: {_first_line(error)}", "check --data, --split and --revision") from error
+        if "corresponds to no data" in str(error):  # how the builders say that there is no row
+            raise ConfigError(f"{name} is empty", "name data with at least one row") from error
+        hint = "check --data, --split and --revision"
+        raise ConfigError(f"{name} cannot be read: {_first_line(error)}", hint) from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,8 +1,8 @@
 """What every task is made of: batches of model inputs, and scores of a model's logits per example.
 
-`Examples` is the one interface stages use (`task.prepare` makes them). The forward pass is the caller's, the same for the
-dense model and the MoE: `logits = model(**batch.inputs).logits`. Axes: B examples of a batch (rows of data, or windows of
-text), C classes, T tokens, V vocabulary, R rows of a batch's tensors (B, or a few per example for text2text).
+`Examples` is the one interface stages use (`task.prepare` makes them). The forward pass is the caller's, the same for
+the dense model and the MoE: `logits = model(**batch.inputs).logits`. Axes: B examples of a batch (rows of data, or
+windows of text), C classes, T tokens, V vocabulary, R rows of a batch's tensors (B, or more per example in text2text).
 """
 
 import math
@@ -30,7 +30,7 @@ _OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "roberta-prelayernor
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """How text becomes model input. `label_words` is a comma list in label order; `limit` examples are sampled uniformly."""
+    """How text becomes model input. `label_words`: a comma list in label order. `limit` examples, by `seed`."""
 
     max_length: int | None = None
     prompt: str | None = None
@@ -78,7 +78,11 @@ class Scores:
         order = np.argsort(np.concatenate([p.example_B for p in parts]), kind="stable")
 
         def joined(columns: list[Values | None]) -> Values | None:
-            return None if any(c is None for c in columns) else np.concatenate([c for c in columns if c is not None])[order]
+            return (
+                None
+                if any(c is None for c in columns)
+                else np.concatenate([c for c in columns if c is not None])[order]
+            )
 
         value_B, weight_B = joined([p.value_B for p in parts]), joined([p.weight_B for p in parts])
         assert value_B is not None and weight_B is not None
@@ -90,7 +94,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Summary:
-    """A model on all examples. `stderr` is of `value` and None for a single example; `agreement` is a share, `kl` in nats."""
+    """A model on all examples. `stderr` is of `value`, None for one example; `agreement` is a share, `kl` in nats."""
 
     metric: Metric
     value: float
@@ -114,7 +118,7 @@ class Examples(Protocol):
         ...
 
     def calibration(self, max_tokens: int | None, seed: int, batch_size: int = 32) -> Iterator[Batch]:
-        """Sequences sampled uniformly over the whole data, at most `max_tokens` real input tokens; None: all."""
+        """Sequences drawn uniformly over the data, at most `max_tokens` input tokens and `limit` in all; None: all."""
         ...
 
     def reference(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -167,7 +171,7 @@ def score_classes(logp_BC: Tensor, labels_B: Indices, batch: Batch, reference_BC
 
 
 def length_limit(model_config: Any, tokenizer: Any, max_length: int | None) -> int:
-    """Tokens per sequence: `max_length`, or the model's limit but at most 512. ConfigError if the model cannot take it."""
+    """Tokens per sequence: `max_length`, or the model's limit but at most 512. ConfigError if it exceeds the limit."""
     config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
     hard = getattr(config, "max_position_embeddings", None)
     if hard is not None and getattr(config, "model_type", "") in _OFFSET_POSITIONS:
@@ -211,14 +215,17 @@ def sorted_blocks(
 
 
 def sample_rows(
-    num_rows: int, encode: Callable[[Indices], list[Encoded]], max_tokens: int | None, seed: int
+    num_rows: int, encode: Callable[[Indices], list[Encoded]], max_tokens: int | None, seed: int, limit: int | None
 ) -> Indices:
-    """Rows in random order whose input tokens add up to at most `max_tokens` (one row at least); tokenises only those."""
-    order = np.random.default_rng(seed).permutation(num_rows).astype(np.int64)
+    """Rows in random order, at most `limit`, whose input tokens add up to at most `max_tokens` (one row at least).
+
+    Tokenises only those.
+    """
+    order = np.random.default_rng(seed).permutation(num_rows).astype(np.int64)[:limit]
     if max_tokens is None:
         return order
     total = taken = 0
-    for start in range(0, num_rows, 256):
+    for start in range(0, len(order), 256):
         for row in encode(order[start : start + 256]):
             total += len(row["input_ids"])
             if total > max_tokens:
@@ -245,7 +252,9 @@ def encode_texts(
     special = tokenizer.num_special_tokens_to_add(pair=len(texts[0]) == 2)
     for row, text in zip(rows, texts, strict=True):
         if not any(part is not None and part.strip() for part in text) or any(part is None for part in text):
-            raise ConfigError(f"{source}: row {int(row) + 1} has no text", "remove the row, or name another --text-field")
+            raise ConfigError(
+                f"{source}: row {int(row) + 1} has no text", "remove the row, or name another --text-field"
+            )
     pairs = [[text[1] for text in texts]] if len(texts[0]) == 2 else []
     encoded = tokenizer(
         [text[0] for text in texts], *pairs, truncation=True, max_length=max_length, return_attention_mask=True,

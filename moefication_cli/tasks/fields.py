@@ -64,7 +64,9 @@ def class_labels(
         found = [dataset_names[v] if isinstance(v, int) and 0 <= v < len(dataset_names) else v for v in found]
     distinct = dict.fromkeys(found)
     if any(isinstance(value, float) for value in distinct):
-        raise ConfigError(f"{source}: labels are real numbers; regression is not supported", "name a --label-field of classes")
+        raise ConfigError(
+            f"{source}: labels are real numbers; regression is not supported", "name a --label-field of classes"
+        )
     mapping = {value: _class_of(value, by_name, len(names)) for value in distinct}
     unknown = [value for value, number in mapping.items() if number is None]
     placeholders = all(_normal(name) == f"label_{i}" for i, name in enumerate(names))

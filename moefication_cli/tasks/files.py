@@ -29,7 +29,7 @@ _LONG_LINE = 200  # characters; a line wrapped for reading is shorter, a documen
 
 
 def find_files(path: Path, split: str | None, preferred: Sequence[str], notes: list[str]) -> list[Path]:
-    """The data files of a path: itself, or those of a folder that belong to the split. ConfigError if there are none."""
+    """The data files of a path: itself, or those of a folder that belong to the split. ConfigError if there is none."""
     if path.is_file():
         if path.suffix.lower() not in _SUFFIXES:
             raise ConfigError(f"{path}: unknown kind of data file", f"use one of {', '.join(_SUFFIXES)}")
@@ -49,7 +49,9 @@ def find_files(path: Path, split: str | None, preferred: Sequence[str], notes: l
     chosen = chosen or files
     kinds = {f.suffix.lower() for f in chosen}
     if len(kinds) > 1:
-        raise ConfigError(f"{path} mixes files of kind {', '.join(sorted(kinds))}", "name one file with --data, or a --split")
+        raise ConfigError(
+            f"{path} mixes files of kind {', '.join(sorted(kinds))}", "name one file with --data, or a --split"
+        )
     return chosen
 
 
@@ -120,7 +122,6 @@ def _read_table(files: Sequence[Path], separator: str, header: bool, cache: str)
         sep=separator,
         quoting=csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL,
         encoding="utf-8-sig",
-        keep_default_na=False,
         na_filter=False,
     )
 
@@ -140,7 +141,9 @@ def _columns(path: Path, separator: str, header: bool) -> list[str]:
         raise ConfigError(f"{path}: the first line repeats column names", "a file without a header needs --no-header")
     # pandas would silently take the surplus first column for row names
     if second is not None and len(second) > len(first):
-        raise ConfigError(f"{path}: the header names {len(first)} columns, the next line has {len(second)}", "check the file")
+        raise ConfigError(
+            f"{path}: the header names {len(first)} columns, the next line has {len(second)}", "check the file"
+        )
     return first
 
 

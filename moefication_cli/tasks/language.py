@@ -1,8 +1,8 @@
 """Language modelling: perplexity over windows of text, and windows sampled uniformly to calibrate on.
 
-Documents joined by the end token, windows of `max_length` without overlap, exp of the mean loss per predicted token (the
-first token of a window is read, not predicted). Beside the dense model: KL(dense || moe) and agreement of the first
-choice, per predicted token. Axes: B windows, T tokens, V vocabulary, P predicted tokens of a window.
+Documents joined by the end token, windows of `max_length` without overlap, exp of the mean loss per predicted token
+(the first token of a window is read, not predicted). Beside the dense model: KL(dense || moe) and agreement of the
+first choice, per token. Axes: B windows, T tokens, V vocabulary, P predicted tokens of a window.
 Does not know masked language models or encoder-decoders.
 """
 
@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from moefication_cli.errors import ConfigError, NonFiniteError
@@ -62,10 +61,10 @@ class LanguageExamples:
     def calibration(self, max_tokens: int | None, seed: int, batch_size: int = 32) -> Iterator[Batch]:
         """Windows sampled over the whole data, at most `max_tokens` in all (but two at least), in random order."""
         if max_tokens is None:
-            return self._batches(windows(self._stream, self.max_length), batch_size)
+            return self.batches(batch_size)
         full, rest = divmod(max(2, max_tokens), self.max_length)
         lengths = [self.max_length] * full + ([rest] if rest >= 2 else [])
-        return self._sampled(lengths, seed, batch_size)
+        return self._sampled(lengths[: self._options.limit], seed, batch_size)
 
     def reference(self, logits: Tensor, batch: Batch) -> Tensor:
         return logits
@@ -143,7 +142,9 @@ def score_tokens(logits_BTV: Tensor, batch: Batch, reference_BTV: Tensor | None 
     for b in range(len(ids_BT)):
         positions = (real_BT[b, 1:] & real_BT[b, :-1]).nonzero()[:, 0]
         sums[1, b] = len(positions)
-        for at_P in positions.split(chunk_rows(logits_BTV.shape[-1])):
+        step = chunk_rows(logits_BTV.shape[-1])
+        for start in range(0, len(positions), step):
+            at_P = positions[start : start + step]
             logp_PV = logits_BTV[b, at_P].float().log_softmax(-1)
             sums[0, b] -= logp_PV.gather(-1, ids_BT[b, at_P + 1, None]).double().sum().item()
             if reference_BTV is not None:

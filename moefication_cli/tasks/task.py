@@ -21,8 +21,8 @@ def prepare(
 ) -> Examples:
     """The examples of a task. `require_labels=False` is for calibration, which reads labels only if text2text has them.
 
-    `Examples.notes` are sentences for the user about what was guessed, beside `rows.notes`. Raises ConfigError for fields,
-    labels, prompts and lengths that do not fit the model.
+    `Examples.notes` are sentences for the user about what was guessed, beside `rows.notes`. Raises ConfigError for
+    fields, labels, prompts and lengths that do not fit the model.
     """
     options = options or TaskOptions()
     if task == "classification":

@@ -75,7 +75,8 @@ def resolve_prompt(rows: Rows, options: TaskOptions, notes: list[str]) -> Prompt
         words = re.split(r"[^a-z0-9]+", rows.source.lower().replace("sst-2", "sst2"))
         name = next((preset for preset in (*PRESETS, "stsb") if preset in words), None)
         if name is None:
-            hint = f'--prompt "sst2 sentence: {{sentence}}" --label-words negative,positive, or --prompt {"|".join(PRESETS)}'
+            example = '--prompt "sst2 sentence: {sentence}" --label-words negative,positive'
+            hint = f"{example}, or --prompt {'|'.join(PRESETS)}"
             raise ConfigError("a text-to-text model needs a prompt", hint)
         notes.append(f"prompt and label words of {name} (--prompt)")
     if name.lower() in ("stsb", "sts-b"):
@@ -97,7 +98,9 @@ def resolve_prompt(rows: Rows, options: TaskOptions, notes: list[str]) -> Prompt
         if len(fields) != len(places):
             missing = next(p for p in places if p not in rows.fields)
             listed = ", ".join(map(repr, rows.fields))
-            raise ConfigError(f"the prompt's {{{missing}}} is no field of {rows.source}", f"fields: {listed}; or --text-field")
+            raise ConfigError(
+                f"the prompt's {{{missing}}} is no field of {rows.source}", f"fields: {listed}; or --text-field"
+            )
         if places != fields:
             notes.append(", ".join(f"{{{p}}} is field {f!r}" for p, f in zip(places, fields, strict=True)))
     rows.require_fields(fields)
@@ -142,8 +145,8 @@ class Text2TextExamples:
             yield Batch(inputs, example_B, real_tokens(inputs))
 
     def calibration(self, max_tokens: int | None, seed: int, batch_size: int = 32) -> Iterator[Batch]:
-        """The decoder reads the start token and the label's word, as in training; the start token alone without labels."""
-        indices = sample_rows(self._rows.num_rows, self._encode, max_tokens, seed)
+        """The decoder reads the start token and the label's word, as in training; without labels the start token."""
+        indices = sample_rows(self._rows.num_rows, self._encode, max_tokens, seed, self._options.limit)
         for example_B, encoded in sorted_blocks(indices, self._encode, checked_batch_size(batch_size)):
             rows = [row | _decoder(self._target(int(i))) for i, row in zip(example_B, encoded, strict=True)]
             inputs = pad_batch(rows, self._pad)

@@ -1,8 +1,7 @@
 """Documents as one stream of tokens, from any point of the data, in bounded memory.
 
 Documents are joined by the tokenizer's end token. Text is tokenised in pieces of about a megabyte; a longer document is
-cut after a line end (else at a space), where byte-level and word-piece tokenizers give the tokens of the whole text (a
-SentencePiece tokenizer may put a word-start mark at a cut). Blank rows that are documents of their own are skipped.
+cut between words, where the pieces have the tokens of the whole. Blank rows that are documents are skipped.
 """
 
 from collections.abc import Iterable, Iterator
@@ -35,7 +34,9 @@ class TextStream:
         """The one text field. ConfigError for a pair."""
         names = self.rows.require_text()
         if len(names) > 1:
-            raise ConfigError(f"language modelling reads one field, not {', '.join(names)}", "name one with --text-field")
+            raise ConfigError(
+                f"language modelling reads one field, not {', '.join(names)}", "name one with --text-field"
+            )
         return names[0]
 
     @cached_property
@@ -57,6 +58,12 @@ class TextStream:
         lengths = pc.fill_null(pc.binary_length(column), 0).to_numpy()
         return np.cumsum(lengths, dtype=np.int64)
 
+    @cached_property
+    def drops_space(self) -> bool:
+        """Whether a text's first word is read as if a space stood before it (SentencePiece), not by its own (GPT-2)."""
+        whole, first, second = self.tokenizer(["a b", "a", "b"], add_special_tokens=False)["input_ids"]
+        return bool(whole == first + second)
+
     def tokens(self, byte: int = 0, piece: int | None = None) -> Iterator[list[int]]:
         """Token ids from a byte of the data to its end, some at a time; a start in mid-text moves to the next word."""
         row, offset = self._place(byte) if byte else (0, 0)
@@ -64,7 +71,7 @@ class TextStream:
         joint: list[int] = []
         pending: list[tuple[str, bool]] = []
         held = 0
-        for text, fresh in _pieces(self._segments(row, offset, size), size):
+        for text, fresh in _pieces(self._segments(row, offset, size), size, self.drops_space):
             pending.append((text, fresh))
             held += len(text)
             if held >= size:
@@ -79,7 +86,7 @@ class TextStream:
         rng = np.random.default_rng(seed)
         num_bytes = num_tokens = 0
         for start in rng.integers(total, size=_PROBES):
-            text, _ = next(_pieces(self._segments(*self._place(int(start)), 1000), 1000), ("", True))
+            text, _ = next(_pieces(self._segments(*self._place(int(start)), 1000), 1000, False), ("", True))
             num_bytes += len(text[:1000].encode())
             num_tokens += len(self.tokenizer(text[:1000], add_special_tokens=False, verbose=False)["input_ids"])
         return num_bytes / max(1, num_tokens)
@@ -106,14 +113,15 @@ class TextStream:
             for i, text in enumerate(texts, start=row):
                 text = text or ""
                 if offset:
-                    text, offset = _from_word(text.encode()[offset:].decode(errors="ignore")), 0
+                    text = _from_word(text.encode()[offset:].decode(errors="ignore"), self.drops_space)
+                    offset = 0
                 yield text, last_rows is None or i in last_rows
             row += block
             block = min(4 * block, 1000 if size > 100_000 else 64)
 
 
-def _pieces(segments: Iterable[tuple[str, bool]], size: int) -> Iterator[tuple[str, bool]]:
-    """(at most about `size` characters of one document, whether the document starts there); blank documents left out."""
+def _pieces(segments: Iterable[tuple[str, bool]], size: int, drops_space: bool) -> Iterator[tuple[str, bool]]:
+    """(up to `size` characters of one document, whether the document starts there); blank documents left out."""
     parts: list[str] = []
     held, fresh = 0, True
     for text, ends in segments:
@@ -124,7 +132,7 @@ def _pieces(segments: Iterable[tuple[str, bool]], size: int) -> Iterator[tuple[s
             while len(text) - start > size:
                 cut = _cut(text, start, size)
                 yield text[start:cut], fresh
-                start, fresh = cut, False
+                start, fresh = cut + (drops_space and text[cut] == " "), False
             parts = [text[start:]]
             held = len(parts[0])
         if ends:
@@ -138,17 +146,21 @@ def _pieces(segments: Iterable[tuple[str, bool]], size: int) -> Iterator[tuple[s
 
 
 def _cut(text: str, start: int, size: int) -> int:
-    """Where to cut text[start:]: after the last line end that no other follows, else before a space, else at `size`."""
+    """Where to cut text[start:]: before the last single space that starts a word, else after a line end, else anywhere.
+
+    Byte-level tokenizers take a space to its word and the blanks before it as a token of their own, so nothing changes.
+    """
     end = start + size
-    while (end := text.rfind("\n", start, end)) > start:
-        if text[end + 1] not in "\r\n":
-            return end + 1
-    space = text.rfind(" ", start + 1, start + size)
-    return space if space > start else start + size
+    while (end := text.rfind(" ", start + 1, end)) > 0:
+        if not text[end + 1].isspace():
+            return end
+    line = text.rfind("\n", start, start + size)
+    return line + 1 if line >= 0 else start + size
 
 
-def _from_word(text: str) -> str:
+def _from_word(text: str, drops_space: bool) -> str:
+    """The text from its next word on, if that is near; with its space where the tokenizer reads the space."""
     for i, letter in enumerate(text[:_SNAP]):
         if letter.isspace():
-            return text[i + 1 :]
+            return text[i + (drops_space or letter != " ") :]
     return text

@@ -116,7 +116,9 @@ def measure(calls: list[Callable[[], object]], repeats: int) -> list[list[float]
     return seconds
 
 
-def row(case: Case, tokens: int, fraction: float, dtype: torch.dtype, backend: str, repeats: int, budget: float) -> dict[str, object]:
+def row(
+    case: Case, tokens: int, fraction: float, dtype: torch.dtype, backend: str, repeats: int, budget: float
+) -> dict[str, object]:
     """One row of the table."""
     layer_bytes = case.neurons * case.d_model * (3 if case.gated else 2) * dtype.itemsize
     layers = max(2, -(-CACHE_BYTES // layer_bytes)) if tokens <= 64 else 2
@@ -166,12 +168,22 @@ def main() -> None:
     torch.manual_seed(0)
     rows = []
     if not options.json:
-        print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+        print(
+            f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        )
         print("case            tokens  frac  dense ms   moe ms  speedup  of minima  bound  backend")
     for case in [c for c in CASES if c.name in options.cases.split(",")]:
         for tokens in map(int, options.tokens.split(",")):
             for fraction in map(float, options.fractions.split(",")):
-                r = row(case, tokens, fraction, getattr(torch, options.dtype), options.backend, options.repeats, options.budget)
+                r = row(
+                    case,
+                    tokens,
+                    fraction,
+                    getattr(torch, options.dtype),
+                    options.backend,
+                    options.repeats,
+                    options.budget,
+                )
                 rows.append(r)
                 if not options.json:
                     print(

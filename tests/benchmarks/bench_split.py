@@ -107,18 +107,21 @@ def graph(tokens: int, dtype: torch.dtype) -> Row:
             x_TD = topics[torch.randint(0, 128, (size,), generator=source)] + torch.randn(size, width, generator=source)
             yield torch.relu(x_TD.to(dtype) @ w_FD.t() - 100.0)
 
-    _, fixed, _ = timed(lambda: coactivation_graph(lambda: [torch.zeros(0, num_neurons)], num_neurons, neighbours=32))
+    _, fixed, fixed_cpu = timed(
+        lambda: coactivation_graph(lambda: [torch.zeros(0, num_neurons)], num_neurons, neighbours=32)
+    )
     built, seconds, cpu = timed(lambda: coactivation_graph(chunks, num_neurons, neighbours=32, dtype=dtype))
     cut, cut_seconds, cut_cpu = timed(lambda: partition_graph(built, 344))
     random = random_partition(num_neurons, 344, 0)
     scaled = fixed + (seconds - fixed) * wanted / tokens
+    scaled_cpu = fixed_cpu + (cpu - fixed_cpu) * wanted / tokens
     return {
         "what": "co-activation and METIS", "rows": num_neurons, "width": width, "experts": 344, "dtype": str(dtype)[6:],
         "edges": built.num_edges, "graph_seconds": seconds, "graph_cpu_seconds": cpu,
         "partition_seconds": cut_seconds, "partition_cpu_seconds": cut_cpu,
         "cut_to_random": cut_weight(built, cut.expert_F) / cut_weight(built, random.expert_F),
-        "seconds": scaled + cut_seconds, "peak_gib": peak_gib(),
-        "note": f"{tokens} tokens run, hidden activations included; seconds scaled to {wanted} tokens",
+        "seconds": scaled + cut_seconds, "cpu_seconds": scaled_cpu + cut_cpu, "peak_gib": peak_gib(),
+        "note": f"{tokens} tokens run, hidden activations included; seconds and cpu_seconds scaled to {wanted} tokens",
     }  # fmt: skip
 
 

@@ -1,0 +1,78 @@
+"""How much each token's FFN output matters for what the model says: squared gradients of a sampled log-likelihood.
+
+With labels drawn from the model's own distribution, E ||d log p / d y_t||^2 is the trace of the Fisher information of
+token t's FFN output y_t: to second order, an output error e_t costs about ||g_t||^2 ||e_t||^2 / (2 D) of KL divergence.
+A few tokens carry most of it (only the first one in the last layer of a BERT classifier), so compute can go there.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moefication_cli.models.masking import TokenMask
+from moefication_cli.models.sites import FFNSite
+
+Deliver = Callable[[FFNSite, Tensor], None]
+
+
+@contextmanager
+def gradient_norms(
+    model: nn.Module, sites: Sequence[FFNSite], deliver: Deliver, token_mask: TokenMask
+) -> Iterator[None]:
+    """While open, a backward pass delivers ||g_t||^2 [T] (float32, CPU) of every FFN's real tokens, once per site.
+
+    The parameters need no gradients: the first FFN's output starts the graph.
+    """
+
+    def listen(site: FFNSite) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            if not output.requires_grad:
+                output = output.requires_grad_()
+            real_T = token_mask.mask_for(site.stack, output.shape[:-1])
+
+            def receive(gradient: Tensor) -> None:
+                norm_T = gradient.detach().float().square().sum(-1).flatten()
+                deliver(site, (norm_T if real_T is None else norm_T[real_T.to(norm_T.device)]).cpu())
+
+            output.register_hook(receive)
+            return output
+
+        return hook
+
+    handles = [model.get_submodule(site.down).register_forward_hook(listen(site)) for site in sites]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def sampled_log_likelihood(logits: Tensor, real: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Sum of log p of one draw from the model's own distribution per prediction; `real` (bool) leaves padding out.
+
+    logits [..., C]; `real` of its leading shape.
+    """
+    flat = logits.float().flatten(0, -2)
+    if real is not None:
+        flat = flat[real.flatten().to(flat.device)]
+    with torch.no_grad():
+        # Gumbel's trick draws with the caller's generator on any device.
+        noise = torch.rand(flat.shape, generator=generator).clamp_(1e-9, 1 - 1e-7).log_().neg_().log_().neg_()
+        drawn = (flat + noise.to(flat.device)).argmax(-1, keepdim=True)
+    return (flat.gather(-1, drawn).squeeze(-1) - flat.logsumexp(-1)).sum()
+
+
+def token_weights(norm_T: Tensor, sequence_T: Tensor) -> Tensor:
+    """weight_T: gradients normalised within each sequence, times the layer's mean.
+
+    One drawn label per sequence makes raw gradients heavy-tailed between sequences; within a sequence they say which
+    tokens matter, and the mean over all tokens says how much the layer does. Mean of the result: mean of `norm_T`.
+    """
+    _, index_T = torch.unique(sequence_T, return_inverse=True)
+    count_S = torch.bincount(index_T).double()
+    total_S = torch.zeros_like(count_S).index_add_(0, index_T, norm_T.double())
+    within_T = norm_T.double() * (count_S / total_S.clamp_min(1e-300))[index_T]
+    return (within_T * norm_T.double().mean()).float()
