@@ -146,9 +146,12 @@ class RouterConfig:
     )
     score: Score | None = option(None, "What an expert is worth (default: activation for mlp, norm otherwise)")
     width: int | None = option(
-        None, "Hidden width of regression and quadratic routers (default: by model width)", minimum=1
+        None, "Hidden width of regression and quadratic routers (default: d/24 and d/8, budgets choose)", minimum=1
     )
-    epochs: int | None = option(None, "Passes over the tokens (default: 6; at most 20 for mlp, which stops early)", minimum=1)
+    calibration_tokens: int = option(4096, "Tokens behind each calibration curve, fitted and held out", minimum=64)
+    epochs: int | None = option(
+        None, "Passes over the tokens (default: 6; at most 20 for mlp, which stops early)", minimum=1
+    )
     batch_size: int = option(1024, "Tokens per training step", minimum=1)
     learning_rate: float | None = option(None, "Adam's step (default: by router)", minimum=0.0)
     patience: int = option(3, "Epochs without improvement before stopping", minimum=1)
@@ -174,7 +177,8 @@ class ApplyConfig:
         None, "Experts per token: all whose score passes a calibrated threshold, or a fixed number (default: by router)"
     )
     budget: Literal["auto", "uniform"] | None = option(
-        None, "auto: share the compute between layers by what it saves; uniform: the same everywhere (default: by router)"
+        None,
+        "auto: share the compute between layers by what it saves; uniform: the same everywhere (default: by router)",
     )
     compensation: Literal["auto", "mean", "none"] = option(
         "auto", "What stands in for dropped experts: their mean, or the best low-rank correction as well"

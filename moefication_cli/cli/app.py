@@ -17,6 +17,7 @@ from moefication_cli.cli.console import Console
 from moefication_cli.cli.options import ENV_PREFIX, read_config, register
 from moefication_cli.config import (
     ApplyConfig,
+    BenchConfig,
     CollectConfig,
     ControlConfig,
     DemoConfig,
@@ -155,6 +156,19 @@ def _demo(run: str, config: DemoConfig, control: ControlConfig, sources: dict[st
     _run(control, sources, lambda c: demo(RunDir(run), config, c))
 
 
+def _bench(target: str, config: BenchConfig, control: ControlConfig, sources: dict[str, str]) -> None:
+    """Measure dense and MoE in turns, and how fast the MoE could be.
+
+    An FFN needs at least max(2 x multiply-adds / P, bytes / W) at the machine's measured rates P and W; its bound is
+    that of dense over that of the MoE, router and the experts that all tokens of a batch touch together counted. The
+    bound of a whole model is dense / (other + (dense - other) / bound of its FFNs), `other` measured without FFNs.
+    Skipping neurons whose ReLU is zero is not in it.
+    """
+    from moefication_cli.stages.bench import bench
+
+    _run(control, sources, lambda c: bench(target or None, config, c))
+
+
 register(app, "collect-activations", [CollectConfig], _collect)
 register(app, "build-graph", [GraphConfig], _graph)
 register(app, "split", [SplitConfig], _split)
@@ -164,6 +178,15 @@ register(app, "eval", [EvalConfig], _eval)
 register(app, "inspect", [ModelConfig], _inspect, argument="model", argument_help="Hub id or local folder")
 register(app, "run", [RunConfig, CollectConfig, SplitConfig, RouterConfig, ApplyConfig, EvalConfig], _pipeline)
 register(app, "demo", [DemoConfig], _demo, argument_default="artifacts/demo-run")
+register(
+    app,
+    "bench",
+    [BenchConfig],
+    _bench,
+    argument="model_or_run",
+    argument_help="Hub id, local folder or run directory with a converted model; none with --shape",
+    argument_default="",
+)
 
 
 class _StoppedError(BaseException):
@@ -217,7 +240,7 @@ def _exit_code(console: Console, arguments: list[str]) -> int:
         console.error(MoEficationError(f"stopped by {name}", "run the same command again: finished layers are kept"))
         return 128 + stop.signum
     except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  the reader is gone; nothing is left to say
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123  the reader is gone; nothing is left to say
         return 1
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""

@@ -4,7 +4,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
 from rich.console import Console as RichConsole
@@ -48,7 +48,7 @@ class Console:
         if self.quiet:
             yield from items
             return
-        count = total if total is not None else (len(items) if hasattr(items, "__len__") else None)
+        count = total if total is not None or not isinstance(items, Sized) else len(items)
         if self._err.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             with Progress(*columns, console=self._err, transient=True) as progress:

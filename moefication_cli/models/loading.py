@@ -21,8 +21,9 @@ from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.moe_folder import MoELayer, read_moe_folder
 from moefication_cli.models.sites import FFNSite, find_sites, refuse_quantised
 from moefication_cli.models.source import LOAD_ERRORS, Source, first_line, load_config, resolve_source
-from moefication_cli.models.surgery import install, live_weights, pack
+from moefication_cli.models.surgery import FFNLayer, install, live_weights, pack
 from moefication_cli.routing.router import Rule
+from moefication_cli.runtime.always import AlwaysFFN
 from moefication_cli.runtime.layer import MoEFFN
 from moefication_cli.runtime.weights import ExpertWeights
 
@@ -194,24 +195,25 @@ def load_moe(
         )
     token_mask = TokenMask(loaded.model)
     for site, layer in zip(sites, moe.layers, strict=True):
-        if not layer.dense:
+        if not layer.dense and not (fraction == 1 and layer.router is None):  # every neuron on is the dense layer
             install(loaded.model, site, _moe_ffn(loaded.model, site, layer, backend, fraction), token_mask)
     experts = sum(not layer.dense for layer in moe.layers)
     log.info("%s: mixture of experts in %d of %d FFNs, backend %s", folder, experts, len(sites), backend)
     return loaded.model
 
 
-def _moe_ffn(model: nn.Module, site: FFNSite, layer: MoELayer, backend: str, fraction: float | None) -> MoEFFN:
+def _moe_ffn(model: nn.Module, site: FFNSite, layer: MoELayer, backend: str, fraction: float | None) -> FFNLayer:
     router, rule = layer.router, layer.rule
-    assert router is not None and rule is not None
+    assert rule is not None
     neurons = site.num_neurons - layer.num_shared
-    if router.w_in_RD.shape[1] != site.d_model or neurons < 0 or neurons % layer.num_experts:
+    width = site.d_model if router is None else router.w_in_RD.shape[1]
+    if width != site.d_model or neurons < 0 or neurons % layer.num_experts:
         raise CorruptArtifactError(
-            f"{site.name}: {layer.num_experts} experts of {neurons} neurons, router width {router.w_in_RD.shape[1]}: "
+            f"{site.name}: {layer.num_experts} experts of {neurons} neurons, router input {width}: "
             f"does not fit F={site.num_neurons}, D={site.d_model}",
             "write the folder again: moefication apply RUN --force",
         )
-    if fraction is not None:
+    if fraction is not None and router is not None:
         rule = Rule(top_k=max(1, round(fraction * layer.num_experts)))
     pack(model, site)
     ffn = live_weights(model, site)
@@ -220,6 +222,8 @@ def _moe_ffn(model: nn.Module, site: FFNSite, layer: MoELayer, backend: str, fra
     if extra is not None:
         extra = replace(extra, **{k: v.to(device, dtype) for k, v in vars(extra).items() if v is not None})
     weights = ExpertWeights(ffn, layer.num_experts, layer.num_shared, extra)
+    if router is None:
+        return AlwaysFFN(weights)
     return MoEFFN(weights, router.to(device).to(dtype), rule, backend=backend)
 
 

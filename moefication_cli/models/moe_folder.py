@@ -56,9 +56,9 @@ class MoEFolder:
     layers: tuple[MoELayer, ...]
 
 
-def layer_tensors(index: int, router: Router, compensation: Compensation | None = None) -> dict[str, Tensor]:
+def layer_tensors(index: int, router: Router | None, compensation: Compensation | None = None) -> dict[str, Tensor]:
     """The tensors of the layer at that position of `layers`, under the names they have in the file."""
-    named = dict(router.tensors())
+    named = {} if router is None else dict(router.tensors())
     if compensation is not None:
         values = {stored: getattr(compensation, field) for stored, field in _COMPENSATION.items()}
         named.update({name: value for name, value in values.items() if value is not None})
@@ -148,13 +148,20 @@ def _layer(path: Path, index: int, entry: Any, tensors: dict[str, Tensor]) -> Mo
     rule, router = entry.get("rule"), entry.get("router")
     check(isinstance(rule, dict) and set(rule) in ({"top_k"}, {"threshold"}), "rule is not {top_k} or {threshold}")
     if "top_k" in rule:
-        check(whole(rule["top_k"], 1) and rule["top_k"] <= num_experts, f"top_k {rule['top_k']!r} of {num_experts}")
+        # Zero experts beside the shared neurons: a layer that needs no router.
+        check(
+            whole(rule["top_k"], 0 if router is None else 1) and rule["top_k"] <= num_experts,
+            f"top_k {rule['top_k']!r} of {num_experts}",
+        )
     else:
         check(type(rule["threshold"]) in (int, float), f"threshold {rule['threshold']!r} is not a number")
     check(
-        isinstance(router, dict)
-        and router.get("activation") in ROUTER_ACTIVATIONS
-        and isinstance(router.get("normalise"), bool),
+        (router is None and rule.get("top_k") == 0)
+        or (
+            isinstance(router, dict)
+            and router.get("activation") in ROUTER_ACTIVATIONS
+            and isinstance(router.get("normalise"), bool)
+        ),
         "router lacks a known activation or normalise",
     )
     mine = {name: tensors.pop(f"{index:03d}.{name}", None) for name in TENSORS}
@@ -163,15 +170,19 @@ def _layer(path: Path, index: int, entry: Any, tensors: dict[str, Tensor]) -> Mo
             good = tensor.dim() == len(name.rpartition("_")[2]) and tensor.is_floating_point()
             check(good and bool(tensor.isfinite().all()), f"tensor {name} of shape {tuple(tensor.shape)} is not usable")
     w_in_RD, w_out_ER = mine["w_in_RD"], mine["w_out_ER"]
-    if w_in_RD is None:
+    if (w_in_RD is None) != (router is None):
         raise CorruptArtifactError(f"{path}, layer {index}: no router tensors", _AGAIN)
-    width, d_model = w_in_RD.shape
+    some_D = mine["constant_D"] if w_in_RD is None else w_in_RD[0]
+    width, d_model = (0 if w_in_RD is None else len(w_in_RD)), (-1 if some_D is None else len(some_D))
     sizes = {"R": width, "D": d_model, "E": num_experts}
     for name in ("b_in_R", "w_out_ER", "b_out_E", "constant_D", "taken_back_ED"):
         tensor = mine[name]
         expected = tuple(sizes[axis] for axis in name.rpartition("_")[2])
         check(tensor is None or tuple(tensor.shape) == expected, f"tensor {name} is not of shape {expected}")
-    check(w_out_ER is not None or width == num_experts, f"the router scores {width} experts, not {num_experts}")
+    check(
+        router is None or w_out_ER is not None or width == num_experts,
+        f"the router scores {width} experts, not {num_experts}",
+    )
     inward, outward = mine["corr_in_RD"], mine["corr_out_RD"]
     check((inward is None) == (outward is None), "half of a correction")
     if inward is not None and outward is not None:
@@ -183,7 +194,9 @@ def _layer(path: Path, index: int, entry: Any, tensors: dict[str, Tensor]) -> Mo
         num_experts=num_experts,
         num_shared=num_shared,
         rule=Rule(**rule),
-        router=Router(
+        router=None
+        if router is None
+        else Router(
             **{name: mine[name] for name in _ROUTER},  # type: ignore[arg-type]
             activation=router["activation"],
             normalise=router["normalise"],

@@ -6,6 +6,7 @@ to the last step (Everett 1963; Shoham and Gersho 1988, "Efficient bit allocatio
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ def allocate(costs: Sequence[Tensor], errors: Sequence[Tensor], shares: Sequence
         )
     steps = []
     for layer, hull in enumerate(hulls):
-        for number, (a, b) in enumerate(zip(hull, hull[1:], strict=False)):
+        for number, (a, b) in enumerate(pairwise(hull)):
             gain = _slope(costs[layer], errors[layer], a, b) / shares[layer]
             steps.append((-gain, layer, number + 1, shares[layer] * float(costs[layer][b] - costs[layer][a])))
     closed: set[int] = set()
@@ -65,5 +66,7 @@ def best_within(cost_C: Tensor, error_C: Tensor, budget: float) -> int:
     """The candidate of least error within the budget: the same fraction for every layer. Raises ConfigError."""
     affordable = torch.nonzero(cost_C <= budget + 1e-9).squeeze(1)
     if len(affordable) == 0:
-        raise ConfigError(f"a budget of {budget:g} cannot be met: the least this layer needs is {float(cost_C.min()):.3f}")
+        raise ConfigError(
+            f"a budget of {budget:g} cannot be met: the least this layer needs is {float(cost_C.min()):.3f}"
+        )
     return int(affordable[error_C[affordable].argmin()])

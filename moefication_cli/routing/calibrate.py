@@ -91,7 +91,7 @@ class Fit:
 
 def _top_right_directions(matrix: Tensor, rank: int, iterations: int = 3) -> Tensor:
     """The leading right singular vectors [D, rank] by subspace iteration from a fixed start; exact for small D."""
-    rows, columns = matrix.shape
+    columns = matrix.shape[1]
     if columns <= 512:
         return torch.linalg.eigh(matrix.T @ matrix).eigenvectors.flip(1)[:, :rank]
     generator = torch.Generator().manual_seed(0)

@@ -12,6 +12,7 @@ Axes: T tokens, D model width, E experts, R router width.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,6 @@ from moefication_cli.errors import NonFiniteError
 from moefication_cli.routing.router import ROUTER_ACTIVATIONS, Router
 from moefication_cli.routing.scores import captured_share
 from moefication_cli.runtime.weights import ExpertWeights
-
 
 _START_TOKENS = 20000  # enough for the closed-form start
 
@@ -110,7 +110,9 @@ def regression_router(sample: Sample, width: int, training: Training, activation
     parameters = {name: tensor.clone().requires_grad_() for name, tensor in start.tensors().items()}
     steps = training.epochs * max(1, len(z_TD) // training.batch_size)
     optimizer = torch.optim.AdamW(parameters.values(), lr=training.learning_rate, weight_decay=1e-3, fused=True)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, training.learning_rate, total_steps=steps + 1, pct_start=0.1)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, training.learning_rate, total_steps=steps + 1, pct_start=0.1
+    )
     history = [error(start)]
     for _ in range(training.epochs):
         order_T = torch.randperm(len(z_TD), generator=generator).to(z_TD.device)
@@ -165,7 +167,8 @@ def _ridge(x_TD: Tensor, y_TE: Tensor, damping: float) -> tuple[Tensor, Tensor]:
 
 def _with(like: Router, parameters: dict[str, Tensor]) -> Router:
     """The router of these trained parameters."""
-    return replace(like, **{name: tensor.detach().clone() for name, tensor in parameters.items()})
+    trained: dict[str, Any] = {name: tensor.detach().clone() for name, tensor in parameters.items()}
+    return replace(like, **trained)
 
 
 def train(

@@ -70,8 +70,20 @@ def _missing(name: str, device: torch.device, dtype: torch.dtype, weights: Exper
     if name == "numba":
         if dtype not in (torch.float32, torch.bfloat16):
             return f"it computes in float32 and bfloat16, not {dtype}"
-        if weights is not None and weights.ffn.activation not in ACTIVATIONS:
-            return f"it does not know the activation {weights.ffn.activation}"
+        if weights is not None:
+            return _unreadable(weights, dtype)
+    return None
+
+
+def _unreadable(weights: ExpertWeights, dtype: torch.dtype) -> str | None:
+    ffn = weights.ffn
+    if ffn.activation not in ACTIVATIONS:
+        return f"it does not know the activation {ffn.activation}"
+    for name, w_FD in (("up", ffn.w_up_FD), ("gate", ffn.w_gate_FD), ("down", ffn.w_down_FD)):
+        if w_FD is not None and w_FD.dtype != dtype:
+            return f"the {name} projection is {w_FD.dtype} and the input {dtype}"
+        if w_FD is not None and not w_FD.is_contiguous():
+            return f"the {name} projection is not neuron-major and contiguous"
     return None
 
 

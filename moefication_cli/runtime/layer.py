@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moefication_cli.runtime.numba_backend import CompiledLayer
 
 Selection = Callable[[Tensor, ExpertWeights], Tensor]
+_SETTINGS = frozenset({"weights", "router", "rule", "select", "backend", "may_go_dense"})
 
 
 class MoEFFN:
@@ -57,8 +58,13 @@ class MoEFFN:
         self.last_backend = ""
         self.counts_E: Tensor | None = None
         self.num_counted = 0
-        self._compiled: CompiledLayer | None = None
-        self._compiled_for: tuple[object, ...] = ()
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """A new setting makes what was prepared for the old ones stale."""
+        object.__setattr__(self, name, value)
+        if name in _SETTINGS:
+            self._prepared: CompiledLayer | None = None
+            self._fast: CompiledLayer | None = None  # set where every call without gradients is one compiled call
 
     def count_selections(self, on: bool = True) -> None:
         """Starts (from zero) or stops counting, per expert, how many tokens selected it: `counts_E`, of `num_counted` tokens."""
@@ -82,33 +88,46 @@ class MoEFFN:
         D = self.weights.ffn.d_model
         if x.shape[-1] != D:
             raise ConfigError(f"FFN input of width {x.shape[-1]}, the layer has d_model {D}")
-        x_TD = x.reshape(-1, D)
         real_T = None
         if token_mask is not None:
-            real_T = token_mask.reshape(-1)
-            if real_T.shape[0] != x_TD.shape[0] or real_T.dtype != torch.bool:
+            real_T = token_mask.reshape(-1).contiguous()
+            if token_mask.shape != x.shape[:-1] or real_T.dtype != torch.bool:
                 raise ConfigError(
                     f"padding mask {tuple(token_mask.shape)} {token_mask.dtype} for input {tuple(x.shape)}",
                     "pass bools",
                 )
-        return self._tokens(x_TD, real_T).view(x.shape)
+        # Small layers take microseconds: once the choice is made, nothing stands between here and the compiled call.
+        if self._fast is not None and self._fast.dtype == x.dtype and not torch.is_grad_enabled():
+            if self.counts_E is not None:
+                self.num_counted += x.numel() // D if real_T is None else int(real_T.sum())
+            return self._fast(x, None, real_T, self.counts_E)
+        return self._tokens(x.reshape(-1, D), real_T).view(x.shape)
 
     def _tokens(self, x_TD: Tensor, real_T: Tensor | None) -> Tensor:
-        name = self.backend
-        routed = self.select is None
-        if name == "auto":
-            name = self._auto(x_TD)
+        name = self._auto(x_TD) if self.backend == "auto" else self.backend
         self.last_backend = name
         if name == "dense":
             self._count(None, x_TD if real_T is None else x_TD[real_T])
             return BACKENDS[name](x_TD, x_TD, self.weights)
-        if name == "numba" and routed:
-            return self._numba(x_TD, real_T)
+        if name == "numba" and self.select is None:
+            if self.counts_E is not None:
+                self.num_counted += x_TD.shape[0] if real_T is None else int(real_T.sum())
+            compiled = self._compile()
+            y_TD = compiled(x_TD, None, real_T, self.counts_E)
+            self._fast = compiled
+            return y_TD
         if real_T is not None and not bool(real_T.all()):
             y_TD = torch.zeros_like(x_TD)
             y_TD[real_T] = self._selected(name, x_TD[real_T])
             return y_TD
         return self._selected(name, x_TD)
+
+    def _compile(self) -> "CompiledLayer":
+        if self._prepared is None:
+            from moefication_cli.runtime.numba_backend import CompiledLayer
+
+            self._prepared = CompiledLayer(self.weights, self.router, self.rule)
+        return self._prepared
 
     def _selected(self, name: str, x_TD: Tensor) -> Tensor:
         if self.select is not None:
@@ -117,18 +136,9 @@ class MoEFFN:
             assert self.router is not None and self.rule is not None
             selected = self.rule.select(self.router.scores(x_TD))
         self._count(selected, x_TD)
+        if name == "numba":
+            return self._compile()(x_TD, selected)
         return BACKENDS[name](x_TD, selected, self.weights)
-
-    def _numba(self, x_TD: Tensor, real_T: Tensor | None) -> Tensor:
-        """Router, selection and experts in one compiled call."""
-        current = (self.weights, self.router, self.rule)
-        if self._compiled is None or any(a is not b for a, b in zip(current, self._compiled_for, strict=True)):
-            from moefication_cli.runtime.numba_backend import CompiledLayer
-
-            self._compiled, self._compiled_for = CompiledLayer(*current), current
-        if self.counts_E is not None:
-            self.num_counted += x_TD.shape[0] if real_T is None else int(real_T.sum())
-        return self._compiled(x_TD, None, real_T, self.counts_E)
 
     def _auto(self, x_TD: Tensor) -> str:
         weights, rule = self.weights, self.rule

@@ -7,6 +7,7 @@ Where torch's library offers no GOMP interface the call runs on one thread. Comp
 
 import ctypes
 import struct
+import time
 from functools import lru_cache
 from pathlib import Path
 
@@ -36,6 +37,9 @@ DTYPES = (torch.float32, torch.bfloat16)
 SERIAL_WORK = 300_000  # multiply-adds of a call below which a second thread costs more than it brings
 TOKENS_TO_SPLIT = 96  # from here on threads take tokens, below they take experts
 CHUNK_TOKENS = 256
+# A thread of the team that another process keeps from its core costs a scheduler's quantum, many times a decode step's work. A
+# call that took as long as only that explains (three times a slow core's time, and a millisecond) is followed by calls on one thread.
+BUSY_SECONDS, BUSY_WORK_PER_SECOND, BUSY_CALLS = 1e-3, 0.7e9, 32
 
 
 @lru_cache(maxsize=1)
@@ -133,7 +137,9 @@ class CompiledLayer:
         table[forward.ROUTE] = kernels.project_float32.address
         self._table = table
         self._layer = int(table.ctypes.data)
-        self._parallel, self._give_way = _openmp()
+        self._parallel, give_way = _openmp()
+        self._functions = (forward.run.address, forward.run_chunks.address, self._parallel, give_way)
+        self._serial_calls = 0
 
     def _address(self, tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int:
         """Where the tensor lies, contiguous and in `dtype`; converted copies (biases, small tensors) are kept alive here."""
@@ -144,60 +150,53 @@ class CompiledLayer:
         return int(held.data_ptr())
 
     def __call__(
-        self, x_TD: Tensor, selected: Tensor | None = None, real_T: Tensor | None = None, counts_E: Tensor | None = None
+        self, x: Tensor, selected: Tensor | None = None, real_T: Tensor | None = None, counts_E: Tensor | None = None
     ) -> Tensor:
-        """y_TD. Without `selected` the layer's router and rule select.
+        """y of the shape of x [..., D], T tokens in all. Without `selected` the layer's router and rule select.
 
-        `real_T` (bool) is False at padding, whose rows of y are zero; `counts_E` (int64) is added the tokens each expert got.
+        `real_T` (bool, contiguous) is False at padding, whose rows of y are zero; `counts_E` (int64) is added the tokens
+        each expert got. Raises ConfigError for a bad selection and where gradients are asked for.
         """
-        num_tokens = x_TD.shape[0]
-        if x_TD.dtype != self.dtype or x_TD.device.type != "cpu":
+        if x.dtype != self.dtype or not x.is_cpu:
             raise UnavailableError(
-                f"backend numba got {x_TD.dtype} input on {x_TD.device} for {self.dtype} weights on the CPU",
+                f"backend numba got {x.dtype} input on {x.device} for {self.dtype} weights on the CPU",
                 "use --backend torch",
             )
-        if torch.is_grad_enabled() and (x_TD.requires_grad or any(w.requires_grad for w in self._wide)):
-            raise ConfigError(
-                "backend numba computes no gradients", "call it under torch.inference_mode(), or use --backend torch"
-            )
-        x_TD = x_TD.contiguous()
-        y_TD = torch.empty_like(x_TD)
-        kind, k = forward.FROM_ROUTER, 0
+        if torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in self._wide)):
+            raise ConfigError("backend numba computes no gradients", "use torch.inference_mode(), or --backend torch")
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        num_tokens = x.numel() // self.width
+        kind, k, address = forward.FROM_ROUTER, 0, 0
         if selected is not None:
             check_form(selected, num_tokens, self.weights.num_experts)
             kind, k = forward.FROM_MASK, selected.shape[1]
             if selected.dtype != torch.bool:
                 kind, selected = forward.FROM_IDS, selected.long()
             selected = selected.contiguous()
+            address = selected.data_ptr()
         elif not self.routed:
             raise ConfigError("this layer has no router and rule", "pass the selected experts")
         if num_tokens == 0:
-            return y_TD
-        threads, chunk = torch.get_num_threads() if self._parallel else 1, 0
+            return y
+        work, threads, chunk = num_tokens * self._work_per_token, 1, 0
+        if work >= SERIAL_WORK and self._parallel:
+            threads = torch.get_num_threads()
         if num_tokens >= TOKENS_TO_SPLIT:
             chunk = min(CHUNK_TOKENS, -(-num_tokens // threads))
-        if num_tokens * self._work_per_token < SERIAL_WORK:
+        elif threads > 1 and self._serial_calls > 0:
+            self._serial_calls -= 1
             threads = 1
+        start = time.perf_counter()
         failed = forward.forward(
-            self._layer,
-            forward.run.address,
-            forward.run_chunks.address,
-            self._parallel,
-            self._give_way,
-            x_TD.data_ptr(),
-            y_TD.data_ptr(),
-            num_tokens,
-            kind,
-            0 if selected is None else selected.data_ptr(),
-            k,
-            0 if real_T is None else real_T.data_ptr(),
-            0 if counts_E is None else counts_E.data_ptr(),
-            threads,
-            chunk,
-        )
+            self._layer, *self._functions, x.data_ptr(), y.data_ptr(), num_tokens, kind, address, k,
+            0 if real_T is None else real_T.data_ptr(), 0 if counts_E is None else counts_E.data_ptr(), threads, chunk,
+        )  # fmt: skip
+        if threads > 1 and chunk == 0 and time.perf_counter() - start > BUSY_SECONDS + work / BUSY_WORK_PER_SECOND:
+            self._serial_calls = BUSY_CALLS
         if failed:
             raise ConfigError(f"selected expert id out of range: the layer has {self.weights.num_experts} experts")
-        return y_TD
+        return y
 
 
 def compute(x_TD: Tensor, selected: Tensor, weights: ExpertWeights) -> Tensor:

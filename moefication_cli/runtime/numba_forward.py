@@ -417,7 +417,7 @@ def run_chunks(s):
             v.put(s, ERROR, 1)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit("int64(" + ", ".join(["int64"] * 15) + ")", nogil=True, cache=True, error_model="numpy")
 def forward(
     layer, run_all, run_some, parallel, give_way, x, y, tokens, kind, selected, k, real, counts, threads, chunk
 ):

@@ -40,7 +40,7 @@ def rows(ffn: FFNWeights, begin: int, end: int) -> FFNWeights:
     )
 
 
-def _always_on(x_TD: Tensor, mask_TE: Tensor, weights: ExpertWeights) -> Tensor:
+def always_on(x_TD: Tensor, mask_TE: Tensor, weights: ExpertWeights) -> Tensor:
     """y_TD of the parts that no selection touches: bias, shared neurons, compensation."""
     ffn = weights.ffn
     y_TD = torch.zeros(x_TD.shape, dtype=ffn.w_down_FD.dtype, device=x_TD.device)
@@ -57,7 +57,7 @@ def by_expert(x_TD: Tensor, selected: Tensor, weights: ExpertWeights) -> Tensor:
     """The `torch` backend: for each expert in turn, two or three matmuls over the tokens that selected it. Gives y_TD."""
     ffn, size = weights.ffn, weights.expert_size
     mask_TE = selection_mask(selected, x_TD.shape[0], weights.num_experts)
-    y_TD = _always_on(x_TD, mask_TE, weights)
+    y_TD = always_on(x_TD, mask_TE, weights)
     token_P = mask_TE.t().nonzero()[:, 1]  # (expert, token) pairs in expert order
     begin = 0
     for expert, count in enumerate(mask_TE.sum(dim=0).tolist()):
@@ -98,7 +98,7 @@ def grouped(x_TD: Tensor, selected: Tensor, weights: ExpertWeights) -> Tensor:
         raise UnavailableError(obstacle, "use --backend torch")
     ffn, E, N = weights.ffn, weights.num_experts, weights.expert_size
     mask_TE = selection_mask(selected, x_TD.shape[0], E)
-    y_TD = _always_on(x_TD, mask_TE, weights)
+    y_TD = always_on(x_TD, mask_TE, weights)
     expert_P, token_P = mask_TE.t().nonzero().unbind(1)
     if token_P.numel() == 0:
         return y_TD

@@ -137,7 +137,7 @@ def sum_each(builder: Any, vectors: Sequence[Any]) -> Any:
     while len(level) > 1:
         half = len(level) // 2
         step = width // 2
-        low, high = [], []
+        low, high = list[Any](), list[Any]()
         for group in range(LANES // width):
             for source in range(2):
                 base = source * LANES + group * width

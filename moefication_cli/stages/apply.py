@@ -12,7 +12,7 @@ from moefication_cli.models.moe_folder import layer_tensors, write_moe_settings
 from moefication_cli.stages.contract import Control, Result
 from moefication_cli.stages.estimate import estimate, ffn_bytes
 from moefication_cli.stages.inputs import RunModel, layer_seed, open_model
-from moefication_cli.stages.plan import LayerPlan, choose_router, describe_rule, plan_layers, routed_layers
+from moefication_cli.stages.plan import Budget, LayerPlan, choose_router, describe_rule, plan_layers, routed_layers
 from moefication_cli.store.manifest import BASE_MODEL
 from moefication_cli.store.rundir import RunDir
 
@@ -29,13 +29,11 @@ def apply(run: RunDir, config: ApplyConfig, control: Control) -> Result:
     model = open_model(run, None, control)
     name = choose_router(run, config.router)
     split, router = run.require("split"), run.require(f"router/{name}")
-    plans = plan_layers(
-        routed_layers(model, split, router),
-        config.fraction,
-        config.fraction_of,
-        top_k=config.top_k,
-        keep_dense=config.keep_dense,
-    )
+    # A calibrated router's compensation is fitted on activations; the published kind needs none.
+    activations = run.require("activations") if run.manifest("activations") is not None else None
+    tokens = None if activations is None else [layer["tokens"] for layer in activations.metrics["layers"]]
+    layers = routed_layers(model, split, router, tokens)
+    plans = plan_layers(model, activations, layers, budget_of(config), control.seed)
     if control.dry_run:
         size = float(sum(path.stat().st_size for path in model.checkpoint.files))
         return estimate(
@@ -49,6 +47,8 @@ def apply(run: RunDir, config: ApplyConfig, control: Control) -> Result:
             reads={"split": split, "router": router},
         )
     inputs = {BASE_MODEL: model.fingerprint, "split": split.digest, f"router/{name}": router.digest}
+    if activations is not None:
+        inputs["activations"] = activations.digest
     options: dict[str, Any] = {
         "config": recorded_values(config) | {"router": name, "seed": control.seed},
         "compared": [*compared_values(config), "seed"],
@@ -77,27 +77,40 @@ def apply(run: RunDir, config: ApplyConfig, control: Control) -> Result:
     return Result("apply", rows, payload, up_to_date=work.reason is None, notes=notes)
 
 
-def settings(plans: list[LayerPlan], router: str, config: ApplyConfig, ffn: str | None) -> dict[str, Any]:
+def budget_of(config: ApplyConfig) -> Budget:
+    """The budget these options ask for."""
+    return Budget(
+        config.fraction,
+        config.fraction_of,
+        config.top_k,
+        config.rule,
+        config.budget,
+        config.compensation,
+        config.keep_dense,
+    )
+
+
+def settings(plans: list[LayerPlan], name: str, config: ApplyConfig, ffn: str | None) -> dict[str, Any]:
     """The content of RUN/model/moefication/moefication.json."""
     layers: list[dict[str, Any]] = []
     for plan in plans:
-        partition, rule = plan.layer.partition, plan.rule
+        rule, router = plan.rule, plan.router
         if rule is None:
             layers.append({"layer": plan.layer.name, "dense": True})
             continue
-        layers.append(
-            {
-                "layer": plan.layer.name,
-                "dense": False,
-                "num_experts": partition.num_experts,
-                "num_shared": partition.num_shared,
-                "rule": {"top_k": rule.top_k} if rule.threshold is None else {"threshold": rule.threshold},
-                "router": {"activation": plan.layer.router.activation, "normalise": plan.layer.router.normalise},
-                "score": plan.layer.score,
-                "ffn_flops_fraction": plan.flops_fraction,
-            }
-        )
-    recorded = {"router": router, "fraction": config.fraction, "fraction_of": config.fraction_of, "layers": layers}
+        entry: dict[str, Any] = {
+            "layer": plan.layer.name,
+            "dense": False,
+            "num_experts": plan.num_experts,
+            "num_shared": plan.num_shared,
+            "rule": {"top_k": rule.top_k} if rule.threshold is None else {"threshold": rule.threshold},
+            "score": plan.layer.score,
+            "ffn_flops_fraction": plan.flops_fraction,
+        }
+        if router is not None:
+            entry["router"] = {"activation": router.activation, "normalise": router.normalise}
+        layers.append(entry)
+    recorded = {"router": name, "fraction": config.fraction, "fraction_of": config.fraction_of, "layers": layers}
     return recorded | ({} if ffn is None else {"ffn": ffn})
 
 
@@ -106,7 +119,7 @@ def router_tensors(plans: list[LayerPlan]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for plan in plans:
         if plan.rule is not None:
-            tensors |= layer_tensors(plan.layer.index, plan.layer.router, plan.compensation)
+            tensors |= layer_tensors(plan.layer.index, plan.router, plan.compensation)
     return tensors
 
 
@@ -122,12 +135,27 @@ def check_layer(model: RunModel, written: Checkpoint, index: int, seed: int) -> 
 
 
 def _row(plan: LayerPlan) -> dict[str, Any]:
-    partition = plan.layer.partition
+    rule = plan.rule
     return {
         "layer": plan.layer.index,
         "name": plan.layer.name,
-        "num_experts": partition.num_experts,
-        "expert_size": partition.expert_size,
-        "top_k": None if plan.rule is None else plan.rule.top_k,
+        "num_experts": plan.num_experts,
+        "expert_size": plan.layer.partition.expert_size,
+        "always_on": plan.num_shared,
+        "rule": "dense"
+        if rule is None
+        else "always on"
+        if plan.router is None
+        else "threshold"
+        if rule.top_k is None
+        else "top_k",
+        "top_k": None if rule is None or plan.router is None else rule.top_k,
+        "router_width": None if plan.router is None else plan.router.w_in_RD.shape[0],
+        "correction_rank": _rank(plan),
         "ffn_flops_fraction": plan.flops_fraction,
     }
+
+
+def _rank(plan: LayerPlan) -> int | None:
+    extra = plan.compensation
+    return None if extra is None else 0 if extra.w_in_RD is None else len(extra.w_in_RD)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from moefication_cli.config import EvalConfig, RouterConfig, SplitConfig
-from moefication_cli.routing.router import Rule
 from moefication_cli.runtime.layer import MoEFFN
 from moefication_cli.split.partition import divisors
 from moefication_cli.stages.contract import Control
@@ -19,10 +18,9 @@ from moefication_cli.stages.inputs import (
     begin_options,
     expert_weights,
     layer_seed,
-    read_partition,
     read_tokens,
 )
-from moefication_cli.stages.plan import RoutedLayer, plan_layers, read_router
+from moefication_cli.stages.plan import Budget, LayerPlan, describe_rule, plan_layers, routed_layers
 from moefication_cli.stages.router import train_layer
 from moefication_cli.stages.split import split_layer
 from moefication_cli.stages.variants import PinnedFFN, Variant, prune
@@ -48,24 +46,20 @@ def static_variant(run: RunDir, model: RunModel, activations: Stage, fraction: f
 def paper_variant(run: RunDir, model: RunModel, fraction: float, config: EvalConfig, control: Control) -> Variant:
     """The published recipe at this fraction, everything counted as `config.fraction_of` says."""
     stage = build_paper(run, model, control)
-    routed, layers = [], []
-    for index, site in enumerate(model.sites):
-        router, score = read_router(stage, index)
-        routed.append(RoutedLayer(site, read_partition(stage, index), router.to(model.device), score))
-    fractions = []
-    for layer in routed:
+    layers: list[Any] = []
+    plans: list[LayerPlan] = []
+    for layer in routed_layers(model, stage, stage):
+        cost = layer.cost()
         # A narrow budget may not pay for this router at all: it then runs one expert and its real cost is reported.
-        least = layer.cost().flops(1) / layer.cost().dense_flops
-        plan = plan_layers(
-            [layer], max(fraction, least) if config.fraction_of == "flops" else fraction, config.fraction_of
-        )[0]
+        least = cost.flops(1) / cost.dense_flops
+        budget = Budget(max(fraction, least) if config.fraction_of == "flops" else fraction, config.fraction_of)
+        plan = plan_layers(model, None, [layer], budget, control.seed)[0]
         weights = expert_weights(model.read_ffn(layer.index), layer.partition)
-        rule = plan.rule or Rule(top_k=layer.partition.num_experts)
-        layers.append(PinnedFFN(MoEFFN(weights, layer.router, rule, backend=config.backend)))
-        fractions.append(plan.flops_fraction)
-    ks = [layer.layer.rule.top_k for layer in layers if layer.layer.rule is not None]
-    meta = {"score": "activation", "rule": "top_k", "top_k": sum(k or 0 for k in ks) / len(ks)}
-    return Variant("paper", "baseline", fraction, list(layers), meta=meta, flops=fractions)
+        moe = MoEFFN(weights, layer.routers[0], plan.rule, backend=config.backend, may_go_dense=False)
+        layers.append(PinnedFFN(moe))
+        plans.append(plan)
+    meta = {"score": "activation"} | describe_rule(plans)
+    return Variant("paper", "baseline", fraction, layers, meta=meta, plans=plans)
 
 
 def build_paper(run: RunDir, model: RunModel, control: Control) -> Stage:

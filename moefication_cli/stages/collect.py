@@ -7,6 +7,7 @@ memory holds one shard however much is collected. At the end the shards are join
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -111,7 +112,13 @@ def _shard(scratch: Path, number: int) -> Path:
 
 
 def _collect_shard(
-    loaded: LoadedModel, sites: Sequence[FFNSite], shard: list[Batch], config: CollectConfig, path: Path, first_row: int, seed: int
+    loaded: LoadedModel,
+    sites: Sequence[FFNSite],
+    shard: list[Batch],
+    config: CollectConfig,
+    path: Path,
+    first_row: int,
+    seed: int,
 ) -> None:
     dtype = getattr(torch, config.storage_dtype)
     inputs: list[list[Tensor]] = [[] for _ in sites]
@@ -218,7 +225,9 @@ def _join(work: Work, model: RunModel, index: int, config: CollectConfig) -> Non
     sequence_T = torch.cat(sequences)
     weight_T = token_weights(torch.cat(norms), sequence_T)
     if not torch.isfinite(weight_T).all():
-        raise NonFiniteError(f"layer {index} ({model.names[index]}): gradients contain NaN or infinity", "--no-sensitivity")
+        raise NonFiniteError(
+            f"layer {index} ({model.names[index]}): gradients contain NaN or infinity", "--no-sensitivity"
+        )
     tensors = {"inputs_TD": torch.cat(inputs), "sequence_T": sequence_T, "weight_T": weight_T, **statistics}
     work.save(index, tensors, metrics=metrics)
 

@@ -10,23 +10,25 @@ from typing import Any
 
 import torch
 
-from moefication_cli.config import EvalConfig, compared_values, recorded_values
+from moefication_cli.config import ApplyConfig, EvalConfig, compared_values, options_of, recorded_values
 from moefication_cli.errors import ConfigError
 from moefication_cli.models.loading import LoadedModel, load_model
 from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.surgery import install, live_weights, permute_in_place
 from moefication_cli.runtime.layer import MoEFFN
+from moefication_cli.stages.apply import budget_of
 from moefication_cli.stages.baseline import paper_variant, static_variant
 from moefication_cli.stages.contract import Control, Result, parse_fractions
 from moefication_cli.stages.estimate import estimate
 from moefication_cli.stages.examples import open_examples
 from moefication_cli.stages.inputs import RunModel, open_model
-from moefication_cli.stages.plan import FractionOf, LayerPlan, describe_rule, plan_layers, routed_layers
+from moefication_cli.stages.plan import Budget, plan_layers, routed_layers
 from moefication_cli.stages.plots import plot_quality
 from moefication_cli.stages.variants import (
     NeuronOracleFFN,
     PinnedFFN,
     Variant,
+    flops_fractions,
     routed_variant,
     selected_variant,
 )
@@ -146,9 +148,10 @@ def _measure(
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
     }
+    sizes = _work(model, variants)
     scores = [Scores.join(variant.measured) for variant in variants]
     rows = [
-        _row(variant, found, reference, tokens, model, control.seed)
+        _row(variant, found, reference, tokens, sizes, control.seed)
         for variant, found in zip(variants, scores, strict=True)
     ]
     _compare_with_static(variants, scores, rows, control.seed)
@@ -190,68 +193,60 @@ def _variants(
     control: Control,
 ) -> list[Variant]:
     """All rows, on one model whose neurons stand in the order of the split."""
-    net, sites = converted.model, model.sites
-    routed = {name: routed_layers(model, split, stage) for name, stage in routers.items()}
+    net = converted.model
+    tokens = None if activations is None else [layer["tokens"] for layer in activations.metrics["layers"]]
+    routed = {name: routed_layers(model, split, stage, tokens) for name, stage in routers.items()}
     if not routed:
         raise ConfigError(f"{run.root}: no router is trained", f"moefication train-router {run.root}")
-    applied_router = None if applied is None else applied.config["router"]
-    any_layers = routed[applied_router or next(iter(routed))]
-    for layer in any_layers:
+    settings = {} if applied is None else applied.config
+    layers = routed[settings["router"] if applied is not None else next(iter(routed))]
+    for layer in layers:
         permute_in_place(net, layer.site, layer.partition.order_F())
-    score = any_layers[0].score
+    score = layers[0].score
+
+    def router_row(name: str, budget: Budget) -> Variant:
+        plans = plan_layers(model, activations, routed[name], budget, control.seed)
+        return routed_variant(name, net, plans, budget.fraction, config.backend)
+
     variants: list[Variant] = []
     for fraction in fractions:
-        by_neurons = plan_layers(any_layers, fraction, "neurons")
         for name in selections:
             if name in ("groundtruth", "random"):
-                variants.append(
-                    selected_variant(name, net, sites, by_neurons, fraction, score, control.seed, config.backend)
-                )
+                variants.append(selected_variant(name, net, layers, fraction, score, control.seed, config.backend))
             elif name == "neuron":
-                layers: list[Any] = []
-                for site in sites:
-                    layers.append(NeuronOracleFFN(live_weights(net, site), max(1, round(fraction * site.num_neurons))))
-                variants.append(
-                    Variant("neuron", "oracle", fraction, layers, meta={"score": "contribution", "rule": "top_k"})
-                )
+                oracles: list[Any] = []
+                for site in model.sites:
+                    oracles.append(NeuronOracleFFN(live_weights(net, site), max(1, round(fraction * site.num_neurons))))
+                meta = {"score": "contribution", "rule": "top_k"}
+                variants.append(Variant("neuron", "oracle", fraction, oracles, meta=meta))
             elif name == "static":
                 assert activations is not None
                 variants.append(static_variant(run, model, activations, fraction, control))
             elif name == "paper":
                 variants.append(paper_variant(run, model, fraction, config, control))
             else:
-                plans = plan_layers(routed[name], fraction, config.fraction_of)
-                variants.append(_router_row(name, net, plans, fraction, config))
+                variants.append(router_row(name, Budget(fraction, config.fraction_of)))
     if applied is not None:
-        variants += _applied_row(variants, net, routed, applied, config)
+        made = ApplyConfig(**{entry.name: settings[entry.name] for entry in options_of(ApplyConfig)})
+        row = router_row(settings["router"], budget_of(made))
+        row.applied = True
+        same = [v for v in variants if v.selection == row.selection and v.kind == "router" and _rules(v) == _rules(row)]
+        if same:
+            same[0].applied = True
+        else:
+            variants.append(row)
     return variants
 
 
-def _router_row(name: str, net: Any, plans: list[LayerPlan], fraction: float, config: EvalConfig) -> Variant:
-    variant = routed_variant(name, net, plans, fraction, config.backend)
-    variant.meta |= describe_rule(plans) | {"budget": "uniform"}
-    variant.flops = [plan.flops_fraction for plan in plans]
-    return variant
+def _work(model: RunModel, variants: Sequence[Variant]) -> list[float]:
+    """Each FFN's part of the dense work: an encoder-decoder's layers see different numbers of tokens."""
+    chance = next(variant for variant in variants if variant.selection == "random")
+    counted = [layer.num_counted for layer in chance.layers if isinstance(layer, MoEFFN)]
+    return [float(site.num_parameters * count) for site, count in zip(model.sites, counted, strict=True)]
 
 
-def _applied_row(
-    variants: list[Variant], net: Any, routed: dict[str, Any], applied: Stage, config: EvalConfig
-) -> list[Variant]:
-    """Marks the row that RUN/model is, or adds it when no row has its settings."""
-    made = applied.config
-    fraction_of: FractionOf = made["fraction_of"]
-    plans = plan_layers(
-        routed[made["router"]], made["fraction"], fraction_of, top_k=made["top_k"], keep_dense=made["keep_dense"]
-    )
-    rules = [plan.rule for plan in plans]
-    for variant in variants:
-        same = [layer.rule for layer in variant.layers if isinstance(layer, MoEFFN)] == rules
-        if variant.selection == made["router"] and variant.kind == "router" and same:
-            variant.applied = True
-            return []
-    row = _router_row(made["router"], net, plans, made["fraction"], config)
-    row.applied = True
-    return [row]
+def _rules(variant: Variant) -> list[Any]:
+    return [(plan.rule, plan.always, plan.flops_fraction) for plan in variant.plans]
 
 
 @torch.inference_mode()
@@ -313,13 +308,12 @@ def _timed(loaded: LoadedModel, inputs: dict[str, Any]) -> tuple[Any, float]:
 
 
 def _row(
-    variant: Variant, scores: Scores, reference: dict[str, Any], tokens: int, model: RunModel, seed: int
+    variant: Variant, scores: Scores, reference: dict[str, Any], tokens: int, sizes: Sequence[float], seed: int
 ) -> dict[str, Any]:
     summary = summarise(reference["metric"], scores)
     kl = bootstrap_ci(_filled(scores.kl_B), seed, weights=scores.weight_B)
-    sizes = [site.num_parameters for site in model.sites]
     active = [float(layer.active_fraction) for layer in variant.layers]  # type: ignore[attr-defined]
-    flops = variant.flops if variant.flops is not None else active
+    flops = flops_fractions(variant)
 
     def mean(values: Sequence[float]) -> float:
         return sum(v * s for v, s in zip(values, sizes, strict=True)) / sum(sizes)

@@ -17,4 +17,4 @@ def inspect_model(model: str, config: ModelConfig, control: Control) -> Result:
     ]
     for neurons, counts in found["divisors"].items():
         notes.append(f"F={neurons} divides into E = {', '.join(map(str, counts))}")
-    return Result("inspect", rows, {key: value for key, value in found.items()}, notes=notes)
+    return Result("inspect", rows, dict(found), notes=notes)

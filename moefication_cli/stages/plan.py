@@ -1,30 +1,41 @@
 """What a converted layer consists of at one compute budget: the common ground of `apply` and `eval`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from moefication_cli.errors import ConfigError
 from moefication_cli.models.sites import FFNSite
-from moefication_cli.routing.plan import LayerCost, overhead_flops, top_k_within
+from moefication_cli.routing.budget import allocate, best_within
+from moefication_cli.routing.calibrate import Curve, fit_compensation
+from moefication_cli.routing.calibrate import Tokens as CalibrationTokens
+from moefication_cli.routing.plan import LayerCost, top_k_within
 from moefication_cli.routing.router import Router, Rule
 from moefication_cli.runtime.weights import Compensation
 from moefication_cli.split.partition import Partition
 from moefication_cli.stages.contract import parse_layers
-from moefication_cli.stages.inputs import RunModel, read_partition
+from moefication_cli.stages.inputs import RunModel, expert_weights, layer_seed, read_partition, read_tokens
 from moefication_cli.store.rundir import RunDir
 from moefication_cli.store.stage import Stage
+
+SAFETY = 0.97  # of the budget: thresholds are calibrated on other tokens than those they meet
+_FIT_TOKENS = 16384
 
 FractionOf = Literal["flops", "neurons"]
 
 
 @dataclass(frozen=True)
 class RoutedLayer:
-    """One layer with its trained router, before a budget is chosen."""
+    """One layer with its trained routers and calibration curve, before a budget is chosen. Weights stay on disk."""
 
     site: FFNSite
     partition: Partition
-    router: Router
+    routers: list[Router]
     score: str
+    curve: Curve | None
+    num_tokens: int
 
     @property
     def index(self) -> int:
@@ -34,26 +45,51 @@ class RoutedLayer:
     def name(self) -> str:
         return self.site.name
 
-    def cost(self, compensation: Compensation | None = None) -> LayerCost:
-        """What this layer costs per token; needs no weights."""
+    def cost(self) -> LayerCost:
+        """What this layer costs per token with its widest router and no compensation."""
         return LayerCost(
             d_model=self.site.d_model,
             num_neurons=self.site.num_neurons,
             num_shared=self.partition.num_shared,
             num_experts=self.partition.num_experts,
             flops_per_neuron=self.site.d_model * (3 if self.site.gated else 2),
-            overhead=overhead_flops(self.router, compensation),
+            overhead=self.routers[-1].flops,
         )
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer at a budget: which experts run. `rule` is None where the layer stays dense."""
+    """One layer at a budget. Dense if `rule` is None; without `router` the first `always` experts run for every token."""
 
     layer: RoutedLayer
     rule: Rule | None
-    compensation: Compensation | None
     flops_fraction: float
+    router: Router | None = None
+    always: int = 0
+    compensation: Compensation | None = None
+
+    @property
+    def num_shared(self) -> int:
+        """Always-on neurons: the split's shared ones, and the experts that always run."""
+        return self.layer.partition.num_shared + self.always * self.layer.partition.expert_size
+
+    @property
+    def num_experts(self) -> int:
+        """Experts that are not always on."""
+        return self.layer.partition.num_experts - self.always
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What `apply` and `eval` are asked for; None leaves the choice to the router's kind."""
+
+    fraction: float
+    fraction_of: FractionOf = "flops"
+    top_k: int | None = None
+    rule: Literal["threshold", "top_k"] | None = None
+    sharing: Literal["auto", "uniform"] | None = None
+    compensation: Literal["auto", "mean", "none"] = "auto"
+    keep_dense: str | None = None
 
 
 def choose_router(run: RunDir, name: str | None) -> str:
@@ -68,47 +104,112 @@ def choose_router(run: RunDir, name: str | None) -> str:
     return trained[0]
 
 
-def routed_layers(model: RunModel, split: Stage, router: Stage) -> list[RoutedLayer]:
-    """Every layer with its split and router; FFN weights stay on disk."""
+def routed_layers(
+    model: RunModel, split: Stage, router: Stage, tokens: Sequence[int] | None = None
+) -> list[RoutedLayer]:
+    """Every layer with its split, routers and curve; `tokens` are the calibration tokens each layer saw."""
     layers = []
     for index, site in enumerate(model.sites):
-        found, score = read_router(router, index)
-        layers.append(RoutedLayer(site, read_partition(split, index), found.to(model.device), score))
+        routers, score, curve = read_routers(router, index)
+        moved = [found.to(model.device) for found in routers]
+        count = 1 if tokens is None else tokens[index]
+        layers.append(RoutedLayer(site, read_partition(split, index), moved, score, curve, count))
     return layers
 
 
-def read_router(router: Stage, index: int) -> tuple[Router, str]:
-    """(router, the score it predicts) of one layer."""
+def read_routers(router: Stage, index: int) -> tuple[list[Router], str, Curve | None]:
+    """(routers from narrow to wide, the score they predict, calibration curve) of one layer."""
     tensors, settings = router.read_layer(index)
-    parts = {name: tensors[name] for name in ("w_in_RD", "b_in_R", "w_out_ER", "b_out_E") if name in tensors}
-    return Router(**parts, activation=settings["activation"], normalise=settings["normalise"]), settings["score"]
+    routers = []
+    for number, form in enumerate(settings["routers"]):
+        parts = {name: tensors.get(f"{number}.{name}") for name in ("w_in_RD", "b_in_R", "w_out_ER", "b_out_E")}
+        routers.append(Router(**parts, **form))  # type: ignore[arg-type]
+    curve = {name.removeprefix("curve."): value for name, value in tensors.items() if name.startswith("curve.")}
+    return routers, settings["score"], Curve(**curve) if curve else None
 
 
 def plan_layers(
-    layers: list[RoutedLayer],
-    fraction: float,
-    fraction_of: FractionOf,
-    *,
-    top_k: int | None = None,
-    keep_dense: str | None = None,
+    model: RunModel, activations: Stage | None, layers: Sequence[RoutedLayer], budget: Budget, seed: int
 ) -> list[LayerPlan]:
-    """Every layer at one budget. Raises ConfigError when a budget cannot be met or k exceeds E."""
-    dense = set(parse_layers(keep_dense, len(layers)) or [])
-    plans = []
+    """Every layer at one budget. Raises ConfigError when the budget cannot be met or k exceeds E.
+
+    Layers with calibration curves share the budget by what it saves (threshold rule, compensation); the others, and all
+    under `rule="top_k"`, get the same fixed fraction.
+    """
+    dense = set(parse_layers(budget.keep_dense, len(layers)) or [])
+    calibrated = all(layer.curve is not None for layer in layers) and activations is not None
+    if budget.rule == "threshold" and not calibrated:
+        raise ConfigError("--rule threshold needs a calibrated router", "train one with --router regression or linear")
+    if budget.top_k is not None or budget.rule == "top_k" or not calibrated:
+        return [_fixed(layer, budget, layer.index in dense) for layer in layers]
+    assert activations is not None
+    chosen = _share_budget(layers, budget, dense)
+    return [_calibrated(model, activations, layer, row, seed) for layer, row in zip(layers, chosen, strict=True)]
+
+
+def _fixed(layer: RoutedLayer, budget: Budget, dense: bool) -> LayerPlan:
+    """The same number of experts for every token."""
+    if dense:
+        return LayerPlan(layer, None, 1.0)
+    cost = layer.cost()
+    where = f"layer {layer.index} ({layer.name})"
+    top_k = budget.top_k
+    if top_k is None:
+        top_k = top_k_within(cost, budget.fraction, budget.fraction_of, where)
+    elif top_k > cost.num_experts:
+        raise ConfigError(f"{where}: --top-k {top_k} exceeds its {cost.num_experts} experts")
+    return LayerPlan(layer, Rule(top_k=top_k), cost.flops(top_k) / cost.dense_flops, layer.routers[-1])
+
+
+def _share_budget(layers: Sequence[RoutedLayer], budget: Budget, dense: set[int]) -> list[int]:
+    """One row of each layer's curve."""
+    costs, errors, work = [], [], []
     for layer in layers:
-        cost = layer.cost()
-        where = f"layer {layer.index} ({layer.name})"
+        curve = layer.curve
+        assert curve is not None
+        cost_C = (curve.flops_C if budget.fraction_of == "flops" else curve.active_C).clone()
+        error_C = curve.error_C.clone() * layer.num_tokens
+        is_dense_C = curve.flops_C >= 1.0
+        is_dense_C[:-1] = False
+        if budget.compensation != "auto":
+            error_C[(curve.rank_C > 0) & ~is_dense_C] = float("inf")
         if layer.index in dense:
-            plans.append(LayerPlan(layer, None, None, 1.0))
-            continue
-        if top_k is not None and top_k > cost.num_experts:
-            raise ConfigError(f"{where}: --top-k {top_k} exceeds its {cost.num_experts} experts")
-        k = top_k if top_k is not None else top_k_within(cost, fraction, fraction_of, where)
-        plans.append(LayerPlan(layer, Rule(top_k=k), None, cost.flops(k) / cost.dense_flops))
-    return plans
+            error_C[~is_dense_C] = float("inf")
+        finite = torch.isfinite(error_C)
+        cost_C[~finite] = float("inf")
+        costs.append(cost_C)
+        errors.append(error_C)
+        work.append(float(layer.num_tokens * layer.site.num_parameters))
+    target = budget.fraction * SAFETY if budget.fraction < 1 else 1.0
+    if budget.sharing == "uniform":
+        return [best_within(cost_C, error_C, target) for cost_C, error_C in zip(costs, errors, strict=True)]
+    return allocate(costs, errors, [part / sum(work) for part in work], target)
 
 
-def describe_rule(plans: list[LayerPlan]) -> dict[str, Any]:
-    """What `metrics.json` says of a plan: rule and top_k (the mean over routed layers when they differ)."""
-    ks = [plan.rule.top_k for plan in plans if plan.rule is not None and plan.rule.top_k is not None]
-    return {"rule": "top_k", "top_k": None if not ks else (ks[0] if len(set(ks)) == 1 else sum(ks) / len(ks))}
+def _calibrated(model: RunModel, activations: Stage, layer: RoutedLayer, row: int, seed: int) -> LayerPlan:
+    """The layer as one row of its curve says, its compensation fitted on calibration tokens."""
+    curve = layer.curve
+    assert curve is not None
+    number, threshold = int(curve.router_C[row]), float(curve.threshold_C[row])
+    flops = float(curve.flops_C[row])
+    if number < 0 and round(threshold) >= layer.partition.num_experts:
+        return LayerPlan(layer, None, 1.0)
+    router = None if number < 0 else layer.routers[number]
+    weights = expert_weights(model.read_ffn(layer.index), layer.partition)
+    tokens = read_tokens(activations, layer.index, _FIT_TOKENS, layer_seed(seed, layer.index)).to(model.device)
+    compensation = fit_compensation(
+        weights, router, threshold, int(curve.rank_C[row]), CalibrationTokens(tokens.x_TD, tokens.weight_T)
+    )
+    if router is None:
+        return LayerPlan(layer, Rule(top_k=0), flops, None, round(threshold), compensation)
+    return LayerPlan(layer, Rule(threshold=threshold), flops, router, 0, compensation)
+
+
+def describe_rule(plans: Sequence[LayerPlan]) -> dict[str, Any]:
+    """What `metrics.json` says of a plan: its rule, top_k (the mean where layers differ) and how the budget is shared."""
+    rules = [plan.rule for plan in plans if plan.rule is not None]
+    if any(rule.threshold is not None for rule in rules) or any(rule.top_k == 0 for rule in rules):
+        return {"rule": "threshold", "top_k": None, "budget": "auto"}
+    ks = [rule.top_k or 0 for rule in rules]
+    top_k = None if not ks else (ks[0] if len(set(ks)) == 1 else sum(ks) / len(ks))
+    return {"rule": "top_k", "top_k": top_k, "budget": "uniform"}

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from moefication_cli.config import RouterConfig, Score
 from moefication_cli.errors import ConfigError, NonFiniteError
+from moefication_cli.routing.calibrate import Tokens as CalibrationTokens
+from moefication_cli.routing.calibrate import calibration_curve
 from moefication_cli.routing.fit import (
     Fitted,
     Sample,
@@ -36,9 +38,8 @@ from moefication_cli.store.rundir import RunDir
 
 # The published training (github.com/thunlp/MoEfication), its defects mended as routing/fit.py says.
 _PAPER = {"epochs": 30, "batch_size": 512, "learning_rate": 1e-2, "patience": 30}
-_LEARNING_RATES = {"mlp": 1e-2, "regression": 3e-3, "quadratic": 3e-3}
-_WIDTH_SHARE = 8  # default router width is d_model / 8, at least 16
-QUANTILES = 1001  # grid on which the scores' distribution is stored, for thresholds at any fraction
+# Routers that predict contributions: calibrated thresholds, budgets and compensation go with them.
+CALIBRATED = ("regression", "quadratic", "linear")
 
 
 def train_router(run: RunDir, config: RouterConfig, control: Control) -> Result:
@@ -53,7 +54,7 @@ def train_router(run: RunDir, config: RouterConfig, control: Control) -> Result:
         tokens = config.max_tokens or max(layer["tokens"] for layer in activations.metrics["layers"])
         d_model = max(site.d_model for site in model.sites)
         experts = max(layer["num_experts"] for layer in split.metrics["layers"])
-        width = config.width or max(16, d_model // _WIDTH_SHARE)
+        width = config.width or d_model // 8
         return estimate(
             "train-router",
             run,
@@ -61,7 +62,7 @@ def train_router(run: RunDir, config: RouterConfig, control: Control) -> Result:
             writes=run.path(f"router/{config.router}"),
             num_bytes=4.0 * width * (d_model + experts) * len(model.sites),
             flops=total_ffn_flops(model, tokens)
-            + 6.0 * tokens * width * (d_model + experts) * config.epochs * len(model.sites),
+            + 6.0 * tokens * width * (d_model + experts) * (config.epochs or 6) * len(model.sites),
             memory=ffn_bytes(model) + 8.0 * tokens * (d_model + experts),
             reads={"activations": activations, "split": split},
         )
@@ -84,7 +85,9 @@ def train_router(run: RunDir, config: RouterConfig, control: Control) -> Result:
 
 
 @dataclass(frozen=True)
-class _Record:
+class Record:
+    """What is stored of one trained layer."""
+
     tensors: dict[str, Tensor]
     settings: dict[str, Any]
     metrics: dict[str, Any]
@@ -92,51 +95,79 @@ class _Record:
 
 def train_layer(
     config: RouterConfig, weights: ExpertWeights, tokens: Tokens, fractions: list[float], seed: int
-) -> _Record:
+) -> Record:
+    """Routers of one layer (two widths where the kind has one), its calibration curve, and what they capture."""
     device, score = weights.ffn.w_up_FD.device, score_kind(config)
-    train, heldout = tokens.split_heldout(config.heldout_fraction, seed)
+    train, heldout = (part.to(device) for part in tokens.split_heldout(config.heldout_fraction, seed))
     needed = 4 * weights.num_experts
-    if len(train.x_TD) < needed and config.router not in ("random", "similarity"):
+    if len(train) < needed and config.router not in ("random", "similarity"):
         raise ConfigError(
-            f"{len(train.x_TD)} tokens are too few to train a router over {weights.num_experts} experts; "
+            f"{len(train)} tokens are too few to train a router over {weights.num_experts} experts; "
             f"at least {needed} are needed",
             "collect more with collect-activations --max-tokens, or use fewer experts",
         )
-    train_x_TD, heldout_x_TD = train.x_TD.to(device), heldout.x_TD.to(device)
-    sample = Sample(
-        train_x_TD,
-        oracle_scores(train_x_TD, weights, score),
-        heldout_x_TD,
-        oracle_scores(heldout_x_TD, weights, score),
-    )
-    fitted = fit(config, weights, sample, seed)
-    settings = {
+    calibrated = config.router in CALIBRATED
+    scale = train.weight_T.mean().clamp_min(1e-30)
+
+    def targets(part: Tokens) -> Tensor:
+        scores_TE = oracle_scores(part.x_TD, weights, score)
+        # A contribution router ranks (token, expert) pairs against one threshold: tokens that matter score higher.
+        return scores_TE * (part.weight_T / scale).sqrt().unsqueeze(1) if calibrated else scores_TE
+
+    sample = Sample(train.x_TD, targets(train), heldout.x_TD, targets(heldout))
+    found = [fit(config, weights, sample, seed, width) for width in router_widths(config, weights)]
+    settings: dict[str, Any] = {
         "kind": config.router,
-        "activation": fitted.router.activation,
-        "normalise": fitted.router.normalise,
         "score": score,
         "num_experts": weights.num_experts,
         "num_shared": weights.num_shared,
+        "routers": [{"activation": f.router.activation, "normalise": f.router.normalise} for f in found],
     }
-    tensors = {name: tensor.float() for name, tensor in fitted.router.tensors().items()}
-    metrics = measure(fitted.router, weights, sample, fractions, seed)
-    metrics |= {"epochs": len(fitted.history) - 1, "best_epoch": fitted.best_epoch, "score": score}
-    return _Record(tensors | {"quantiles_Q": score_quantiles(fitted.router, sample)}, settings, metrics)
+    tensors: dict[str, Tensor] = {}
+    for number, fitted in enumerate(found):
+        tensors |= {f"{number}.{name}": tensor.float() for name, tensor in fitted.router.tensors().items()}
+    metrics = measure(found[-1].router, weights, sample, fractions, seed)
+    metrics |= {"epochs": len(found[-1].history) - 1, "best_epoch": found[-1].best_epoch, "score": score}
+    if calibrated:
+        count = config.calibration_tokens
+        curve = calibration_curve(
+            weights,
+            [fitted.router for fitted in found],
+            calibration_tokens(train.sample(count, seed)),
+            calibration_tokens(heldout.sample(count, seed)),
+        )
+        tensors |= {f"curve.{name}": value for name, value in vars(curve).items()}
+    return Record(tensors, settings, metrics)
+
+
+def calibration_tokens(tokens: Tokens) -> CalibrationTokens:
+    """The part of the tokens that calibration reads."""
+    return CalibrationTokens(tokens.x_TD, tokens.weight_T)
+
+
+def router_widths(config: RouterConfig, weights: ExpertWeights) -> list[int]:
+    """Hidden widths to train: the one asked for, or a narrow and a wide one that budgets choose between."""
+    if config.router not in ("regression", "quadratic"):
+        return [0]
+    if config.width is not None:
+        return [config.width]
+    d_model = weights.ffn.d_model
+    return [max(4, min(64, d_model // 24)), max(12, min(256, d_model // 8))]
 
 
 def score_kind(config: RouterConfig) -> Score:
     """The score a router predicts: the paper's sum of activations for its own routers, contribution norm otherwise."""
-    return config.score or ("activation" if config.router in ("mlp", "similarity", "random") else "norm")
+    return config.score or ("norm" if config.router in CALIBRATED else "activation")
 
 
-def fit(config: RouterConfig, weights: ExpertWeights, sample: Sample, seed: int) -> Fitted:
+def fit(config: RouterConfig, weights: ExpertWeights, sample: Sample, seed: int, width: int) -> Fitted:
     """The router of one layer, of the kind the config names."""
-    options: dict[str, Any] = {"epochs": config.epochs, "batch_size": config.batch_size, "patience": config.patience}
-    options["learning_rate"] = config.learning_rate or _LEARNING_RATES.get(config.router, 3e-3)
+    options: dict[str, Any] = {"batch_size": config.batch_size, "patience": config.patience}
+    options["epochs"] = config.epochs or (20 if config.router == "mlp" else 6)
+    options["learning_rate"] = config.learning_rate or 1e-2
     if config.recipe == "paper":
         options |= _PAPER
     training = Training(**options, seed=seed)
-    width = config.width or max(16, weights.ffn.d_model // _WIDTH_SHARE)
     if config.router == "similarity":
         return Fitted(similarity_router(weights))
     if config.router == "linear":
@@ -173,11 +204,3 @@ def measure(
             }
         )
     return {"captured": rows, "heldout_tokens": len(x_TD)}
-
-
-def score_quantiles(router: Router, sample: Sample) -> torch.Tensor:
-    """quantiles_Q of all held-out scores: the threshold that a share q of (token, expert) pairs stays below."""
-    with torch.inference_mode():
-        ordered = router.scores(sample.heldout_x_TD).flatten().float().sort().values.cpu()
-    grid = torch.linspace(0, len(ordered) - 1, QUANTILES).round().long()
-    return ordered[grid]

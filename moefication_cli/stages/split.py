@@ -98,6 +98,7 @@ def expert_counts(site: FFNSite, config: SplitConfig) -> tuple[int, int]:
 def split_layer(
     model: RunModel, activations: Stage | None, graph: Stage | None, index: int, config: SplitConfig, control: Control
 ) -> tuple[Partition, dict[str, Any]]:
+    """(partition, metrics) of one FFN by the configured method."""
     site = model.sites[index]
     num_experts, num_shared = expert_counts(site, config)
     seed = layer_seed(control.seed, index)

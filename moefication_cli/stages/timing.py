@@ -120,7 +120,9 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     matrix = torch.ones(rows, 1024, device=device, dtype=dtype)
     multiply, read = Call(lambda: functional.linear(x, w)), Call(lambda: functional.linear(vector, matrix))
     with torch.inference_mode():
-        best = [min(taken) for taken in alternate((multiply, read), repeats=_PROBES, seconds=9, warmup=1, device=device)]
+        best = [
+            min(taken) for taken in alternate((multiply, read), repeats=_PROBES, seconds=9, warmup=1, device=device)
+        ]
     return Rates(2.0 * width**3 / best[0], rows * 1024 * dtype.itemsize / best[1])
 
 
@@ -142,7 +144,9 @@ def hardware(device: torch.device) -> dict[str, Any]:
     name = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
     if information.is_file():
-        named = [line.partition(":")[2].strip() for line in information.read_text().splitlines() if "model name" in line]
+        named = [
+            line.partition(":")[2].strip() for line in information.read_text().splitlines() if "model name" in line
+        ]
         name = named[0] if named else name
     return {
         "processor": name,

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moefication_cli.models.sites import FFNSite
 from moefication_cli.models.surgery import FFNLayer, live_weights
+from moefication_cli.routing.plan import overhead_flops
 from moefication_cli.routing.scores import expert_scores
+from moefication_cli.runtime.always import AlwaysFFN
 from moefication_cli.runtime.layer import MoEFFN
 from moefication_cli.runtime.weights import ExpertWeights, FFNWeights
-from moefication_cli.stages.plan import LayerPlan
+from moefication_cli.stages.plan import LayerPlan, RoutedLayer, describe_rule
 from moefication_cli.tasks.examples import Scores
 
 
@@ -36,7 +37,7 @@ class Variant:
     layers: list[FFNLayer]
     applied: bool = False
     meta: dict[str, Any] = field(default_factory=dict)  # top_k, rule, budget, score, seed
-    flops: list[float] | None = None  # per layer, relative to dense; None where it follows from the active neurons
+    plans: list[LayerPlan] = field(default_factory=list)  # of rows that route: what their routers cost
     seconds: float = 0.0
     measured: list[Scores] = field(default_factory=list)
 
@@ -166,32 +167,48 @@ def routed_variant(name: str, model: nn.Module, plans: Sequence[LayerPlan], frac
         if plan.rule is None:
             layers.append(DenseFFN(dense))
             continue
-        partition = plan.layer.partition
-        weights = ExpertWeights(dense, partition.num_experts, partition.num_shared, plan.compensation)
-        layers.append(MoEFFN(weights, plan.layer.router, plan.rule, backend=backend))
-    return Variant(name, "router", fraction, layers, meta={"score": plans[0].layer.score})
+        weights = ExpertWeights(dense, plan.num_experts, plan.num_shared, plan.compensation)
+        if plan.router is None:
+            layers.append(AlwaysFFN(weights))
+        else:
+            # Quality is measured: a call that goes dense would compute more than the router selected.
+            layers.append(MoEFFN(weights, plan.router, plan.rule, backend=backend, may_go_dense=False))
+    meta = {"score": plans[0].layer.score} | describe_rule(plans)
+    return Variant(name, "router", fraction, layers, meta=meta, plans=list(plans))
 
 
 def selected_variant(
-    name: str,
-    model: nn.Module,
-    sites: Sequence[FFNSite],
-    plans: Sequence[LayerPlan],
-    fraction: float,
-    score: str,
-    seed: int,
-    backend: str,
+    name: str, model: nn.Module, layers: Sequence[RoutedLayer], fraction: float, score: str, seed: int, backend: str
 ) -> Variant:
-    """`groundtruth` or `random` at the same number of experts, on the same split."""
-    layers: list[FFNLayer] = []
+    """`groundtruth` or `random` at this share of the experts, on the split of the run."""
+    moe: list[FFNLayer] = []
     ks = []
-    for site, plan in zip(sites, plans, strict=True):
-        partition = plan.layer.partition
+    for layer in layers:
+        partition = layer.partition
         top_k = max(1, round(fraction * partition.num_experts))
         ks.append(top_k)
-        weights = ExpertWeights(live_weights(model, site), partition.num_experts, partition.num_shared)
-        select = oracle_selection(top_k, score) if name == "groundtruth" else random_selection(top_k, seed + site.index)
-        layers.append(MoEFFN(weights, select=select, backend=backend))
+        weights = ExpertWeights(live_weights(model, layer.site), partition.num_experts, partition.num_shared)
+        select = (
+            oracle_selection(top_k, score) if name == "groundtruth" else random_selection(top_k, seed + layer.index)
+        )
+        moe.append(MoEFFN(weights, select=select, backend=backend, may_go_dense=False))
     kind = "oracle" if name == "groundtruth" else "baseline"
     meta = {"score": score if name == "groundtruth" else None, "rule": "top_k", "top_k": sum(ks) / len(ks)}
-    return Variant(name, kind, fraction, layers, meta=meta)
+    return Variant(name, kind, fraction, moe, meta=meta | {"seed": seed})
+
+
+def flops_fractions(variant: Variant) -> list[float]:
+    """Per layer, the multiply-adds really spent relative to dense: measured active neurons, router and correction.
+
+    Oracles and pruning have no router to pay for: what they compute is their active share.
+    """
+    found = []
+    for number, layer in enumerate(variant.layers):
+        share = float(layer.active_fraction)  # type: ignore[attr-defined]
+        plan = variant.plans[number] if variant.plans else None
+        if plan is not None and plan.rule is not None and share < 1:
+            site = plan.layer.site
+            extra = overhead_flops(plan.router, plan.compensation)
+            share += extra / (site.num_neurons * site.d_model * (3 if site.gated else 2))
+        found.append(share)
+    return found

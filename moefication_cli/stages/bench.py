@@ -1,0 +1,110 @@
+"""bench: time of the MoE beside the stock dense model in one run, and beside each row how fast it could be.
+
+`bench_subjects` builds the models, `bench_rows` times them, `bounds` has the formula of `bound`. Times measure weights
+and shapes, not quality. Writes no files.
+"""
+
+import torch
+
+from moefication_cli.config import BenchConfig
+from moefication_cli.errors import ConfigError
+from moefication_cli.models.loading import resolve_device
+from moefication_cli.runtime.backends import BACKENDS
+from moefication_cli.stages.bench_rows import rows_of
+from moefication_cli.stages.bench_subjects import MODES, Setting, subjects
+from moefication_cli.stages.contract import Control, Result, parse_fractions
+from moefication_cli.stages.timing import hardware, measure_rates, threads
+
+
+def bench(target: str | None, config: BenchConfig, control: Control) -> Result:
+    """Time a model, a run's RUN/model or a shape, dense and MoE in turns. Writes nothing.
+
+    Raises ConfigError (model not found, unknown shape or mode, mode the model has not), MissingArtifactError (a run
+    without RUN/model), UnavailableError (device, backend).
+    """
+    if bool(target) == bool(config.shape):
+        raise ConfigError("bench takes either MODEL_OR_RUN or --shape", "moefication bench --shape t5-base")
+    if config.backend != "auto" and config.backend not in BACKENDS:
+        raise ConfigError(f"there is no backend {config.backend!r}", f"use one of {', '.join(BACKENDS)}, or auto")
+    state = Setting(
+        config,
+        control,
+        resolve_device(control.device),
+        _modes(config.mode),
+        _numbers(config.tokens, "--tokens"),
+        _numbers(config.batch, "--batch"),
+        _numbers(config.seq, "--seq"),
+        None if config.fractions is None else parse_fractions(config.fractions),
+    )
+    name = target or str(config.shape)
+    if control.dry_run:
+        return _planned(state, name)
+    with threads(config.threads):
+        for subject in subjects(state, target):
+            dtype = subject.dense.dtype
+            if state.rates is None:
+                state.rates = measure_rates(state.device, dtype)
+            for row in control.track(rows_of(state, subject), "bench"):
+                state.rows.append(row)
+        return _result(state, name, torch.get_num_threads())
+
+
+def _modes(text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    asked = list(dict.fromkeys(piece.strip() for piece in text.split(",") if piece.strip()))
+    unknown = [mode for mode in asked if mode not in MODES]
+    if unknown or not asked:
+        raise ConfigError(f"--mode {text}: no such mode", f"use {', '.join(MODES)} or a comma list of them")
+    return asked
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    pieces = [piece.strip() for piece in text.split(",") if piece.strip()]
+    if not pieces or any(not piece.isdigit() or int(piece) < 1 for piece in pieces):
+        raise ConfigError(f"{option} {text!r} is not a comma list of counts", "write e.g. 1,8,64")
+    return [int(piece) for piece in pieces]
+
+
+def _planned(state: Setting, name: str) -> Result:
+    config = state.config
+    rows = [
+        {"mode": mode, "tokens": state.tokens if mode == "ffn" else None, "batch": state.batches,
+         "seq": config.prompt_tokens if mode == "decode" else state.seqs, "fractions": state.fractions}
+        for mode in state.modes or MODES
+    ]  # fmt: skip
+    return Result("bench", rows, {"dry_run": True, "model": name}, notes=["nothing was loaded and nothing is written"])
+
+
+def _result(state: Setting, name: str, num_threads: int) -> Result:
+    assert state.rates is not None
+    machine = hardware(state.device)
+    table = []
+    for row in state.rows:
+        shown = {key: row[key] for key in ("mode", "tokens", "batch", "seq", "fraction", "expert_size", "activation")}
+        shown |= {"firing": row["firing"], "dense_ms": 1e3 * row["dense_seconds"], "moe_ms": 1e3 * row["moe_seconds"]}
+        table.append(shown | {key: row[key] for key in ("speedup", "min", "max", "bound", "backend")})
+    processor = machine["accelerator"] or machine["processor"]
+    notes = [
+        f"{name} on {processor}, {num_threads} threads, {state.rows[0]['dtype']}, torch {machine['torch']}: "
+        f"{state.rates.flops_per_second / 1e9:.0f} GFLOP/s and {state.rates.bytes_per_second / 1e9:.1f} GB/s measured",
+        "speedup: median of paired rounds, with min and max; bound: larger of arithmetic and bytes, router, union of "
+        "the batch's experts and all that is no FFN counted, skipped zeros of ReLU not",
+    ]
+    for entry in state.memory:
+        what = "whole model" if entry["of"] == "model" else "FFNs"
+        notes.append(
+            f"memory of the {what}: MoE {entry['moe_bytes'] / 2**20:,.0f} MiB, "
+            f"dense {entry['dense_bytes'] / 2**20:,.0f} MiB ({entry['ratio']:.3f}x)"
+        )
+    payload = {
+        "schema": "moefication/bench@1",
+        "model": name,
+        "rows": state.rows,
+        "table": table,
+        "hardware": machine,
+        "threads": num_threads,
+        "rates": vars(state.rates),
+        "memory": state.memory,
+    }
+    return Result("bench", table, payload, notes=notes)
