@@ -115,7 +115,7 @@ def shape_model(
 def share(model: M) -> M:
     """A copy of the modules that holds the very same parameters and buffers."""
     memo = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
-    return model
+    return copy.deepcopy(model, memo)
 
 
 def without_ffns(model: nn.Module, sites: list[FFNSite]) -> Any:
