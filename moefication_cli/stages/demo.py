@@ -21,8 +21,8 @@ from moefication_cli.store.files import atomic_write
 from moefication_cli.store.rundir import RunDir
 from moefication_cli.tasks.stdlib import Part, stdlib_documents
 
-_CALIBRATION_TOKENS = 65536
-_EVAL_WINDOWS = 96
+_CALIBRATION_TOKENS = 32768
+_EVAL_WINDOWS = 48
 
 
 def demo(run: RunDir, config: DemoConfig, control: Control) -> Result:
