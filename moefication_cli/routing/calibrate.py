@@ -108,9 +108,8 @@ def ranks_for(weights: ExpertWeights) -> list[int]:
     return sorted({0, *(min(d_model // 2, round(cost * dense / (2 * d_model))) for cost in RANK_COSTS)})
 
 
-def dropped_output(weights: ExpertWeights, x_TD: Tensor, keep_TE: Tensor) -> Tensor:
-    """What the experts that `keep_TE` (bool) leaves out would have written, [T, D]."""
-    h_TF = weights.ffn.hidden(x_TD)
+def dropped_output(weights: ExpertWeights, h_TF: Tensor, keep_TE: Tensor) -> Tensor:
+    """What the experts that `keep_TE` (bool) leaves out would have written, [T, D], from all hidden activations."""
     drop_TF = (~keep_TE).repeat_interleave(weights.expert_size, dim=1)
     return (h_TF[:, weights.num_shared :] * drop_TF) @ weights.ffn.w_down_FD[weights.num_shared :]
 
@@ -135,6 +134,7 @@ def calibration_curve(
     dense = weights.ffn.num_neurons * weights.ffn.flops_per_neuron
     shared = weights.num_shared / weights.ffn.num_neurons
     heldout_weight_T1 = (heldout.weight_T / max(1, len(heldout.weight_T))).unsqueeze(1) / (2 * weights.ffn.d_model)
+    fit_h_TF, heldout_h_TF = weights.ffn.hidden(fit.x_TD), weights.ffn.hidden(heldout.x_TD)
     rows: list[tuple[float, ...]] = []
     for number, router in [(-1, None), *enumerate(routers)]:
         scores_TE = None if router is None else router.scores(fit.x_TD)
@@ -143,9 +143,9 @@ def calibration_curve(
                 threshold = float(round(quantile * weights.num_experts))
             else:
                 threshold = _quantile(scores_TE, 1 - quantile)
-            residual_TD = dropped_output(weights, fit.x_TD, kept_experts(weights, router, threshold, fit.x_TD))
+            residual_TD = dropped_output(weights, fit_h_TF, kept_experts(weights, router, threshold, fit.x_TD))
             keep_TE = kept_experts(weights, router, threshold, heldout.x_TD)
-            missing_TD = dropped_output(weights, heldout.x_TD, keep_TE)
+            missing_TD = dropped_output(weights, heldout_h_TF, keep_TE)
             solution = regression.fit(residual_TD, ranks[-1])
             active = shared + (1 - shared) * float(keep_TE.float().mean())
             for rank in ranks:
@@ -173,7 +173,7 @@ def fit_compensation(
 ) -> Compensation:
     """The compensation of one chosen candidate."""
     keep_TE = kept_experts(weights, router, threshold, tokens.x_TD)
-    residual_TD = dropped_output(weights, tokens.x_TD, keep_TE)
+    residual_TD = dropped_output(weights, weights.ffn.hidden(tokens.x_TD), keep_TE)
     return ReducedRank(tokens).fit(residual_TD, rank).compensation(rank)
 
 
