@@ -342,7 +342,7 @@ def _arrange(s, base):
     end = _up(end + ((tokens + 4) * score_bytes + 64 if two else 0))
     piece = v.at(s, PIECE)
     lists = 8 * (tokens + 2 * BATCH + 24) + 4 * (width + 16)
-    blocks = (min(BATCH, tokens) + 4) * (16 * ((piece + 7) // 8 * 8) + 8) + 256 * piece + 512
+    blocks = (min(BATCH, tokens) + 4) * (16 * ((piece + 7) // 8 * 8) + 8) + 256
     each = _up(max(lists + blocks, 4 * (experts + 32)))
     v.put(s, SCRATCH, end)
     v.put(s, SCRATCH_BYTES, each)

@@ -15,7 +15,6 @@ from moefication_cli.runtime import simd_blocks as block
 RELU, RELU2, GELU, GELU_TANH, QUICK_GELU, SILU, TANH, IDENTITY, SQUARE = range(9)
 BATCH = 128  # tokens per call of a piece: h stays in the second-level cache
 DEPTH = 1024  # columns per pass of the first projection: 4 rows of x stay in the first-level cache
-FEW_TOKENS = 4
 F32 = np.float32(0)
 internal = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="numpy")  # no checks for division by zero
 
@@ -58,73 +57,92 @@ def project(tag, rows, m, w, row_bytes, n, length, h, h_bytes):
         part = min(step, length - start)
         i = 0
         while i < m:
-            x0, x1 = v.get_i64(rows + 8 * i) + 4 * start, v.get_i64(rows + 8 * i + 8) + 4 * start
-            x2, x3 = v.get_i64(rows + 8 * i + 16) + 4 * start, v.get_i64(rows + 8 * i + 24) + 4 * start
-            left = m - i
-            j = 0
-            while j < n:
-                at, out, rest = w + j * row_bytes + size * start, h + i * h_bytes + 4 * j, n - j
-                if left >= 3:
-                    block.dots_4x4(tag, x0, x1, x2, x3, at, row_bytes, rest, part, out, h_bytes)
-                    j += 4
-                elif left == 2:
-                    block.dots_2x4(tag, x0, x1, x2, x3, at, row_bytes, rest, part, out, h_bytes)
-                    j += 4
-                elif rest > 4:
-                    block.dots_1x8(tag, x0, x1, x2, x3, at, row_bytes, rest, part, out, h_bytes)
-                    j += 8
-                else:
-                    block.dots_1x4(tag, x0, x1, x2, x3, at, row_bytes, rest, part, out, h_bytes)
-                    j += 4
-            i += 4 if left >= 3 else left
-
-
-@internal
-def _spread_rows(tag, y, addresses, values, count, length):
-    """y += sum of value_i * row_i of one token."""
-    i = 0
-    while i + 8 <= count:
-        block.rows_8(tag, y, addresses + 8 * i, values + 4 * i, length)
-        i += 8
-    if i + 4 <= count:
-        block.rows_4(tag, y, addresses + 8 * i, values + 4 * i, length)
-        i += 4
-    while i < count:
-        block.rows_1(tag, y, addresses + 8 * i, values + 4 * i, length)
-        i += 1
-
-
-@internal
-def _spread_dense(tag, ys, m, w, row_bytes, n, length, h, h_bytes, listed, tile):
-    """y_i += h_i W for m rows of y (addresses in `ys`, padded to a multiple of 4 with a row nobody reads).
-
-    64 columns of W at a time are copied to `tile`: at the width of a model rows lie a power of two apart, where a handful of
-    them evict each other from every cache, and bfloat16 is widened once instead of once per 4 tokens.
-    """
-    size, fours = row_bytes // length, (m + 1) // 4 * 4  # three left over make a block, one or two do not
-    for c in range(0, length if fours > 0 else 0, 64):
-        lanes = min(length - c, 64)
-        for j in range(n):
-            for k in range(0, lanes, 16):
-                value = v.load_part(tag, w + j * row_bytes + size * (c + k), min(lanes - k, 16))
-                v.store(F32, tile + 256 * j + 4 * k, value)
-        for i in range(0, fours, 4):
-            y0, y1 = v.get_i64(ys + 8 * i) + 4 * c, v.get_i64(ys + 8 * i + 8) + 4 * c
-            y2, y3 = v.get_i64(ys + 8 * i + 16) + 4 * c, v.get_i64(ys + 8 * i + 24) + 4 * c
+            x0 = v.get_i64(rows + 8 * i) + 4 * start
+            x1 = v.get_i64(rows + 8 * i + 8) + 4 * start
             out = h + i * h_bytes
-            if lanes == 64:
-                block.update_4x4(F32, y0, y1, y2, y3, tile, 256, n, out, h_bytes, 64)
+            j = 0
+            if m - i >= 3:
+                x2 = v.get_i64(rows + 8 * i + 16) + 4 * start
+                x3 = v.get_i64(rows + 8 * i + 24) + 4 * start
+                while j < n:
+                    block.dots_4x4(
+                        tag,
+                        x0,
+                        x1,
+                        x2,
+                        x3,
+                        w + j * row_bytes + size * start,
+                        row_bytes,
+                        n - j,
+                        part,
+                        out + 4 * j,
+                        h_bytes,
+                    )
+                    j += 4
+                i += 4
+            elif m - i == 2:
+                while j < n:
+                    block.dots_2x4(
+                        tag,
+                        x0,
+                        x1,
+                        x0,
+                        x1,
+                        w + j * row_bytes + size * start,
+                        row_bytes,
+                        n - j,
+                        part,
+                        out + 4 * j,
+                        h_bytes,
+                    )
+                    j += 4
+                i += 2
             else:
-                for k in range(0, 4 * lanes, 64):
-                    part = min(lanes - k // 4, 16)
-                    block.update_4x1(F32, y0 + k, y1 + k, y2 + k, y3 + k, tile + k, 256, n, out, h_bytes, part)
-    i = fours
-    if i < m:
-        for j in range(n):
-            v.put_i64(listed + 8 * j, w + j * row_bytes)
+                while j < n:
+                    where = w + j * row_bytes + size * start
+                    if n - j > 4:
+                        block.dots_1x8(tag, x0, x0, x0, x0, where, row_bytes, n - j, part, out + 4 * j, h_bytes)
+                    else:
+                        block.dots_1x4(tag, x0, x0, x0, x0, where, row_bytes, n - j, part, out + 4 * j, h_bytes)
+                    j += 8
+                i += 1
+
+
+@internal
+def _spread_dense(tag, ys, m, w, row_bytes, n, length, h, h_bytes):
+    """y_i += h_i W for m rows of y (addresses in `ys`, padded to a multiple of 4 with a row nobody reads)."""
+    size = row_bytes // length
+    i = 0
     while i < m:
-        _spread_rows(tag, v.get_i64(ys + 8 * i), listed, h + i * h_bytes, n, length)
-        i += 1
+        y0 = v.get_i64(ys + 8 * i)
+        out = h + i * h_bytes
+        c = 0
+        if m - i >= 3:
+            y1 = v.get_i64(ys + 8 * i + 8)
+            y2 = v.get_i64(ys + 8 * i + 16)
+            y3 = v.get_i64(ys + 8 * i + 24)
+            while c + 64 <= length:
+                block.update_4x4(
+                    tag, y0 + 4 * c, y1 + 4 * c, y2 + 4 * c, y3 + 4 * c, w + size * c, row_bytes, n, out, h_bytes, 64
+                )
+                c += 64
+            while c < length:
+                lanes = min(length - c, 16)
+                block.update_4x1(
+                    tag, y0 + 4 * c, y1 + 4 * c, y2 + 4 * c, y3 + 4 * c, w + size * c, row_bytes, n, out, h_bytes, lanes
+                )
+                c += 16
+            i += 4
+        else:
+            while c + 128 <= length:
+                y = y0 + 4 * c
+                block.update_1x8(tag, y, y, y, y, w + size * c, row_bytes, n, out, h_bytes, 128)
+                c += 128
+            while c < length:
+                y = y0 + 4 * c
+                block.update_1x1(tag, y, y, y, y, w + size * c, row_bytes, n, out, h_bytes, min(length - c, 16))
+                c += 16
+            i += 1
 
 
 @internal
@@ -138,11 +156,7 @@ def _spread_fired(tag, ys, m, w, row_bytes, n, length, h, h_bytes, listed, count
             v.put_f32(out + 4 * kept, value)
             v.put_i64(row + 8 * kept, w + j * row_bytes)
             kept += value != 0.0
-        if m <= FEW_TOKENS:  # weights come from memory: long streams; else from cache: y stays in registers
-            _spread_rows(tag, v.get_i64(ys + 8 * i), row, out, kept, length)
         v.put_i64(counts + 8 * i, kept)
-    if m <= FEW_TOKENS:
-        return
     c = 0
     while c < length:
         columns = 256 if length - c >= 256 else (64 if length - c >= 64 else min(length - c, 16))
@@ -191,7 +205,7 @@ def piece(tag, call, rows, ys, m, up, gate, down, b_up, b_gate, n, length, row_b
     if act <= RELU2 and 10 * _fired(h, h_bytes, m, n) < 7 * m * n:
         _spread_fired(tag, ys, m, down, row_bytes, n, length, h, h_bytes, listed, counts)
     else:
-        _spread_dense(tag, ys, m, down, row_bytes, n, length, h, h_bytes, listed, counts + 8 * m + 64)
+        _spread_dense(tag, ys, m, down, row_bytes, n, length, h, h_bytes)
 
 
 @cfunc("void(" + ", ".join(["int64"] * 8) + ")", cache=True, error_model="numpy")

@@ -157,47 +157,15 @@ def _gathered(vectors: int) -> Any:
     return operation(types.none, 7, emit)
 
 
-def _rows(count: int) -> Any:
-    """y += sum over `count` rows of value_i * row_i, all columns: few long streams, which memory serves best.
-
-    Arguments: tag, y, addresses (int64), values (float32), length of a row.
-    """
-
-    def emit(builder: Any, args: Any, kinds: Any) -> None:
-        _, y, addresses, values, length = args
-        width = 4 if element(kinds[0]) == F32 else 2
-        rows, spread = [], []
-        for i in range(count):
-            rows.append(builder.load(pointer(builder, builder.add(addresses, _int(8 * i)), I64)))
-            value = builder.load(pointer(builder, builder.add(values, _int(_FLOAT_BYTES * i)), F32))
-            spread.append(splat_value(builder, value))
-
-        def step(at: Any, lanes: Any) -> None:
-            place = builder.add(y, builder.mul(at, _int(LANES * _FLOAT_BYTES)))
-            total = load_vector(builder, types.float32, place, lanes)
-            for row, value in zip(rows, spread, strict=True):
-                column = load_vector(builder, kinds[0], builder.add(row, builder.mul(at, _int(LANES * width))), lanes)
-                total = fused(builder, value, column, total)
-            store_vector(builder, types.float32, place, total, lanes)
-
-        whole = builder.ashr(length, _int(4))
-        _loop(builder, whole, lambda index: step(index, None))
-        rest = builder.and_(length, _int(LANES - 1))
-        with builder.if_then(builder.icmp_signed("!=", rest, _int(0)), likely=False):
-            step(whole, rest)
-
-    return operation(types.none, 5, emit)
-
-
 dots_4x4 = _dots(4, 4)
 dots_2x4 = _dots(2, 4)
 dots_1x8 = _dots(1, 8)
 dots_1x4 = _dots(1, 4)
 update_4x4 = _updates(4, 4)
+update_2x8 = _updates(2, 8)
+update_1x8 = _updates(1, 8)
 update_4x1 = _updates(4, 1)
+update_1x1 = _updates(1, 1)
 gather_16 = _gathered(16)
 gather_4 = _gathered(4)
 gather_1 = _gathered(1)
-rows_8 = _rows(8)
-rows_4 = _rows(4)
-rows_1 = _rows(1)
