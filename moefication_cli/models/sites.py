@@ -51,9 +51,14 @@ class FFNSite:
         return self.gate is not None
 
     @property
+    def flops_per_neuron(self) -> int:
+        """Multiply-adds per token of one neuron: D per projection it takes part in."""
+        return self.d_model * (3 if self.gated else 2)
+
+    @property
     def num_parameters(self) -> int:
         """Weights and biases of the projections."""
-        matrices = self.d_model * self.num_neurons * (3 if self.gated else 2)
+        matrices = self.num_neurons * self.flops_per_neuron
         return matrices + self.num_neurons * (self.bias_up + self.bias_gate) + self.d_model * self.bias_down
 
     def tensors(self) -> dict[str, tuple[str, int | None]]:

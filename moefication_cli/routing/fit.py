@@ -10,7 +10,7 @@
 Axes: T tokens, D model width, E experts, R router width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +22,8 @@ from moefication_cli.errors import NonFiniteError
 from moefication_cli.routing.router import ROUTER_ACTIVATIONS, Router
 from moefication_cli.routing.scores import captured_share
 from moefication_cli.runtime.weights import ExpertWeights
+
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 _START_TOKENS = 20000  # enough for the closed-form start
 
@@ -116,14 +118,8 @@ def regression_router(sample: Sample, width: int, training: Training, activation
     history = [error(start)]
     for _ in range(training.epochs):
         order_T = torch.randperm(len(z_TD), generator=generator).to(z_TD.device)
-        for index_B in order_T.split(training.batch_size)[: max(1, len(z_TD) // training.batch_size)]:
-            value = functional.mse_loss(_raw_scores(parameters, start, z_TD[index_B]), target_TE[index_B])
-            optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            optimizer.step()
-            scheduler.step()
-        if not torch.isfinite(value):
-            raise NonFiniteError("the router's loss is not finite", "lower --learning-rate or check the activations")
+        batches = order_T.split(training.batch_size)[: max(1, len(z_TD) // training.batch_size)]
+        _pass(parameters, start, z_TD, target_TE, batches, functional.mse_loss, optimizer, scheduler)
         history.append(error(_with(start, parameters)))
     best_epoch = len(history) - 1 if history[-1] <= history[0] else 0
     best = _with(start, parameters) if best_epoch else start
@@ -171,9 +167,7 @@ def _with(like: Router, parameters: dict[str, Tensor]) -> Router:
     return replace(like, **trained)
 
 
-def train(
-    start: Router, sample: Sample, target_TE: Tensor, loss: Callable[[Tensor, Tensor], Tensor], training: Training
-) -> Fitted:
+def train(start: Router, sample: Sample, target_TE: Tensor, loss: Loss, training: Training) -> Fitted:
     """Adam over shuffled tokens; keeps the epoch with the highest captured share on held-out tokens.
 
     Raises NonFiniteError when the loss stops being finite.
@@ -189,14 +183,8 @@ def train(
     x_TD = functional.normalize(sample.x_TD, dim=1) if start.normalise else sample.x_TD
     best, history, best_epoch = start, [_watch(start, sample, training.watch_fraction)], 0
     for epoch in range(1, training.epochs + 1):
-        for index_B in torch.randperm(num_tokens, generator=generator).to(x_TD.device).split(training.batch_size):
-            value = loss(_raw_scores(parameters, start, x_TD[index_B]), target_TE[index_B])
-            optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            optimizer.step()
-            scheduler.step()
-        if not torch.isfinite(value):
-            raise NonFiniteError("the router's loss is not finite", "lower --learning-rate or check the activations")
+        batches = torch.randperm(num_tokens, generator=generator).to(x_TD.device).split(training.batch_size)
+        _pass(parameters, start, x_TD, target_TE, batches, loss, optimizer, scheduler)
         now = _with(start, parameters)
         history.append(_watch(now, sample, training.watch_fraction))
         if history[-1] > history[best_epoch]:
@@ -204,6 +192,27 @@ def train(
         elif epoch - best_epoch >= training.patience:
             break
     return Fitted(best, history, best_epoch)
+
+
+def _pass(
+    parameters: dict[str, Tensor],
+    like: Router,
+    x_TD: Tensor,
+    target_TE: Tensor,
+    batches: Sequence[Tensor],
+    loss: Loss,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+) -> None:
+    """One pass over the tokens, a step per batch of indices. Raises NonFiniteError when the last loss is not finite."""
+    for index_B in batches:
+        value = loss(_raw_scores(parameters, like, x_TD[index_B]), target_TE[index_B])
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        optimizer.step()
+        scheduler.step()
+    if not torch.isfinite(value):
+        raise NonFiniteError("the router's loss is not finite", "lower --learning-rate or check the activations")
 
 
 def _raw_scores(parameters: dict[str, Tensor], like: Router, x_TD: Tensor) -> Tensor:

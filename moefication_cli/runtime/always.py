@@ -6,7 +6,8 @@ compensation; this is static pruning with a better bias. Axes as in `weights`.
 
 from torch import Tensor
 
-from moefication_cli.runtime.weights import ExpertWeights, FFNWeights
+from moefication_cli.runtime.portable import rows
+from moefication_cli.runtime.weights import ExpertWeights
 
 
 class AlwaysFFN:
@@ -25,18 +26,7 @@ class AlwaysFFN:
     def __call__(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """y of the shape of x [..., D]."""
         ffn, extra, kept = self.weights.ffn, self.weights.compensation, self.weights.num_shared
-
-        def part(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[:kept]
-
-        head = FFNWeights(
-            w_up_FD=ffn.w_up_FD[:kept],
-            w_down_FD=ffn.w_down_FD[:kept],
-            w_gate_FD=part(ffn.w_gate_FD),
-            b_up_F=part(ffn.b_up_F),
-            b_gate_F=part(ffn.b_gate_F),
-            activation=ffn.activation,
-        )
+        head = rows(ffn, 0, kept)
         y = head.hidden(x) @ head.w_down_FD
         for bias_D in (ffn.b_down_D, None if extra is None else extra.constant_D):
             y = y if bias_D is None else y + bias_D

@@ -81,6 +81,11 @@ def divisors(num_neurons: int) -> list[int]:
     return low + [num_neurons // n for n in reversed(low) if n * n != num_neurons]
 
 
+def nearest_divisor(num_neurons: int, wished: int) -> int:
+    """The divisor of `num_neurons` closest to `wished`; the smaller of two at the same distance."""
+    return min(divisors(num_neurons), key=lambda d: (abs(d - wished), d))
+
+
 def check_divides(num_neurons: int, num_experts: int, num_shared: int = 0) -> None:
     """Raise ConfigError unless `num_experts` equal experts can be made of the neurons that are not shared.
 

@@ -1,19 +1,19 @@
 """apply: write RUN/model, a normal Hugging Face folder that is also the MoE. Reads `split`, a router and the model."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moefication_cli.config import ApplyConfig, compared_values, recorded_values
+from moefication_cli.config import ApplyConfig
 from moefication_cli.errors import MoEficationError
 from moefication_cli.models.checkpoint import Checkpoint
 from moefication_cli.models.moe_folder import layer_tensors, write_moe_settings
 from moefication_cli.stages.contract import Control, Result
 from moefication_cli.stages.estimate import estimate, ffn_bytes
-from moefication_cli.stages.inputs import RunModel, layer_seed, open_model
+from moefication_cli.stages.inputs import RunModel, begin_options, layer_seed, open_model
 from moefication_cli.stages.plan import Budget, LayerPlan, choose_router, describe_rule, plan_layers, routed_layers
-from moefication_cli.store.manifest import BASE_MODEL
 from moefication_cli.store.rundir import RunDir
 
 _CHECK_TOKENS = 16
@@ -46,17 +46,8 @@ def apply(run: RunDir, config: ApplyConfig, control: Control) -> Result:
             memory=2 * ffn_bytes(model),
             reads={"split": split, "router": router},
         )
-    inputs = {BASE_MODEL: model.fingerprint, "split": split.digest, f"router/{name}": router.digest}
-    if activations is not None:
-        inputs["activations"] = activations.digest
-    options: dict[str, Any] = {
-        "config": recorded_values(config) | {"router": name, "seed": control.seed},
-        "compared": [*compared_values(config), "seed"],
-        "sources": control.sources,
-        "inputs": inputs,
-        "force": control.force,
-        "device": str(model.device),
-    }
+    inputs = {"split": split, f"router/{name}": router, "activations": activations}
+    options = begin_options(replace(config, router=name), control, model, inputs)
     rows = [_row(plan) for plan in plans]
     with run.begin("model", **options) as work:
         manifest = work.manifest

@@ -11,12 +11,12 @@ import torch
 
 from moefication_cli.config import EvalConfig, RouterConfig, SplitConfig
 from moefication_cli.runtime.layer import MoEFFN
-from moefication_cli.split.partition import divisors
+from moefication_cli.split.partition import nearest_divisor
 from moefication_cli.stages.contract import Control
 from moefication_cli.stages.inputs import (
     RunModel,
-    begin_options,
     expert_weights,
+    layer_options,
     layer_seed,
     read_tokens,
 )
@@ -66,13 +66,13 @@ def build_paper(run: RunDir, model: RunModel, control: Control) -> Stage:
     """RUN/baseline/paper: split and router of the published recipe for every layer."""
     activations = run.require("activations")
     router_config = RouterConfig(router="mlp")
-    options = begin_options(router_config, control, model, {"activations": activations})
+    options = layer_options(router_config, control, model, {"activations": activations})
     options["only"] = None
     with run.begin("baseline/paper", **options) as work:
         for index in control.track(work.pending(), "published recipe", len(model.sites)):
             seed = layer_seed(control.seed, index)
             site = model.sites[index]
-            size = min(divisors(site.num_neurons), key=lambda d: (abs(d - PAPER_EXPERT_SIZE), d))
+            size = nearest_divisor(site.num_neurons, PAPER_EXPERT_SIZE)
             config = SplitConfig(method="kmeans", expert_size=size)
             partition, metrics = split_layer(model, None, None, index, config, control)
             weights = expert_weights(model.read_ffn(index), partition)

@@ -20,8 +20,8 @@ from moefication_cli.models.sites import FFNSite
 from moefication_cli.stages.contract import Control, Result
 from moefication_cli.stages.estimate import estimate
 from moefication_cli.stages.examples import open_examples
-from moefication_cli.stages.inputs import RunModel, begin_options, layer_seed, layered_result, open_model
-from moefication_cli.store.layerfile import open_layer, read_layer, write_layer
+from moefication_cli.stages.inputs import RunModel, layer_options, layer_seed, layered_result, open_model
+from moefication_cli.store.layerfile import read_layer, write_layer
 from moefication_cli.store.rundir import RunDir
 from moefication_cli.store.work import Work
 from moefication_cli.tasks.examples import Batch
@@ -49,7 +49,7 @@ def collect_activations(run: RunDir, config: CollectConfig, control: Control) ->
             flops=2.0 * parameters * config.max_tokens,
             memory=4.0 * parameters + 2 * _SHARD_BYTES,
         )
-    options = begin_options(config, control, model, {})
+    options = layer_options(config, control, model, {})
     options["only"] = None
     with run.begin("activations", **options) as work:
         manifest = work.manifest
@@ -174,9 +174,10 @@ def _predictions(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
     """The logits that are predictions, and which of them are real: per sequence, or per token but the last."""
     if logits.dim() == 2:
         return logits, None
-    mask = batch.inputs.get("decoder_attention_mask", batch.inputs.get("attention_mask"))
     if "decoder_input_ids" in batch.inputs:
-        return logits, None if "decoder_attention_mask" not in batch.inputs else mask.bool()  # type: ignore[union-attr]
+        mask = batch.inputs.get("decoder_attention_mask")
+        return logits, None if mask is None else mask.bool()
+    mask = batch.inputs.get("attention_mask")
     return logits[:, :-1], None if mask is None else mask[:, 1:].bool()
 
 
@@ -230,9 +231,3 @@ def _join(work: Work, model: RunModel, index: int, config: CollectConfig) -> Non
         )
     tensors = {"inputs_TD": torch.cat(inputs), "sequence_T": sequence_T, "weight_T": weight_T, **statistics}
     work.save(index, tensors, metrics=metrics)
-
-
-def read_statistics(path: Path) -> dict[str, Tensor]:
-    """rate_F, mean_F, variance_F and contribution_F of one layer file."""
-    with open_layer(path) as layer:
-        return {name: layer.tensor(name) for name in ("rate_F", "mean_F", "variance_F", "contribution_F")}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moefication_cli.config import ApplyConfig, EvalConfig, compared_values, options_of, recorded_values
+from moefication_cli.config import ApplyConfig, EvalConfig, options_of
 from moefication_cli.errors import ConfigError
 from moefication_cli.models.loading import LoadedModel, load_model
 from moefication_cli.models.masking import TokenMask
@@ -20,24 +20,22 @@ from moefication_cli.stages.apply import budget_of
 from moefication_cli.stages.baseline import paper_variant, static_variant
 from moefication_cli.stages.contract import Control, Result, parse_fractions
 from moefication_cli.stages.estimate import estimate
+from moefication_cli.stages.eval_rows import compare_with_static, row_of
 from moefication_cli.stages.examples import open_examples
-from moefication_cli.stages.inputs import RunModel, open_model
+from moefication_cli.stages.inputs import RunModel, begin_options, open_model
 from moefication_cli.stages.plan import Budget, plan_layers, routed_layers
 from moefication_cli.stages.plots import plot_quality
 from moefication_cli.stages.variants import (
     NeuronOracleFFN,
     PinnedFFN,
     Variant,
-    flops_fractions,
     routed_variant,
     selected_variant,
 )
 from moefication_cli.store import jsonio
-from moefication_cli.store.manifest import BASE_MODEL
 from moefication_cli.store.rundir import RunDir
 from moefication_cli.store.stage import Stage
 from moefication_cli.tasks.examples import Batch, Examples, Scores, Summary, compare, summarise
-from moefication_cli.tasks.stats import Values, bootstrap_ci, paired_bootstrap
 
 ALWAYS = ("groundtruth", "random", "static")
 _TABLE = (
@@ -80,17 +78,8 @@ def evaluate(run: RunDir, config: EvalConfig, control: Control) -> Result:
             memory=8 * parameters,
             reads=stages,
         )
-    inputs = {BASE_MODEL: model.fingerprint}
-    inputs |= {name: stage.digest for name, stage in stages.items() if stage is not None}
-    inputs |= {f"router/{name}": stage.digest for name, stage in routers.items() if name in selections}
-    options: dict[str, Any] = {
-        "config": recorded_values(config) | {"seed": control.seed},
-        "compared": [*compared_values(config), "seed"],
-        "sources": control.sources,
-        "inputs": inputs,
-        "force": control.force,
-        "device": str(model.device),
-    }
+    used = {f"router/{name}": stage for name, stage in routers.items() if name in selections}
+    options = begin_options(config, control, model, {**stages, **used})
     with run.begin(f"eval/{config.name}", **options) as work:
         if work.up_to_date:
             metrics = jsonio.read_object(run.path(f"eval/{config.name}") / "metrics.json")
@@ -151,10 +140,10 @@ def _measure(
     sizes = _work(model, variants)
     scores = [Scores.join(variant.measured) for variant in variants]
     rows = [
-        _row(variant, found, reference, tokens, sizes, control.seed)
+        row_of(variant, found, reference, tokens, sizes, control.seed)
         for variant, found in zip(variants, scores, strict=True)
     ]
-    _compare_with_static(variants, scores, rows, control.seed)
+    compare_with_static(variants, scores, rows, control.seed)
     return {
         "schema": "moefication/metrics@1",
         "model": str(model.checkpoint.source.ref),
@@ -204,9 +193,13 @@ def _variants(
         permute_in_place(net, layer.site, layer.partition.order_F())
     score = layers[0].score
 
+    planned: dict[tuple[str, Budget], Variant] = {}
+
     def router_row(name: str, budget: Budget) -> Variant:
-        plans = plan_layers(model, activations, routed[name], budget, control.seed)
-        return routed_variant(name, net, plans, budget.fraction, config.backend)
+        if (name, budget) not in planned:  # planning fits compensations
+            plans = plan_layers(model, activations, routed[name], budget, control.seed)
+            planned[name, budget] = routed_variant(name, net, plans, budget.fraction, config.backend)
+        return planned[name, budget]
 
     variants: list[Variant] = []
     for fraction in fractions:
@@ -229,12 +222,10 @@ def _variants(
     if applied is not None:
         made = ApplyConfig(**{entry.name: settings[entry.name] for entry in options_of(ApplyConfig)})
         row = router_row(settings["router"], budget_of(made))
-        row.applied = True
         same = [v for v in variants if v.selection == row.selection and v.kind == "router" and _rules(v) == _rules(row)]
-        if same:
-            same[0].applied = True
-        else:
+        if not same:
             variants.append(row)
+        (same or [row])[0].applied = True
     return variants
 
 
@@ -305,64 +296,6 @@ def _timed(loaded: LoadedModel, inputs: dict[str, Any]) -> tuple[Any, float]:
     if loaded.device.type == "cuda":
         torch.cuda.synchronize()
     return logits, time.perf_counter() - started
-
-
-def _row(
-    variant: Variant, scores: Scores, reference: dict[str, Any], tokens: int, sizes: Sequence[float], seed: int
-) -> dict[str, Any]:
-    summary = summarise(reference["metric"], scores)
-    kl = bootstrap_ci(_filled(scores.kl_B), seed, weights=scores.weight_B)
-    active = [float(layer.active_fraction) for layer in variant.layers]  # type: ignore[attr-defined]
-    flops = flops_fractions(variant)
-
-    def mean(values: Sequence[float]) -> float:
-        return sum(v * s for v, s in zip(values, sizes, strict=True)) / sum(sizes)
-
-    row: dict[str, Any] = {
-        "selection": variant.selection,
-        "kind": variant.kind,
-        "applied": variant.applied,
-        "fraction": variant.fraction,
-        "top_k": None,
-        "rule": None,
-        "budget": "uniform",
-        "score": None,
-        "seed": None,
-    }
-    return row | variant.meta | {
-        "metric": summary.metric,
-        "value": summary.value,
-        "stderr": summary.stderr,
-        "relative": summary.value / reference["value"] if reference["value"] else None,
-        "agreement": summary.agreement,
-        "kl": summary.kl,
-        "kl_interval": [kl.low, kl.high],
-        "active_fraction": mean(active),
-        "ffn_flops_fraction": mean(flops),
-        "seconds": variant.seconds,
-        "tokens_per_second": tokens / variant.seconds,
-        "speedup": reference["seconds"] / variant.seconds,
-        "backend": variant.backend,
-    }  # fmt: skip
-
-
-def _compare_with_static(
-    variants: Sequence[Variant], scores: Sequence[Scores], rows: list[dict[str, Any]], seed: int
-) -> None:
-    """Adds to each row the paired difference of KL to static pruning at the same fraction, with a 95 % interval."""
-    static = {v.fraction: found for v, found in zip(variants, scores, strict=True) if v.selection == "static"}
-    for variant, mine, row in zip(variants, scores, rows, strict=True):
-        base = static.get(variant.fraction)
-        if base is None or variant.selection == "static":
-            continue
-        difference = paired_bootstrap(_filled(mine.kl_B), _filled(base.kl_B), seed, weights=mine.weight_B)
-        row["kl_minus_static"] = difference.value
-        row["kl_minus_static_interval"] = [difference.low, difference.high]
-
-
-def _filled(values: Values | None) -> Values:
-    assert values is not None  # every row is scored beside the dense model
-    return values
 
 
 def _result(run: RunDir, config: EvalConfig, metrics: dict[str, Any], up_to_date: bool) -> Result:

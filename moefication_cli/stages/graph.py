@@ -14,7 +14,7 @@ from moefication_cli.split.graph import to_metis_text
 from moefication_cli.stages.contract import Control, Result
 from moefication_cli.stages.estimate import estimate, ffn_bytes, total_ffn_flops
 from moefication_cli.stages.inputs import (
-    begin_options,
+    layer_options,
     layer_seed,
     layered_result,
     open_model,
@@ -45,7 +45,7 @@ def build_graph(run: RunDir, config: GraphConfig, control: Control) -> Result:
             memory=ffn_bytes(model) + 4.0 * neurons**2 + 16.0 * edges,
             reads={"activations": activations},
         )
-    with run.begin("graph", **begin_options(config, control, model, {"activations": activations})) as work:
+    with run.begin("graph", **layer_options(config, control, model, {"activations": activations})) as work:
         for index in control.track(work.pending(), "build-graph", len(model.sites)):
             weights = model.read_ffn(index)
             x_TD = read_tokens(activations, index, config.max_tokens, layer_seed(control.seed, index)).x_TD

@@ -4,7 +4,7 @@ A run remembers its model in run.json; the first stage that names `--model` writ
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from moefication_cli.config import ModelConfig, compared_values, recorded_values
 from moefication_cli.errors import ConfigError
 from moefication_cli.models.checkpoint import Checkpoint
 from moefication_cli.models.sites import FFNSite
+from moefication_cli.routing.calibrate import Tokens as CalibrationTokens
 from moefication_cli.runtime.weights import ExpertWeights, FFNWeights
 from moefication_cli.split.graph import Graph
 from moefication_cli.split.partition import Partition
@@ -85,18 +86,22 @@ def _absolute(model: str | None) -> str | None:
     return str(Path(model).resolve()) if model is not None and Path(model).exists() else model
 
 
-def begin_options(config: Any, control: Control, model: RunModel, inputs: dict[str, Stage | None]) -> dict[str, Any]:
-    """The arguments of `RunDir.begin` that every layered stage shares: config, provenance, inputs, layers."""
+def begin_options(config: Any, control: Control, model: RunModel, inputs: Mapping[str, Stage | None]) -> dict[str, Any]:
+    """The arguments of `RunDir.begin` that every stage shares: config, provenance, inputs."""
     return {
         "config": recorded_values(config) | {"seed": control.seed},
         "compared": [*compared_values(config), "seed"],
         "sources": control.sources,
         "inputs": {BASE_MODEL: model.fingerprint} | {name: stage.digest for name, stage in inputs.items() if stage},
-        "layers": model.names,
-        "only": parse_layers(control.layers, len(model.sites)),
         "force": control.force,
         "device": str(model.device),
     }
+
+
+def layer_options(config: Any, control: Control, model: RunModel, inputs: Mapping[str, Stage | None]) -> dict[str, Any]:
+    """`begin_options` of a stage with one file per layer, of which this process does those `--layers` names."""
+    layers = {"layers": model.names, "only": parse_layers(control.layers, len(model.sites))}
+    return begin_options(config, control, model, inputs) | layers
 
 
 def layered_result(command: str, work: Work, manifest: Manifest | None) -> Result:
@@ -150,6 +155,10 @@ class Tokens:
     def to(self, device: torch.device) -> "Tokens":
         """The same tokens on another device."""
         return Tokens(self.x_TD.to(device), self.sequence_T.to(device), self.weight_T.to(device))
+
+    def calibration(self) -> CalibrationTokens:
+        """What `routing.calibrate` reads of them."""
+        return CalibrationTokens(self.x_TD, self.weight_T)
 
     def split_heldout(self, fraction: float, seed: int) -> "tuple[Tokens, Tokens]":
         """(training, held-out) tokens, divided by sequence so that no sentence is on both sides."""

@@ -10,7 +10,6 @@ from moefication_cli.errors import ConfigError
 from moefication_cli.models.sites import FFNSite
 from moefication_cli.routing.budget import allocate, best_within
 from moefication_cli.routing.calibrate import Curve, fit_compensation
-from moefication_cli.routing.calibrate import Tokens as CalibrationTokens
 from moefication_cli.routing.plan import LayerCost, top_k_within
 from moefication_cli.routing.router import Router, Rule
 from moefication_cli.runtime.weights import Compensation
@@ -52,7 +51,7 @@ class RoutedLayer:
             num_neurons=self.site.num_neurons,
             num_shared=self.partition.num_shared,
             num_experts=self.partition.num_experts,
-            flops_per_neuron=self.site.d_model * (3 if self.site.gated else 2),
+            flops_per_neuron=self.site.flops_per_neuron,
             overhead=self.routers[-1].flops,
         )
 
@@ -197,9 +196,7 @@ def _calibrated(model: RunModel, activations: Stage, layer: RoutedLayer, row: in
     router = None if number < 0 else layer.routers[number]
     weights = expert_weights(model.read_ffn(layer.index), layer.partition)
     tokens = read_tokens(activations, layer.index, _FIT_TOKENS, layer_seed(seed, layer.index)).to(model.device)
-    compensation = fit_compensation(
-        weights, router, threshold, int(curve.rank_C[row]), CalibrationTokens(tokens.x_TD, tokens.weight_T)
-    )
+    compensation = fit_compensation(weights, router, threshold, int(curve.rank_C[row]), tokens.calibration())
     if router is None:
         return LayerPlan(layer, Rule(top_k=0), flops, None, round(threshold), compensation)
     return LayerPlan(layer, Rule(threshold=threshold), flops, router, 0, compensation)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from moefication_cli.config import RouterConfig, Score
 from moefication_cli.errors import ConfigError, NonFiniteError
-from moefication_cli.routing.calibrate import Tokens as CalibrationTokens
 from moefication_cli.routing.calibrate import calibration_curve
 from moefication_cli.routing.fit import (
     Fitted,
@@ -26,8 +25,8 @@ from moefication_cli.stages.contract import Control, Result, parse_fractions
 from moefication_cli.stages.estimate import estimate, ffn_bytes, total_ffn_flops
 from moefication_cli.stages.inputs import (
     Tokens,
-    begin_options,
     expert_weights,
+    layer_options,
     layer_seed,
     layered_result,
     open_model,
@@ -66,7 +65,7 @@ def train_router(run: RunDir, config: RouterConfig, control: Control) -> Result:
             memory=ffn_bytes(model) + 8.0 * tokens * (d_model + experts),
             reads={"activations": activations, "split": split},
         )
-    options = begin_options(config, control, model, {"activations": activations, "split": split})
+    options = layer_options(config, control, model, {"activations": activations, "split": split})
     with run.begin(f"router/{config.router}", **options) as work:
         for index in control.track(work.pending(), "train-router", len(model.sites)):
             seed = layer_seed(control.seed, index)
@@ -133,16 +132,11 @@ def train_layer(
         curve = calibration_curve(
             weights,
             [fitted.router for fitted in found],
-            calibration_tokens(train.sample(count, seed)),
-            calibration_tokens(heldout.sample(count, seed)),
+            train.sample(count, seed).calibration(),
+            heldout.sample(count, seed).calibration(),
         )
         tensors |= {f"curve.{name}": value for name, value in vars(curve).items()}
     return Record(tensors, settings, metrics)
-
-
-def calibration_tokens(tokens: Tokens) -> CalibrationTokens:
-    """The part of the tokens that calibration reads."""
-    return CalibrationTokens(tokens.x_TD, tokens.weight_T)
 
 
 def router_widths(config: RouterConfig, weights: ExpertWeights) -> list[int]:

@@ -16,7 +16,7 @@ from moefication_cli.split.metis import cut_weight, partition_graph, repair_bala
 from moefication_cli.split.partition import (
     Partition,
     check_divides,
-    divisors,
+    nearest_divisor,
     parse_metis_partition,
     random_partition,
     with_shared,
@@ -26,7 +26,7 @@ from moefication_cli.stages.estimate import estimate, ffn_bytes
 from moefication_cli.stages.inputs import (
     RunModel,
     Tokens,
-    begin_options,
+    layer_options,
     layer_seed,
     layered_result,
     open_model,
@@ -69,7 +69,7 @@ def split(run: RunDir, config: SplitConfig, control: Control) -> Result:
             memory=ffn_bytes(model) + 4.0 * neurons * (neurons + width),
             reads=inputs,
         )
-    with run.begin("split", **begin_options(config, control, model, inputs)) as work:
+    with run.begin("split", **layer_options(config, control, model, inputs)) as work:
         for index in control.track(work.pending(), "split", len(model.sites)):
             partition, metrics = split_layer(model, activations, graph, index, config, control)
             work.save(index, {"expert_F": partition.expert_F.to(torch.int32)}, metrics=metrics)
@@ -86,10 +86,10 @@ def expert_counts(site: FFNSite, config: SplitConfig) -> tuple[int, int]:
         check_divides(total, config.num_experts)
         size = total // config.num_experts
     elif config.expert_size is not None:
-        check_divides(total, total // config.expert_size if total % config.expert_size == 0 else config.expert_size)
+        check_divides(total, config.expert_size)  # a size divides F exactly when the count of such experts does
         size = config.expert_size
     else:
-        size = min(divisors(total), key=lambda d: (abs(d - DEFAULT_EXPERT_SIZE), d))
+        size = nearest_divisor(total, DEFAULT_EXPERT_SIZE)
     experts = total // size
     shared_experts = min(round(config.shared_fraction * experts), experts - 1)
     return experts - shared_experts, shared_experts * size

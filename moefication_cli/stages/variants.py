@@ -209,6 +209,6 @@ def flops_fractions(variant: Variant) -> list[float]:
         if plan is not None and plan.rule is not None and share < 1:
             site = plan.layer.site
             extra = overhead_flops(plan.router, plan.compensation)
-            share += extra / (site.num_neurons * site.d_model * (3 if site.gated else 2))
+            share += extra / (site.num_neurons * site.flops_per_neuron)
         found.append(share)
     return found
