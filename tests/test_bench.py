@@ -13,13 +13,13 @@ from torch import nn
 
 from moefication_cli.config import BenchConfig
 from moefication_cli.errors import ConfigError
+from moefication_cli.ffn import ExpertWeights, FFNWeights
 from moefication_cli.models import shapes
 from moefication_cli.models.shapes import Shape, find_shape, set_firing, shape_model, share, without_ffns
 from moefication_cli.models.sites import find_sites
 from moefication_cli.models.surgery import installed_layers
 from moefication_cli.routing.router import Router, Rule
 from moefication_cli.runtime.layer import MoEFFN
-from moefication_cli.runtime.weights import ExpertWeights, FFNWeights
 from moefication_cli.stages.bench_calls import Decoder
 from moefication_cli.stages.bench_layers import (
     FFN,

@@ -9,6 +9,7 @@ import transformers
 from tiny_models import TINY, save_tiny, tiny_inputs, tiny_model
 
 from moefication_cli.errors import ConfigError, UnsupportedModelError
+from moefication_cli.ffn import ACTIVATIONS, ExpertWeights
 from moefication_cli.models.capture import capture
 from moefication_cli.models.checkpoint import Checkpoint
 from moefication_cli.models.families import FAMILIES
@@ -21,7 +22,6 @@ from moefication_cli.models.surgery import (
     permute_in_place,
     uninstall,
 )
-from moefication_cli.runtime.weights import ACTIVATIONS, ExpertWeights
 
 NAMES = sorted(TINY)
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from moefication_cli.errors import ConfigError, UnavailableError
+from moefication_cli.ffn import ACTIVATIONS, Compensation, ExpertWeights, FFNWeights
 from moefication_cli.routing.router import Router, Rule
 from moefication_cli.runtime import backends, portable, reference
 from moefication_cli.runtime.backends import BACKENDS, available, choose
 from moefication_cli.runtime.layer import MoEFFN
 from moefication_cli.runtime.reference import masked
-from moefication_cli.runtime.weights import ACTIVATIONS, Compensation, ExpertWeights, FFNWeights
 
 SPARSE = ["torch", "grouped", "numba"]
 

@@ -1,6 +1,6 @@
 """Listens to the FFNs of a running model: their inputs and activations, real tokens only.
 
-Axes as in `runtime.weights`. Stores nothing; what is delivered is gone with the next forward pass unless the listener
+Axes as in `ffn`. Stores nothing; what is delivered is gone with the next forward pass unless the listener
 keeps it.
 """
 

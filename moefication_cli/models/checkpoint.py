@@ -2,7 +2,7 @@
 
 `read_ffn` turns one FFN's tensors into neuron-major `FFNWeights`. Names in files need not be names in the model (a
 head's prefix, renames between versions of transformers): the mapping follows what `from_pretrained` does.
-Axes as in `runtime.weights`. Does not load or run models (`loading`).
+Axes as in `ffn`. Does not load or run models (`loading`).
 """
 
 from collections.abc import Callable, Mapping
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from moefication_cli.errors import ConfigError
+from moefication_cli.ffn import FFNWeights
 from moefication_cli.models.permuted import TensorPlan, copy_side_files, write_shards
 from moefication_cli.models.sites import FFNSite, find_sites, refuse_quantised
 from moefication_cli.models.source import TensorFile, load_config, meta_model, resolve_source
-from moefication_cli.runtime.weights import FFNWeights
 from moefication_cli.store import jsonio
 from moefication_cli.store.files import sha256 as file_sha256
 

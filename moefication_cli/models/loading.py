@@ -17,6 +17,7 @@ import transformers
 from torch import nn
 
 from moefication_cli.errors import ConfigError, CorruptArtifactError, UnavailableError
+from moefication_cli.ffn import ExpertWeights
 from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.moe_folder import MoELayer, read_moe_folder
 from moefication_cli.models.sites import FFNSite, find_sites, refuse_quantised
@@ -25,7 +26,6 @@ from moefication_cli.models.surgery import FFNLayer, install, live_weights, pack
 from moefication_cli.routing.router import Rule
 from moefication_cli.runtime.always import AlwaysFFN
 from moefication_cli.runtime.layer import MoEFFN
-from moefication_cli.runtime.weights import ExpertWeights
 
 log = logging.getLogger(__name__)
 

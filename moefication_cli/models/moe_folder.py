@@ -17,8 +17,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from moefication_cli.errors import CorruptArtifactError, MissingArtifactError
+from moefication_cli.ffn import Compensation
 from moefication_cli.routing.router import ROUTER_ACTIVATIONS, Router, Rule
-from moefication_cli.runtime.weights import Compensation
 from moefication_cli.store import jsonio
 from moefication_cli.store.files import atomic_write, make_dirs, sha256
 

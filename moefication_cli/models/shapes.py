@@ -1,7 +1,7 @@
 """Architectures with random weights, so that real sizes are measured without a download, and twins of models.
 
 The classes are transformers' own; sizes are those of the published checkpoints. Random weights say nothing about
-quality. A twin shares every parameter with its original until one of them replaces it. Axes as in `runtime.weights`:
+quality. A twin shares every parameter with its original until one of them replaces it. Axes as in `ffn`:
 T tokens, D model width, F neurons. Reads no files.
 """
 

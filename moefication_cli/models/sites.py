@@ -1,6 +1,6 @@
 """Which FFNs does a model have? Rows of `families` matched against the module tree, checked and described.
 
-Works on any model, also one on the meta device: nothing here reads weight values. Axes as in `runtime.weights`: D model
+Works on any model, also one on the meta device: nothing here reads weight values. Axes as in `ffn`: D model
 width, F neurons. Does not change the model (`surgery`) and does not read files (`checkpoint`).
 """
 
@@ -15,8 +15,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from moefication_cli.errors import UnsupportedModelError
+from moefication_cli.ffn import ACTIVATIONS
 from moefication_cli.models.families import ACT_NAMES, FAMILIES, FFNSpec, custom_spec
-from moefication_cli.runtime.weights import ACTIVATIONS
 
 _BY_HAND = 'describe its FFNs by hand: --ffn "up=layers.*.mlp.up,gate=layers.*.mlp.gate,down=layers.*.mlp.down"'
 

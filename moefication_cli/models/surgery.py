@@ -3,7 +3,7 @@
 `install` swaps the classes of the FFN's own projections, because transformers keeps BERT's, BART's and OPT's FFNs
 inline and there often is no module to replace: `up` computes the whole FFN, `gate` and the activation become neutral,
 `down` passes through. The state dict, `save_pretrained`, `.to()` and `deepcopy` go on working; dense and sparse
-execution share one copy of the weights, stored neuron-major behind the dense names. Axes as in `runtime.weights`.
+execution share one copy of the weights, stored neuron-major behind the dense names. Axes as in `ffn`.
 In training, dropout that sat between activation and `down` (T5, BART) acts on the FFN's output instead; evaluation is
 unaffected.
 """
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from moefication_cli.errors import UnsupportedModelError
+from moefication_cli.ffn import ExpertWeights, FFNWeights
 from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.sites import FFNSite
-from moefication_cli.runtime.weights import ExpertWeights, FFNWeights
 
 _STATE = "_moefication"  # in the __dict__ of an installed FFN's `up`
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from moefication_cli.errors import NonFiniteError
+from moefication_cli.ffn import ExpertWeights
 from moefication_cli.routing.router import ROUTER_ACTIVATIONS, Router
 from moefication_cli.routing.scores import captured_share
-from moefication_cli.runtime.weights import ExpertWeights
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

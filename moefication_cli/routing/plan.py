@@ -2,7 +2,7 @@
 
 Compute is counted in multiply-adds per token; a fraction is relative to the dense FFN. Everything the conversion adds
 counts: router, compensation. Element-wise work (activations, biases, the sum over experts) is left out on both sides.
-Axes as in `runtime.weights`: D, F = S + E*N.
+Axes as in `ffn`: D, F = S + E*N.
 """
 
 import math
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moefication_cli.errors import ConfigError
+from moefication_cli.ffn import Compensation
 from moefication_cli.routing.router import Router
-from moefication_cli.runtime.weights import Compensation
 
 
 @dataclass(frozen=True)

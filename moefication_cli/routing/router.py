@@ -53,6 +53,10 @@ class Router:
         named = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
+    def detach(self) -> "Router":
+        """The same router, cut off from autograd."""
+        return replace(self, **{k: v.detach() for k, v in self.tensors().items()})  # type: ignore[arg-type]
+
     def to(self, *args: object, **kwargs: object) -> "Router":
         """The same router on another device or in another dtype."""
         return replace(self, **{k: v.to(*args, **kwargs) for k, v in self.tensors().items()})  # type: ignore[call-overload]

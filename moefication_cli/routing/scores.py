@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moefication_cli.errors import NonFiniteError
-from moefication_cli.runtime.weights import ExpertWeights
+from moefication_cli.ffn import ExpertWeights
 
 ScoreKind = Literal["activation", "contribution", "norm"]
 

@@ -1,13 +1,13 @@
 """A converted layer without a router: its shared neurons run for every token, the rest never does.
 
 What a budget chooses where routing would cost more than it saves. The dropped neurons are stood in for by the
-compensation; this is static pruning with a better bias. Axes as in `weights`.
+compensation; this is static pruning with a better bias. Axes as in `ffn`.
 """
 
 from torch import Tensor
 
+from moefication_cli.ffn import ExpertWeights
 from moefication_cli.runtime.portable import rows
-from moefication_cli.runtime.weights import ExpertWeights
 
 
 class AlwaysFFN:

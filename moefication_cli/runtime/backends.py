@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from moefication_cli.errors import UnavailableError
+from moefication_cli.ffn import ACTIVATIONS, ExpertWeights
 from moefication_cli.runtime import portable, reference
-from moefication_cli.runtime.weights import ACTIVATIONS, ExpertWeights
 
 Backend = Callable[[Tensor, Tensor, ExpertWeights], Tensor]
 

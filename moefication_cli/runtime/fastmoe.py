@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from moefication_cli.errors import ConfigError, UnavailableError
+from moefication_cli.ffn import ACTIVATIONS, ExpertWeights
 from moefication_cli.runtime.portable import always_on
 from moefication_cli.runtime.reference import masked, selection_mask
-from moefication_cli.runtime.weights import ACTIVATIONS, ExpertWeights
 
 CHECK_TOKENS = 16
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}  # of the largest output; TF32 allowed

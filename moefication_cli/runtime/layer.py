@@ -1,7 +1,7 @@
 """One FFN as a mixture of experts, ready to stand in for the dense one: routing, backend choice, padding, statistics.
 
 `MoEFFN` is a callable object and not an nn.Module: it holds views on parameters that belong to the model, so attaching it adds
-no names to the state dict and no bytes to memory. It reads no files and prints nothing. Axes as in `weights`.
+no names to the state dict and no bytes to memory. It reads no files and prints nothing. Axes as in `ffn`.
 """
 
 from collections.abc import Callable
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from moefication_cli.errors import ConfigError
+from moefication_cli.ffn import ExpertWeights
 from moefication_cli.routing.router import Router, Rule
 from moefication_cli.runtime.backends import BACKENDS, available, choose
-from moefication_cli.runtime.weights import ExpertWeights
 
 if TYPE_CHECKING:
     from moefication_cli.runtime.numba_backend import CompiledLayer

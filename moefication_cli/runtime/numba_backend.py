@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from moefication_cli.errors import ConfigError, UnavailableError
+from moefication_cli.ffn import ExpertWeights
 from moefication_cli.routing.router import Router, Rule
 from moefication_cli.runtime import numba_forward as forward
 from moefication_cli.runtime import numba_kernels as kernels
 from moefication_cli.runtime.reference import check_form
-from moefication_cli.runtime.weights import ExpertWeights
 
 ACTIVATION_CODES = {
     "relu": kernels.RELU,

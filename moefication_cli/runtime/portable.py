@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from moefication_cli.errors import UnavailableError
+from moefication_cli.ffn import ACTIVATIONS, ExpertWeights, FFNWeights
 from moefication_cli.runtime.reference import compensation, selection_mask
-from moefication_cli.runtime.weights import ACTIVATIONS, ExpertWeights, FFNWeights
 
 GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STRIDE_BYTES = 16  # grouped_mm: "strides should be multiple of 16 bytes"

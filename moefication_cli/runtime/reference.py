@@ -5,14 +5,14 @@ masking the hidden layer of the dense FFN is the same function. No time is saved
 
 `selected` is, here and in every backend, either ids_TK (any integer dtype, the K experts of each token; naming an
 expert twice counts once) or mask_TE (bool). Shared neurons are always on, `down.bias` is added once per token.
-Axes as in `weights`. Supports autograd, every device and every dtype.
+Axes as in `ffn`. Supports autograd, every device and every dtype.
 """
 
 import torch
 from torch import Tensor
 
 from moefication_cli.errors import ConfigError
-from moefication_cli.runtime.weights import ExpertWeights
+from moefication_cli.ffn import ExpertWeights
 
 
 def check_form(selected: Tensor, num_tokens: int, num_experts: int) -> None:

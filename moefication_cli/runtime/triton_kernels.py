@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from moefication_cli.errors import ConfigError
+from moefication_cli.ffn import ExpertWeights
 from moefication_cli.runtime.portable import always_on
 from moefication_cli.runtime.reference import check_selection
-from moefication_cli.runtime.weights import ExpertWeights
 
 BLOCK_D = 128  # columns of a weight row per step
 ROWS = 32  # neurons per program of the first launch

@@ -2,7 +2,7 @@
 
 Dense stays what transformers made: the MoE is a twin that shares parameters until it repacks its own `down`. Random
 routers have the form and width of trained ones and their scores are standardised per expert, so that no expert is
-everybody's favourite. Axes as in `runtime.weights`; R router width.
+everybody's favourite. Axes as in `ffn`; R router width.
 """
 
 import copy
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moefication_cli.config import BenchConfig
+from moefication_cli.ffn import ACTIVATIONS, Compensation, ExpertWeights
 from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.shapes import set_firing, share
 from moefication_cli.models.sites import FFNSite
@@ -24,7 +25,6 @@ from moefication_cli.routing.plan import overhead_flops
 from moefication_cli.routing.router import Router, Rule
 from moefication_cli.runtime.always import AlwaysFFN
 from moefication_cli.runtime.layer import MoEFFN
-from moefication_cli.runtime.weights import ACTIVATIONS, Compensation, ExpertWeights
 from moefication_cli.split.partition import check_divides
 from moefication_cli.stages.bounds import FFNCost
 

@@ -1,6 +1,6 @@
 """The models that `bench` sets side by side: a converted run, a plain model with random routers, or random weights.
 
-Axes as in `runtime.weights`. Everything here loads and builds; nothing is timed.
+Axes as in `ffn`. Everything here loads and builds; nothing is timed.
 """
 
 from collections.abc import Iterator, Sequence

@@ -19,7 +19,7 @@ from moefication_cli.models.sensitivity import gradient_norms, sampled_log_likel
 from moefication_cli.models.sites import FFNSite
 from moefication_cli.stages.contract import Control, Result
 from moefication_cli.stages.estimate import estimate
-from moefication_cli.stages.examples import open_examples
+from moefication_cli.stages.examples import open_examples, predictions
 from moefication_cli.stages.inputs import RunModel, layer_options, layer_seed, layered_result, open_model
 from moefication_cli.store.layerfile import read_layer, write_layer
 from moefication_cli.store.rundir import RunDir
@@ -154,7 +154,7 @@ def _collect_shard(
                 logits = loaded.model(**batch.to(loaded.device).inputs).logits
                 if config.sensitivity:
                     generator = torch.Generator().manual_seed(layer_seed(seed, first_row))
-                    sampled_log_likelihood(*_predictions(logits, batch), generator).backward()  # type: ignore[no-untyped-call]
+                    sampled_log_likelihood(*predictions(logits, batch), generator).backward()  # type: ignore[no-untyped-call]
             first_row += _num_rows(batch)
     tensors: dict[str, Tensor] = {}
     for site in sites:
@@ -168,17 +168,6 @@ def _collect_shard(
         if config.sensitivity:
             tensors[f"{site.index}.norm_T"] = torch.cat(norms[site.index])
     write_layer(path, tensors, {"layer": "all"})
-
-
-def _predictions(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """The logits that are predictions, and which of them are real: per sequence, or per token but the last."""
-    if logits.dim() == 2:
-        return logits, None
-    if "decoder_input_ids" in batch.inputs:
-        mask = batch.inputs.get("decoder_attention_mask")
-        return logits, None if mask is None else mask.bool()
-    mask = batch.inputs.get("attention_mask")
-    return logits[:, :-1], None if mask is None else mask[:, 1:].bool()
 
 
 def _sequence_of_tokens(batch: Batch, stack: str, mask_name: str, first_row: int) -> Tensor:

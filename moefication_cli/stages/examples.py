@@ -2,13 +2,15 @@
 
 from typing import Any, Literal
 
+from torch import Tensor
+
 from moefication_cli.config import CollectConfig, EvalConfig
 from moefication_cli.errors import ConfigError
 from moefication_cli.models.loading import LoadedModel, guess_task
 from moefication_cli.stages.contract import Control
 from moefication_cli.store.rundir import RunDir
 from moefication_cli.tasks.data import load_rows
-from moefication_cli.tasks.examples import Examples, TaskOptions
+from moefication_cli.tasks.examples import Batch, Examples, TaskOptions
 from moefication_cli.tasks.task import prepare
 
 _TASKS = ("classification", "text2text", "lm")
@@ -50,6 +52,29 @@ def open_examples(run: RunDir, loaded: LoadedModel, config: CollectConfig | Eval
         control.say(note)
     _remember(run, task, prompt, words, fields)
     return examples
+
+
+def predictions(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """The logits that are predictions, and which of them are real: per sequence, or per token but the last."""
+    if logits.dim() == 2:
+        return logits, None
+    if "decoder_input_ids" in batch.inputs:
+        mask = batch.inputs.get("decoder_attention_mask")
+        return logits, None if mask is None else mask.bool()
+    mask = batch.inputs.get("attention_mask")
+    return logits[:, :-1], None if mask is None else mask[:, 1:].bool()
+
+
+def tokens_of_stacks(batch: Batch) -> dict[str, int]:
+    """Real tokens each stack reads, under the names `FFNSite.stack` has."""
+    counts = {}
+    for stack, mask, ids in (
+        ("encoder", "attention_mask", "input_ids"),
+        ("decoder", "decoder_attention_mask", "decoder_input_ids"),
+    ):
+        found = batch.inputs.get(mask)
+        counts[stack] = int(found.sum()) if found is not None else getattr(batch.inputs.get(ids), "numel", int)()
+    return counts
 
 
 def _remember(run: RunDir, task: str, prompt: str | None, words: str | None, fields: dict[str, Any]) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import Tensor
 
 from moefication_cli.config import GraphConfig
+from moefication_cli.ffn import FFNWeights
 from moefication_cli.routing.scores import token_chunks
-from moefication_cli.runtime.weights import FFNWeights
 from moefication_cli.split.coactivation import coactivation_graph
 from moefication_cli.split.graph import to_metis_text
 from moefication_cli.stages.contract import Control, Result

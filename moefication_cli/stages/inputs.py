@@ -14,10 +14,10 @@ from torch import Tensor
 
 from moefication_cli.config import ModelConfig, compared_values, recorded_values
 from moefication_cli.errors import ConfigError
+from moefication_cli.ffn import ExpertWeights, FFNWeights
 from moefication_cli.models.checkpoint import Checkpoint
 from moefication_cli.models.sites import FFNSite
 from moefication_cli.routing.calibrate import Tokens as CalibrationTokens
-from moefication_cli.runtime.weights import ExpertWeights, FFNWeights
 from moefication_cli.split.graph import Graph
 from moefication_cli.split.partition import Partition
 from moefication_cli.stages.contract import Control, Result, parse_layers

@@ -7,12 +7,12 @@ from typing import Any, Literal
 import torch
 
 from moefication_cli.errors import ConfigError
+from moefication_cli.ffn import Compensation
 from moefication_cli.models.sites import FFNSite
 from moefication_cli.routing.budget import allocate, best_within
 from moefication_cli.routing.calibrate import Curve, fit_compensation
 from moefication_cli.routing.plan import LayerCost, top_k_within
 from moefication_cli.routing.router import Router, Rule
-from moefication_cli.runtime.weights import Compensation
 from moefication_cli.split.partition import Partition
 from moefication_cli.stages.contract import parse_layers
 from moefication_cli.stages.inputs import RunModel, expert_weights, layer_seed, read_partition, read_tokens

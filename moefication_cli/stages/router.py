@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moefication_cli.config import RouterConfig, Score
 from moefication_cli.errors import ConfigError, NonFiniteError
+from moefication_cli.ffn import ExpertWeights
 from moefication_cli.routing.calibrate import calibration_curve
 from moefication_cli.routing.fit import (
     Fitted,
@@ -20,7 +21,6 @@ from moefication_cli.routing.fit import (
 )
 from moefication_cli.routing.router import Router
 from moefication_cli.routing.scores import captured_share, oracle_scores, overlap
-from moefication_cli.runtime.weights import ExpertWeights
 from moefication_cli.stages.contract import Control, Result, parse_fractions
 from moefication_cli.stages.estimate import estimate, ffn_bytes, total_ffn_flops
 from moefication_cli.stages.inputs import (

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from moefication_cli.config import SplitConfig
 from moefication_cli.errors import ConfigError
+from moefication_cli.ffn import FFNWeights
 from moefication_cli.models.sites import FFNSite
-from moefication_cli.runtime.weights import FFNWeights
 from moefication_cli.split.graph import subgraph
 from moefication_cli.split.kmeans import balanced_kmeans, constrained_kmeans, normalised_rows
 from moefication_cli.split.metis import cut_weight, partition_graph, repair_balance

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moefication_cli.ffn import ExpertWeights, FFNWeights
 from moefication_cli.models.surgery import FFNLayer, live_weights
 from moefication_cli.routing.plan import overhead_flops
 from moefication_cli.routing.scores import expert_scores
 from moefication_cli.runtime.always import AlwaysFFN
 from moefication_cli.runtime.layer import MoEFFN
-from moefication_cli.runtime.weights import ExpertWeights, FFNWeights
 from moefication_cli.stages.plan import LayerPlan, RoutedLayer, describe_rule
 from moefication_cli.tasks.examples import Scores
 

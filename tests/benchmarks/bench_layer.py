@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moefication_cli.ffn import ACTIVATIONS, ExpertWeights, FFNWeights
 from moefication_cli.routing.router import Router, Rule
 from moefication_cli.runtime.layer import MoEFFN
-from moefication_cli.runtime.weights import ACTIVATIONS, ExpertWeights, FFNWeights
 
 CACHE_BYTES = 128 << 20
 

@@ -104,6 +104,10 @@ class Compensation:
     w_in_RD: Tensor | None = None  # optional low-rank correction from the FFN's input
     w_out_RD: Tensor | None = None
 
+    def detach(self) -> "Compensation":
+        """The same tensors, cut off from autograd."""
+        return replace(self, **{k: v.detach() for k, v in vars(self).items() if v is not None})
+
 
 @dataclass(frozen=True)
 class ExpertWeights:
