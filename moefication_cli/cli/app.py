@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import typer
@@ -30,6 +31,7 @@ from moefication_cli.config import (
 )
 from moefication_cli.errors import MoEficationError
 from moefication_cli.stages.contract import Control, Result
+from moefication_cli.stages.ranks import Ranks, local_device, open_ranks, rank_and_size
 
 app = typer.Typer(
     name="moefication",
@@ -57,22 +59,35 @@ def root(
         context.default_map = dict(read_config(config))
 
 
-def _run(control: ControlConfig, sources: dict[str, str], call: Callable[[Control], Result]) -> None:
-    """Everything a command does around its stage: console, progress, result."""
-    console = Console(json_mode=control.json, quiet=control.quiet)
-    result = call(
-        Control(
-            device=control.device,
-            seed=control.seed,
-            layers=control.layers,
-            force=control.force,
-            dry_run=control.dry_run,
-            sources=sources,
-            say=console.say,
-            track=console.track,
+def _run(
+    control: ControlConfig, sources: dict[str, str], call: Callable[[Control], Result], shared: bool = False
+) -> None:
+    """Everything a command does around its stage: console, progress, result; under torchrun, the ranks.
+
+    What is not `shared` is done by rank 0 alone, which is also the only one that prints results.
+    """
+    rank, size = rank_and_size()
+    console = Console(json_mode=control.json, quiet=control.quiet or rank > 0)
+    if rank > 0 and not shared:
+        return
+    with open_ranks() if shared else nullcontext(Ranks()) as ranks:
+        if size > 1 and not shared:
+            console.say("this command is not shared over ranks: rank 0 does it alone")
+        result = call(
+            Control(
+                device=local_device(control.device, size),
+                seed=control.seed,
+                layers=control.layers,
+                force=control.force,
+                dry_run=control.dry_run,
+                sources=sources,
+                say=console.say,
+                track=console.track,
+                ranks=ranks,
+            )
         )
-    )
-    console.result(result)
+        if rank == 0:
+            console.result(result)
 
 
 def _collect(run: str, config: CollectConfig, control: ControlConfig, sources: dict[str, str]) -> None:
@@ -80,7 +95,7 @@ def _collect(run: str, config: CollectConfig, control: ControlConfig, sources: d
     from moefication_cli.stages.collect import collect_activations
     from moefication_cli.store.rundir import RunDir
 
-    _run(control, sources, lambda c: collect_activations(RunDir(run), config, c))
+    _run(control, sources, lambda c: collect_activations(RunDir(run), config, c), shared=True)
 
 
 def _graph(run: str, config: GraphConfig, control: ControlConfig, sources: dict[str, str]) -> None:
@@ -88,7 +103,7 @@ def _graph(run: str, config: GraphConfig, control: ControlConfig, sources: dict[
     from moefication_cli.stages.graph import build_graph
     from moefication_cli.store.rundir import RunDir
 
-    _run(control, sources, lambda c: build_graph(RunDir(run), config, c))
+    _run(control, sources, lambda c: build_graph(RunDir(run), config, c), shared=True)
 
 
 def _split(run: str, config: SplitConfig, control: ControlConfig, sources: dict[str, str]) -> None:
@@ -96,7 +111,7 @@ def _split(run: str, config: SplitConfig, control: ControlConfig, sources: dict[
     from moefication_cli.stages.split import split
     from moefication_cli.store.rundir import RunDir
 
-    _run(control, sources, lambda c: split(RunDir(run), config, c))
+    _run(control, sources, lambda c: split(RunDir(run), config, c), shared=True)
 
 
 def _router(run: str, config: RouterConfig, control: ControlConfig, sources: dict[str, str]) -> None:
@@ -104,7 +119,7 @@ def _router(run: str, config: RouterConfig, control: ControlConfig, sources: dic
     from moefication_cli.stages.router import train_router
     from moefication_cli.store.rundir import RunDir
 
-    _run(control, sources, lambda c: train_router(RunDir(run), config, c))
+    _run(control, sources, lambda c: train_router(RunDir(run), config, c), shared=True)
 
 
 def _apply(run: str, config: ApplyConfig, control: ControlConfig, sources: dict[str, str]) -> None:
@@ -145,7 +160,12 @@ def _pipeline(
     from moefication_cli.stages.pipeline import run_all
     from moefication_cli.store.rundir import RunDir
 
-    _run(control, sources, lambda c: run_all(RunDir(run), extra, collect, split, router, apply, evaluate, c))
+    _run(
+        control,
+        sources,
+        lambda c: run_all(RunDir(run), extra, collect, split, router, apply, evaluate, c),
+        shared=True,
+    )
 
 
 def _demo(run: str, config: DemoConfig, control: ControlConfig, sources: dict[str, str]) -> None:
@@ -219,7 +239,7 @@ def main() -> NoReturn:
     """Entry point: every error becomes one message on stderr and the documented exit code."""
     _stop_on_signals()
     arguments = sys.argv[1:]
-    console = Console(json_mode="--json" in arguments)
+    console = Console(json_mode="--json" in arguments and rank_and_size()[0] == 0)
     sys.exit(_exit_code(console, arguments))
 
 

@@ -51,18 +51,17 @@ def collect_activations(run: RunDir, config: CollectConfig, control: Control) ->
         )
     options = layer_options(config, control, model, {})
     options["only"] = None
-    with run.begin("activations", **options) as work:
-        manifest = work.manifest
+    with control.ranks.begin(run, "activations", **options) as work:
         if not work.up_to_date:
-            with work.hold("shards"):
-                _run_shards(run, model, work, config, control)
-                for index in control.track(work.pending(), "join", len(model.sites)):
-                    _join(work, model, index, config)
-                manifest = work.finish()
+            count = _run_shards(run, model, work, config, control)
+            for index in control.track(work.pending(), "join", len(model.sites)):
+                _join(work, model, index, count, config)
+        manifest = control.ranks.finish(work)
     return layered_result("collect-activations", work, manifest)
 
 
-def _run_shards(run: RunDir, model: RunModel, work: Work, config: CollectConfig, control: Control) -> None:
+def _run_shards(run: RunDir, model: RunModel, work: Work, config: CollectConfig, control: Control) -> int:
+    """Make every shard that is not there yet; returns how many there are."""
     loaded = load_model(
         model.checkpoint.folder,
         task=config.task,
@@ -71,23 +70,29 @@ def _run_shards(run: RunDir, model: RunModel, work: Work, config: CollectConfig,
         trust_remote_code=config.trust_remote_code,
         quiet=True,
         device_map="auto" if config.offload else None,
-        offload_folder=work.scratch / "offload" if config.offload else None,
+        offload_folder=work.scratch / f"offload_{control.ranks.rank}" if config.offload else None,
     )
     examples = open_examples(run, loaded, config, control)
-    batches = examples.calibration(config.max_tokens, control.seed, config.batch_size)
     per_token = sum(site.d_model for site in model.sites) * getattr(torch, config.storage_dtype).itemsize
-    number = first_row = 0
-    for shard in control.track(_shards(batches, max(1, _SHARD_BYTES // per_token)), "collect-activations"):
-        path = _shard(work.scratch, number)
-        if not path.exists():  # of a run that was killed
-            _collect_shard(loaded, model.sites, shard, config, path, first_row, control.seed)
-        number += 1
-        first_row += sum(_num_rows(batch) for batch in shard)
+    for wait in (False, True):  # first what is free, then what others hold: theirs, unless they die
+        batches = examples.calibration(config.max_tokens, control.seed, config.batch_size)
+        number = first_row = busy = 0
+        for shard in control.track(_shards(batches, max(1, _SHARD_BYTES // per_token)), "collect-activations"):
+            path = _shard(work.scratch, number, config)
+            if not path.exists():  # it does if this or another process was here before
+                with work.hold(path.stem, wait) as ours:
+                    if ours and not path.exists():
+                        _collect_shard(loaded, model.sites, shard, config, path, first_row, control.seed)
+                    busy += not ours
+            number += 1
+            first_row += sum(_num_rows(batch) for batch in shard)
+        if not busy:
+            break
     if number == 0:
         raise ConfigError(
             f"{config.data}: there is nothing to run the model on", "raise --max-tokens or check the data"
         )
-    (work.scratch / "count").write_text(str(number))
+    return number
 
 
 def _shards(batches: Iterator[Batch], max_tokens: int) -> Iterator[list[Batch]]:
@@ -107,8 +112,8 @@ def _num_rows(batch: Batch) -> int:
     return len(batch.inputs["input_ids"])
 
 
-def _shard(scratch: Path, number: int) -> Path:
-    return scratch / f"shard_{number:05d}.safetensors"
+def _shard(scratch: Path, number: int, config: CollectConfig) -> Path:
+    return scratch / f"shard_{number:05d}_batch_{config.batch_size}.safetensors"  # the batch decides what is in it
 
 
 def _collect_shard(
@@ -190,28 +195,28 @@ def _non_finite(site: FFNSite, x_TD: Tensor, config: CollectConfig) -> MoEficati
     )
 
 
-def _join(work: Work, model: RunModel, index: int, config: CollectConfig) -> None:
+def _join(work: Work, model: RunModel, index: int, num_shards: int, config: CollectConfig) -> None:
     """One layer's file from all shards, and its neurons' statistics."""
     inputs, sequences, norms, total = [], [], [], None
-    for number in range(int((work.scratch / "count").read_text())):
+    for number in range(num_shards):
         names = [f"{index}.inputs_TD", f"{index}.sequence_T", f"{index}.sums"]
         names += [f"{index}.norm_T"] if config.sensitivity else []
-        tensors, _ = read_layer(_shard(work.scratch, number), names)
+        tensors, _ = read_layer(_shard(work.scratch, number, config), names)
         inputs.append(tensors[names[0]])
         sequences.append(tensors[names[1]])
         norms.append(tensors[names[3]] if config.sensitivity else torch.ones(len(tensors[names[1]])))
         total = tensors[names[2]] if total is None else total + tensors[names[2]]
     assert total is not None
-    count = sum(len(part) for part in sequences)
+    num_tokens = sum(len(part) for part in sequences)
     norms_F = model.read_ffn(index).w_down_FD.norm(dim=1).double().cpu()
-    active_F, sum_F, square_F, absolute_F = total / count
+    active_F, sum_F, square_F, absolute_F = total / num_tokens
     statistics = {
         "rate_F": active_F.float(),
         "mean_F": sum_F.float(),
         "variance_F": (square_F - sum_F.square()).clamp_min(0).float(),
         "contribution_F": (absolute_F * norms_F).float(),
     }
-    metrics = {"tokens": count, "firing": float(active_F.mean()), "dead_neurons": int((active_F == 0).sum())}
+    metrics = {"tokens": num_tokens, "firing": float(active_F.mean()), "dead_neurons": int((active_F == 0).sum())}
     sequence_T = torch.cat(sequences)
     weight_T = token_weights(torch.cat(norms), sequence_T)
     if not torch.isfinite(weight_T).all():

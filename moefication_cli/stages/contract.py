@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from moefication_cli.errors import ConfigError
+from moefication_cli.stages.ranks import Ranks
 
 T = TypeVar("T")
 
@@ -39,6 +40,7 @@ class Control:
     sources: dict[str, str] = field(default_factory=dict)  # option -> command line, environment, config file, default
     say: Callable[[str], None] = _silent
     track: Track = _untracked
+    ranks: Ranks = field(default_factory=Ranks)  # the processes that share this stage
 
 
 @dataclass(frozen=True)

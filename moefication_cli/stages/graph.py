@@ -45,7 +45,9 @@ def build_graph(run: RunDir, config: GraphConfig, control: Control) -> Result:
             memory=ffn_bytes(model) + 4.0 * neurons**2 + 16.0 * edges,
             reads={"activations": activations},
         )
-    with run.begin("graph", **layer_options(config, control, model, {"activations": activations})) as work:
+    with control.ranks.begin(
+        run, "graph", **layer_options(config, control, model, {"activations": activations})
+    ) as work:
         for index in control.track(work.pending(), "build-graph", len(model.sites)):
             weights = model.read_ffn(index)
             x_TD = read_tokens(activations, index, config.max_tokens, layer_seed(control.seed, index)).x_TD
@@ -62,7 +64,7 @@ def build_graph(run: RunDir, config: GraphConfig, control: Control) -> Result:
                 "tokens": len(x_TD),
             }
             work.save(index, tensors, {"num_neurons": weights.num_neurons, "weights": config.weights}, metrics=metrics)
-        manifest = work.finish()
+        manifest = control.ranks.finish(work)
     result = layered_result("build-graph", work, manifest)
     if config.export_metis and manifest is not None:
         result.payload["metis"] = _export(run, Path(config.export_metis), len(model.sites))

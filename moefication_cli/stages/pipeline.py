@@ -17,6 +17,7 @@ from moefication_cli.stages.collect import collect_activations
 from moefication_cli.stages.contract import Control, Result
 from moefication_cli.stages.evaluate import evaluate as evaluate_stage
 from moefication_cli.stages.graph import build_graph
+from moefication_cli.stages.ranks import Ranks
 from moefication_cli.stages.router import train_router
 from moefication_cli.stages.split import split as split_stage
 from moefication_cli.store.rundir import RunDir
@@ -32,7 +33,10 @@ def run_all(
     evaluate: EvalConfig,
     control: Control,
 ) -> Result:
-    """collect-activations, (build-graph), split, train-router, apply and, with --eval-data, eval."""
+    """collect-activations, (build-graph), split, train-router, apply and, with --eval-data, eval.
+
+    Ranks share all but the last two.
+    """
     if collect.data is None and run.manifest("activations") is None:
         raise ConfigError("run needs data to calibrate on", "name it with --data")
     if extra.recipe == "paper":
@@ -45,6 +49,9 @@ def run_all(
         done.append(build_graph(run, GraphConfig(), control))
     done.append(split_stage(run, split, control))
     done.append(train_router(run, router, control))
+    if control.ranks.rank > 0:
+        return _last(done)  # the rest is not shared over ranks
+    control = replace(control, ranks=Ranks())
     apply = replace(apply, router=apply.router or router.router)
     done.append(apply_stage(run, apply, control))
     if extra.eval_data is None:

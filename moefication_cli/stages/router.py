@@ -66,7 +66,7 @@ def train_router(run: RunDir, config: RouterConfig, control: Control) -> Result:
             reads={"activations": activations, "split": split},
         )
     options = layer_options(config, control, model, {"activations": activations, "split": split})
-    with run.begin(f"router/{config.router}", **options) as work:
+    with control.ranks.begin(run, f"router/{config.router}", **options) as work:
         for index in control.track(work.pending(), "train-router", len(model.sites)):
             seed = layer_seed(control.seed, index)
             weights = expert_weights(model.read_ffn(index), read_partition(split, index))
@@ -79,7 +79,7 @@ def train_router(run: RunDir, config: RouterConfig, control: Control) -> Result:
             if any(row["router"] <= row["random"] for row in record.metrics["captured"] if row["fraction"] < 1):
                 control.say(f"warning: {where}: the router is no better than random")
             work.save(index, record.tensors, record.settings, metrics=record.metrics)
-        manifest = work.finish()
+        manifest = control.ranks.finish(work)
     return layered_result("train-router", work, manifest)
 
 

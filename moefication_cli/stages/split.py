@@ -69,11 +69,11 @@ def split(run: RunDir, config: SplitConfig, control: Control) -> Result:
             memory=ffn_bytes(model) + 4.0 * neurons * (neurons + width),
             reads=inputs,
         )
-    with run.begin("split", **layer_options(config, control, model, inputs)) as work:
+    with control.ranks.begin(run, "split", **layer_options(config, control, model, inputs)) as work:
         for index in control.track(work.pending(), "split", len(model.sites)):
             partition, metrics = split_layer(model, activations, graph, index, config, control)
             work.save(index, {"expert_F": partition.expert_F.to(torch.int32)}, metrics=metrics)
-        manifest = work.finish()
+        manifest = control.ranks.finish(work)
     return layered_result("split", work, manifest)
 
 

@@ -220,6 +220,7 @@ class RunDir:
         layers: Sequence[str] = (),
         only: Collection[int] | None = None,
         force: bool = False,
+        join: bool = False,
         device: str = "cpu",
     ) -> Iterator[Work]:
         """Work on a stage; see `Work` and the module docstring. Leaving the block without `finish` keeps what is saved.
@@ -230,6 +231,7 @@ class RunDir:
         layers    FFN module paths in execution order; empty for a stage made in one go in `work.folder`
         only      indices this process may do (array task, rank); others are left alone
         force     redo `only`, or everything
+        join      take part in what another process has prepared, even if the stage was up to date before
 
         Raises `LockedError`, `MoEficationError` (not writable), `ConfigError` (an index out of range).
         """
@@ -257,13 +259,13 @@ class RunDir:
             device=device,
             timeout=self.lock_timeout,
         )
-        if not force:
+        if not (force or join):
             # Without locks first: an up-to-date stage in a read-only directory is fine.
             work.manifest, work.reason = work.freshness()
         try:
             if not work.up_to_date or work.paths.unfinished_commit():
                 files.make_dirs(work.paths.final.parent)
-                work.prepare(force)
+                work.prepare(force, join)
             yield work
         finally:
             work.release()

@@ -96,24 +96,24 @@ class Work:
             return None, error.message
         return manifest, None
 
-    def prepare(self, force: bool) -> None:
+    def prepare(self, force: bool, join: bool = False) -> None:
         """Recover, check freshness, sweep work of another key, discard what `force` redoes. Waits for live claims."""
         if not self.layers:
-            self._claims["folder"] = self._wait_for("folder", f"`{self.paths.stage}`")
+            self._claims["folder"] = self._wait_for("folder", f"`{self.paths.stage}`", self.timeout)
         deadline = time.monotonic() + self.timeout
         while True:
             with self._stage_lock():
-                busy = self._prepare(force)
+                busy = self._prepare(force, join)
             if busy is None:
                 return
             if time.monotonic() > deadline:
                 raise locks.locked_error(busy, f"`{self.paths.stage}`")
             time.sleep(_POLL_SECONDS)
 
-    def _prepare(self, force: bool) -> Path | None:
+    def _prepare(self, force: bool, join: bool) -> Path | None:
         self.paths.recover()
         self.manifest, self.reason = self.freshness()
-        if force:
+        if force or join:
             self.manifest, self.reason = None, self.reason or "--force"
         if self.manifest is not None:
             return None
@@ -209,13 +209,21 @@ class Work:
         return [name for index, name in enumerate(self.layers) if index not in done]
 
     @contextmanager
-    def hold(self, name: str) -> Iterator[None]:
-        """Hold a lock of the stage's own (a data shard); `LockedError` after `timeout` seconds."""
-        self._claims[name] = self._wait_for(name, f"`{self.paths.stage}` ({name})")
+    def hold(self, name: str, wait: bool = True) -> Iterator[bool]:
+        """Hold a lock of the stage's own (a data shard); yields whether it is ours, which it always is with `wait`.
+
+        Raises `LockedError` after `timeout` seconds of waiting.
+        """
         try:
-            yield
+            self._claims[name] = self._wait_for(name, f"`{self.paths.stage}` ({name})", self.timeout if wait else 0.0)
+        except LockedError:
+            if wait:
+                raise
+        try:
+            yield name in self._claims
         finally:
-            self._claims.pop(name)[0].release()
+            if name in self._claims:
+                self._claims.pop(name)[0].release()
 
     def release(self) -> None:
         """End all claims and keep the hashes; `RunDir.begin` does it."""
@@ -278,9 +286,9 @@ class Work:
     def _stage_lock(self) -> contextlib.AbstractContextManager[None]:
         return self.paths.locked(max(self.timeout, _STAGE_LOCK_SECONDS))
 
-    def _wait_for(self, name: str, what: str) -> tuple[FileLock, float]:
+    def _wait_for(self, name: str, what: str, timeout: float) -> tuple[FileLock, float]:
         path = self.paths.locks / f"{name}.lock"
-        deadline = time.monotonic() + self.timeout
+        deadline = time.monotonic() + timeout
         while True:
             with self._stage_lock():
                 lock = locks.try_acquire(path)
