@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 TaskName = Literal["classification", "text2text", "lm"]
 Score = Literal["activation", "contribution", "norm"]
+FRACTION_OF = "What fractions bound: flops (everything counted, router included) or neurons (the paper's reading)"
 
 
 def option(
@@ -33,6 +34,11 @@ def option(
 def options_of(config: Any) -> list[Field[Any]]:
     """The option fields of a config class or instance, in order."""
     return [f for f in fields(config) if "help" in f.metadata]
+
+
+def same_option(first: Field[Any], second: Field[Any]) -> bool:
+    """Whether two config classes mean the same thing by a name: a command that has both then offers it once."""
+    return first.name == second.name and first.metadata["help"] == second.metadata["help"]
 
 
 def compared_values(config: Any) -> dict[str, Any]:
@@ -62,12 +68,14 @@ class ControlConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model; remembered in run.json by the first stage that names it."""
+    """Which model; remembered in run.json by the first stage that names it. Stages compare its fingerprint, not its name."""
 
-    model: str | None = option(None, "Hub id or local folder; later stages find it in run.json")
-    revision: str | None = option(None, "Revision of a hub model")
-    ffn: str | None = option(None, 'FFN described by hand: "up=...,gate=...,down=..." with * for the layer number')
-    trust_remote_code: bool = option(False, "Run code that comes with the model")
+    model: str | None = option(None, "Hub id or local folder; later stages find it in run.json", compared=False)
+    revision: str | None = option(None, "Revision of a hub model", compared=False)
+    ffn: str | None = option(
+        None, 'FFN described by hand: "up=...,gate=...,down=..." with * for the layer number', compared=False
+    )
+    trust_remote_code: bool = option(False, "Run code that comes with the model", compared=False)
 
 
 @dataclass(frozen=True)
@@ -169,9 +177,7 @@ class ApplyConfig:
 
     router: str | None = option(None, "Which trained router (default: the one there is)")
     fraction: float = option(0.2, "What an FFN may compute, as a share of dense", minimum=0.0, maximum=1.0)
-    fraction_of: Literal["flops", "neurons"] = option(
-        "flops", "flops counts everything, router included; neurons: the paper"
-    )
+    fraction_of: Literal["flops", "neurons"] = option("flops", FRACTION_OF)
     top_k: int | None = option(None, "Experts per token, instead of --fraction", minimum=1)
     rule: Literal["threshold", "top_k"] | None = option(
         None, "Experts per token: all whose score passes a calibrated threshold, or a fixed number (default: by router)"
@@ -194,7 +200,7 @@ class EvalConfig(TaskConfig, DataConfig):
         None, "Comma list of groundtruth,neuron,random,static,paper and routers (default: all there are)"
     )
     fractions: str | None = option(None, "Comma list (default: the fraction of RUN/model)")
-    fraction_of: Literal["flops", "neurons"] = option("flops", "What --fractions bound: flops (all counted) or neurons")
+    fraction_of: Literal["flops", "neurons"] = option("flops", FRACTION_OF)
     name: str = option("default", "Keeps several evaluations apart", compared=False)
     backend: str = option("auto", "Backend of the MoE rows; `reference` masks a dense FFN")
     batch_size: int = option(32, "Sequences per forward pass", minimum=1)

@@ -73,6 +73,13 @@ def test_wrong_fields_empty_data_and_labels(run_cli: Runner, bert: Path, data: P
     assert "7" in fails(run_cli, 2, "eval", run, "--data", odd)
 
 
+def test_stages_without_a_run_name_the_first_command(run_cli: Runner, tmp_path: Path) -> None:
+    for command in ("build-graph", "train-router", "apply", "eval"):
+        message = fails(run_cli, 3, command, tmp_path / "run", *(["--data", "x.tsv"] if command == "eval" else []))
+        assert "collect-activations" in message
+    assert not (tmp_path / "run").exists()
+
+
 def test_experts_that_do_not_divide(run_cli: Runner, bert: Path, tmp_path: Path) -> None:
     message = fails(run_cli, 2, "split", tmp_path / "run", "--model", bert, "--method", "random", "--num-experts", 7)
     assert "1, 2, 3, 4, 6, 8, 12, 16, 24, 48" in message
@@ -239,4 +246,5 @@ def test_signals_leave_a_run_that_resumes(
     assert process.returncode == code, err
     assert "Traceback" not in err
     assert not (run / "activations").exists()
-    run_cli.ok("split", run, "--method", "random", "--num-experts", 6)  # no lock is left behind
+    # No lock is left behind.
+    run_cli.ok("split", run, "--model", bert, "--method", "random", "--num-experts", 6)

@@ -159,6 +159,31 @@ def test_a_deleted_stage_is_made_again_with_the_same_bytes(world: Any, run_cli: 
             shutil.rmtree(run / "split")
 
 
+def test_run_makes_what_the_separate_commands_make(world: Any, run_cli: Runner) -> None:
+    """Options of one name and several meanings stay apart: the batches of `run` are not those routers are trained with."""
+    run, model, collect, evaluate = world("bert", "classification")
+    common = [*collect, "--batch-size", 8, "--max-tokens", 600]
+    neurons = ["--fraction-of", "neurons"]
+    whole = run_cli.ok(
+        "run", run, *common, "--eval-data", evaluate[1], "--router", "mlp", "--epochs", 2, "--expert-size", 4,
+        *neurons, "--fraction", 0.5, "--fractions", "0.25,0.5", "--selection", "mlp",
+    )  # fmt: skip
+    assert {row["fraction"] for row in whole["rows"]} == {0.25, 0.5}
+    trained = json.loads((run / "router" / "mlp" / "manifest.json").read_text())["config"]
+    assert (trained["batch_size"]["value"], trained["max_tokens"]["value"]) == (1024, None)
+    assert trained["batch_size"]["source"] == trained["max_tokens"]["source"] == "default"
+    assert (trained["epochs"]["value"], trained["epochs"]["source"]) == (2, "command line")
+    again = {
+        "collect-activations": common,
+        "split": ["--expert-size", 4],
+        "train-router": ["--router", "mlp", "--epochs", 2],
+        "apply": ["--router", "mlp", *neurons, "--fraction", 0.5],
+        "eval": [*evaluate, "--batch-size", 8, *neurons, "--fractions", "0.25,0.5", "--selection", "mlp"],
+    }
+    for command, options in again.items():
+        assert run_cli.ok(command, run, *options)["up_to_date"], command
+
+
 def test_layers_of_an_array_job_complete_each_other(world: Any, run_cli: Runner) -> None:
     run, model, _, _ = world("bert", "classification")
     options = ["--model", model, "--method", "kmeans", "--num-experts", 6]

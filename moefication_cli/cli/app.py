@@ -15,7 +15,7 @@ import typer
 
 from moefication_cli import __version__
 from moefication_cli.cli.console import Console
-from moefication_cli.cli.options import ENV_PREFIX, read_config, register
+from moefication_cli.cli.options import ENV_PREFIX, Sources, read_config, register
 from moefication_cli.config import (
     ApplyConfig,
     BenchConfig,
@@ -36,7 +36,6 @@ from moefication_cli.stages.ranks import Ranks, local_device, open_ranks, rank_a
 app = typer.Typer(
     name="moefication",
     help="Turn the feed-forward layers of trained transformers into mixtures of experts (arXiv 2110.01786).",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -60,7 +59,12 @@ def root(
 
 
 def _run(
-    control: ControlConfig, sources: dict[str, str], call: Callable[[Control], Result], shared: bool = False
+    control: ControlConfig,
+    sources: Sources,
+    call: Callable[[Control], Result],
+    *,
+    shared: bool = False,
+    by_layer: bool = False,
 ) -> None:
     """Everything a command does around its stage: console, progress, result; under torchrun, the ranks.
 
@@ -70,6 +74,8 @@ def _run(
     console = Console(json_mode=control.json, quiet=control.quiet or rank > 0)
     if rank > 0 and not shared:
         return
+    if control.layers is not None and not by_layer:
+        console.say("warning: --layers changes nothing here: this stage does all layers in one go")
     with open_ranks() if shared else nullcontext(Ranks()) as ranks:
         if size > 1 and not shared:
             console.say("this command is not shared over ranks: rank 0 does it alone")
@@ -90,7 +96,7 @@ def _run(
             console.result(result)
 
 
-def _collect(run: str, config: CollectConfig, control: ControlConfig, sources: dict[str, str]) -> None:
+def _collect(run: str, config: CollectConfig, control: ControlConfig, sources: Sources) -> None:
     """Run the model over data; store every FFN's inputs and its neurons' statistics."""
     from moefication_cli.stages.collect import collect_activations
     from moefication_cli.store.rundir import RunDir
@@ -98,31 +104,31 @@ def _collect(run: str, config: CollectConfig, control: ControlConfig, sources: d
     _run(control, sources, lambda c: collect_activations(RunDir(run), config, c), shared=True)
 
 
-def _graph(run: str, config: GraphConfig, control: ControlConfig, sources: dict[str, str]) -> None:
+def _graph(run: str, config: GraphConfig, control: ControlConfig, sources: Sources) -> None:
     """Build the co-activation graph of every FFN from the collected inputs."""
     from moefication_cli.stages.graph import build_graph
     from moefication_cli.store.rundir import RunDir
 
-    _run(control, sources, lambda c: build_graph(RunDir(run), config, c), shared=True)
+    _run(control, sources, lambda c: build_graph(RunDir(run), config, c), shared=True, by_layer=True)
 
 
-def _split(run: str, config: SplitConfig, control: ControlConfig, sources: dict[str, str]) -> None:
+def _split(run: str, config: SplitConfig, control: ControlConfig, sources: Sources) -> None:
     """Assign every FFN neuron to an expert; experts are always exactly balanced."""
     from moefication_cli.stages.split import split
     from moefication_cli.store.rundir import RunDir
 
-    _run(control, sources, lambda c: split(RunDir(run), config, c), shared=True)
+    _run(control, sources, lambda c: split(RunDir(run), config, c), shared=True, by_layer=True)
 
 
-def _router(run: str, config: RouterConfig, control: ControlConfig, sources: dict[str, str]) -> None:
+def _router(run: str, config: RouterConfig, control: ControlConfig, sources: Sources) -> None:
     """Train the routers that pick the experts each token needs."""
     from moefication_cli.stages.router import train_router
     from moefication_cli.store.rundir import RunDir
 
-    _run(control, sources, lambda c: train_router(RunDir(run), config, c), shared=True)
+    _run(control, sources, lambda c: train_router(RunDir(run), config, c), shared=True, by_layer=True)
 
 
-def _apply(run: str, config: ApplyConfig, control: ControlConfig, sources: dict[str, str]) -> None:
+def _apply(run: str, config: ApplyConfig, control: ControlConfig, sources: Sources) -> None:
     """Write RUN/model: a normal Hugging Face folder that loads dense with transformers and as the MoE with `load`."""
     from moefication_cli.stages.apply import apply
     from moefication_cli.store.rundir import RunDir
@@ -130,7 +136,7 @@ def _apply(run: str, config: ApplyConfig, control: ControlConfig, sources: dict[
     _run(control, sources, lambda c: apply(RunDir(run), config, c))
 
 
-def _eval(run: str, config: EvalConfig, control: ControlConfig, sources: dict[str, str]) -> None:
+def _eval(run: str, config: EvalConfig, control: ControlConfig, sources: Sources) -> None:
     """Measure quality and time of the MoE beside the dense model, oracles and baselines."""
     from moefication_cli.stages.evaluate import evaluate
     from moefication_cli.store.rundir import RunDir
@@ -138,7 +144,7 @@ def _eval(run: str, config: EvalConfig, control: ControlConfig, sources: dict[st
     _run(control, sources, lambda c: evaluate(RunDir(run), config, c))
 
 
-def _inspect(model: str, config: ModelConfig, control: ControlConfig, sources: dict[str, str]) -> None:
+def _inspect(model: str, config: ModelConfig, control: ControlConfig, sources: Sources) -> None:
     """List the FFNs found in a model, the expert counts that divide them, and their share of the parameters."""
     from moefication_cli.stages.inspect import inspect_model
 
@@ -149,12 +155,12 @@ def _pipeline(
     run: str,
     extra: RunConfig,
     collect: CollectConfig,
+    evaluate: EvalConfig,
     split: SplitConfig,
     router: RouterConfig,
     apply: ApplyConfig,
-    evaluate: EvalConfig,
     control: ControlConfig,
-    sources: dict[str, str],
+    sources: Sources,
 ) -> None:
     """All stages in order for any model, skipping what is up to date."""
     from moefication_cli.stages.pipeline import run_all
@@ -168,7 +174,7 @@ def _pipeline(
     )
 
 
-def _demo(run: str, config: DemoConfig, control: ControlConfig, sources: dict[str, str]) -> None:
+def _demo(run: str, config: DemoConfig, control: ControlConfig, sources: Sources) -> None:
     """Convert the demo model that ships with the package and show what is kept at which cost."""
     from moefication_cli.stages.demo import demo
     from moefication_cli.store.rundir import RunDir
@@ -176,7 +182,7 @@ def _demo(run: str, config: DemoConfig, control: ControlConfig, sources: dict[st
     _run(control, sources, lambda c: demo(RunDir(run), config, c))
 
 
-def _bench(target: str, config: BenchConfig, control: ControlConfig, sources: dict[str, str]) -> None:
+def _bench(target: str, config: BenchConfig, control: ControlConfig, sources: Sources) -> None:
     """Measure dense and MoE in turns, and how fast the MoE could be.
 
     An FFN needs at least max(2 x multiply-adds / P, bytes / W) at the machine's measured rates P and W; its bound is
@@ -195,9 +201,23 @@ register(app, "split", [SplitConfig], _split)
 register(app, "train-router", [RouterConfig], _router)
 register(app, "apply", [ApplyConfig], _apply)
 register(app, "eval", [EvalConfig], _eval)
-register(app, "inspect", [ModelConfig], _inspect, argument="model", argument_help="Hub id or local folder")
-register(app, "run", [RunConfig, CollectConfig, SplitConfig, RouterConfig, ApplyConfig, EvalConfig], _pipeline)
-register(app, "demo", [DemoConfig], _demo, argument_default="artifacts/demo-run")
+register(
+    app,
+    "inspect",
+    [ModelConfig],
+    _inspect,
+    argument="model",
+    argument_help="Hub id or local folder",
+    without=("device", "seed", "layers", "force", "dry_run"),
+)
+register(
+    app,
+    "run",
+    [RunConfig, CollectConfig, EvalConfig, SplitConfig, RouterConfig, ApplyConfig],
+    _pipeline,
+    without=("layers",),
+)
+register(app, "demo", [DemoConfig], _demo, argument_default="artifacts/demo-run", without=("layers",))
 register(
     app,
     "bench",
@@ -206,6 +226,7 @@ register(
     argument="model_or_run",
     argument_help="Hub id, local folder or run directory with a converted model; none with --shape",
     argument_default="",
+    without=("layers", "force"),
 )
 
 

@@ -2,13 +2,13 @@
 
 import inspect
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from moefication_cli.config import ControlConfig, options_of
+from moefication_cli.config import ControlConfig, options_of, same_option
 from moefication_cli.errors import ConfigError
 
 ENV_PREFIX = "MOEFICATION_"
@@ -19,7 +19,8 @@ _SOURCES = {
     "DEFAULT": "default",
 }
 
-Body = Callable[..., Any]  # (run directory or model argument, one instance per config class, values by name)
+Body = Callable[..., Any]  # (run directory or model argument, one instance per config class, where values came from)
+Sources = dict[type, dict[str, str]]  # config class -> option -> command line, environment, config file or default
 
 
 def register(
@@ -31,28 +32,34 @@ def register(
     argument: str = "run",
     argument_help: str = "Run directory",
     argument_default: Any = ...,
+    without: Collection[str] = (),
 ) -> None:
-    """Add the command `name` whose options are the fields of `configs` (first mention of a name wins).
+    """Add the command `name` whose options are the fields of `configs`, and of ControlConfig but those in `without`.
 
+    Stages that share a name and its help share the option. Where the help differs it is another option: the first config
+    has it, the others keep their default (`run --batch-size` is not the batch size routers are trained with).
     `body` gets the argument, one instance of each config class, a ControlConfig and where each value came from.
     """
     parameters = [_argument(argument, argument_help, argument_default), _context(), _config_file(name)]
-    seen = {argument}
+    offered: dict[str, Any] = {}
     for config in (*configs, ControlConfig):
         hints = get_type_hints(config)
         panel = "Running" if config is ControlConfig else None
         for entry in options_of(config):
-            if entry.name not in seen:
-                seen.add(entry.name)
+            if entry.name != argument and entry.name not in offered and entry.name not in without:
+                offered[entry.name] = entry
                 parameters.append(_option(entry, hints[entry.name], panel))
 
     def command(**values: Any) -> None:
-        context = values.pop("context")
-        values.pop("config")
-        target = values[argument]
-        sources = {key: _SOURCES.get(source_name(context, key), "default") for key in values}
-        instances = [_build(config, values) for config in (*configs, ControlConfig)]
-        body(target, *instances, sources)
+        context = values["context"]
+        instances: list[Any] = []
+        sources: Sources = {}
+        for config in (*configs, ControlConfig):
+            own = {e.name for e in options_of(config) if e.name in offered and same_option(e, offered[e.name])}
+            instances.append(config(**{key: values[key] for key in own}))
+            asked = own | ({"seed"} & offered.keys())
+            sources[config] = {key: _SOURCES.get(source_name(context, key), "default") for key in asked}
+        body(values[argument], *instances, sources)
 
     command.__doc__ = body.__doc__
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -64,10 +71,6 @@ def source_name(context: typer.Context, key: str) -> str:
     """COMMANDLINE, ENVIRONMENT, DEFAULT_MAP or DEFAULT."""
     source = context.get_parameter_source(key)
     return "DEFAULT" if source is None else str(source.name)
-
-
-def _build(config: type, values: dict[str, Any]) -> Any:
-    return config(**{entry.name: values[entry.name] for entry in options_of(config)})
 
 
 def _option(entry: Any, hint: Any, panel: str | None) -> inspect.Parameter:

@@ -20,7 +20,7 @@ from moefication_cli.models.sites import FFNSite
 from moefication_cli.stages.contract import Control, Result
 from moefication_cli.stages.estimate import estimate
 from moefication_cli.stages.examples import open_examples, predictions
-from moefication_cli.stages.inputs import RunModel, layer_options, layer_seed, layered_result, open_model
+from moefication_cli.stages.inputs import RunModel, as_before, layer_options, layer_seed, layered_result, open_model
 from moefication_cli.store.layerfile import read_layer, write_layer
 from moefication_cli.store.rundir import RunDir
 from moefication_cli.store.work import Work
@@ -37,6 +37,7 @@ def collect_activations(run: RunDir, config: CollectConfig, control: Control) ->
     layer.
     """
     model = open_model(run, config, control)
+    config = as_before(run, "activations", config)
     if control.dry_run:
         width = sum(site.d_model for site in model.sites)
         parameters = model.checkpoint.describe()["parameters"]

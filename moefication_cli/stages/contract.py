@@ -37,7 +37,7 @@ class Control:
     layers: str | None = None
     force: bool = False
     dry_run: bool = False
-    sources: dict[str, str] = field(default_factory=dict)  # option -> command line, environment, config file, default
+    sources: dict[type, dict[str, str]] = field(default_factory=dict)  # config class -> option -> where it came from
     say: Callable[[str], None] = _silent
     track: Track = _untracked
     ranks: Ranks = field(default_factory=Ranks)  # the processes that share this stage

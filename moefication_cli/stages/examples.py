@@ -79,4 +79,4 @@ def tokens_of_stacks(batch: Batch) -> dict[str, int]:
 
 def _remember(run: RunDir, task: str, prompt: str | None, words: str | None, fields: dict[str, Any]) -> None:
     said = {name: value for name, value in fields.items() if value is not None}
-    run.remember(task=task, prompt=prompt, label_words=words, fields=said or None)
+    run.note(task=task, prompt=prompt, label_words=words, fields=said or None)

@@ -5,15 +5,15 @@ A run remembers its model in run.json; the first stage that names `--model` writ
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moefication_cli.config import ModelConfig, compared_values, recorded_values
-from moefication_cli.errors import ConfigError
+from moefication_cli.config import ModelConfig, TaskConfig, compared_values, options_of, recorded_values
+from moefication_cli.errors import ConfigError, MissingArtifactError
 from moefication_cli.ffn import ExpertWeights, FFNWeights
 from moefication_cli.models.checkpoint import Checkpoint
 from moefication_cli.models.sites import FFNSite
@@ -52,9 +52,10 @@ class RunModel:
 
 
 def open_model(run: RunDir, config: ModelConfig | None, control: Control) -> RunModel:
-    """The model this run is about. Remembers `--model` and how to read it in run.json.
+    """The model this run is about. `--model` and how to read it go to run.json with the first thing the stage keeps.
 
-    Raises ConfigError when the run knows no model, UnavailableError for a device that is not here.
+    Raises ConfigError when the run knows no model (MissingArtifactError in a stage that takes none), UnavailableError
+    for a device that is not here.
     """
     from moefication_cli.models.loading import resolve_device
 
@@ -66,20 +67,36 @@ def open_model(run: RunDir, config: ModelConfig | None, control: Control) -> Run
         named |= {"trust_remote_code": True} if config.trust_remote_code else {}
     model = named.get("model") or info.model
     if model is None:
+        if config is None:  # a stage that works on what others have made
+            raise MissingArtifactError(
+                f"{run.root}: nothing has been made here yet",
+                f"moefication collect-activations {run.root} --model MODEL --data DATA",
+            )
         raise ConfigError(f"{run.root}: no model is known for this run", "name it once with --model")
     if info.model not in (None, model):
         control.say(f"{run.root}: the model changes from {info.model} to {model}; stages made from it become stale")
+    ffn = named.get("ffn") or info.ffn
     checkpoint = Checkpoint(
         model,
         revision=named.get("revision") or info.revision,
-        ffn=named.get("ffn") or info.ffn,
+        ffn=ffn,
         trust_remote_code=bool(named.get("trust_remote_code") or info.trust_remote_code),
     )
     fingerprint = checkpoint.fingerprint(run.hashes.sha256)
-    if not control.dry_run:
-        named["revision"] = checkpoint.resolved_revision
-        run.remember(**named | {"model": model, "fingerprint": fingerprint})
+    if ffn is not None:  # other FFNs of the same weights are another model to every stage
+        fingerprint = hashlib.sha256(f"{fingerprint}/{ffn}".encode()).hexdigest()
+    named["revision"] = checkpoint.resolved_revision
+    run.note(**named | {"model": model, "fingerprint": fingerprint})
     return RunModel(checkpoint, fingerprint, device)
+
+
+def as_before(run: RunDir, stage: str, config: Any) -> Any:
+    """The config of a re-run: how text becomes model input, where not said anew, is what the stage was made with."""
+    made = run.manifest(stage)
+    if made is None:
+        return config
+    unsaid = [entry.name for entry in options_of(TaskConfig) if getattr(config, entry.name) is None]
+    return replace(config, **{name: made.values.get(name) for name in unsaid})
 
 
 def _absolute(model: str | None) -> str | None:
@@ -91,7 +108,7 @@ def begin_options(config: Any, control: Control, model: RunModel, inputs: Mappin
     return {
         "config": recorded_values(config) | {"seed": control.seed},
         "compared": [*compared_values(config), "seed"],
-        "sources": control.sources,
+        "sources": control.sources.get(type(config), {}),
         "inputs": {BASE_MODEL: model.fingerprint} | {name: stage.digest for name, stage in inputs.items() if stage},
         "force": control.force,
         "device": str(model.device),

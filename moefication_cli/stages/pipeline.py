@@ -41,7 +41,7 @@ def run_all(
         raise ConfigError("run needs data to calibrate on", "name it with --data")
     if extra.recipe == "paper":
         split = replace(split, method="kmeans", expert_size=32, num_experts=None, shared_fraction=0.0)
-        router = replace(router, router="mlp")
+        router = replace(router, router="mlp", recipe="paper")
     done: list[Result] = []
     collect = _remembered(run, collect, control)
     done.append(collect_activations(run, collect, control))

@@ -92,6 +92,11 @@ class Partial:
         present = set(os.listdir(self.work))  # noqa: PTH208 - names only
         return {i for i in range(self.num_layers) if self._record(i).name in present and self._read(i) is not None}
 
+    def worth_keeping(self) -> bool:
+        """Whether a later run of the same work could go on from here: finished layers, or files in `scratch`."""
+        scratch = self.work / "scratch"
+        return bool(self.done()) or any(path.is_file() for path in scratch.rglob("*"))
+
     def _record(self, index: int) -> Path:
         return self.work / f"layer_{index:03d}.json"
 

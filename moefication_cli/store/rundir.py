@@ -52,6 +52,7 @@ class RunDir:
         self.root = Path(path)
         self.lock_timeout = lock_timeout
         self.hashes = HashCache(self.root)
+        self._noted: dict[str, Any] = {}
 
     def path(self, stage: str) -> Path:
         """The folder of a stage. `ConfigError` if there is no such stage or its name is not a plain name."""
@@ -72,7 +73,10 @@ class RunDir:
 
     @property
     def info(self) -> RunInfo:
-        """`run.json`, or an empty record. Raises `CorruptArtifactError`."""
+        """`run.json` and what is noted, or an empty record. Raises `CorruptArtifactError`."""
+        return replace(self._written(), **self._noted)
+
+    def _written(self) -> RunInfo:
         path = self.root / "run.json"
         try:
             value = jsonio.read_object(path)
@@ -82,18 +86,28 @@ class RunDir:
         check_fields(value, RunInfo, path)
         return RunInfo(**value)
 
-    def remember(self, **known: Any) -> RunInfo:
-        """Set fields of `run.json` (see `RunInfo`); None leaves a field as it is. Writes only if something changes."""
+    def note(self, **known: Any) -> None:
+        """Set fields of `info` now (None leaves a field as it is), and of `run.json` once a stage keeps something.
+
+        A command that fails before it has made anything leaves `run.json` as it was.
+        """
         if odd := known.keys() - ({f.name for f in fields(RunInfo)} - {"schema"}):
             raise TypeError(f"run.json has no field {sorted(odd)[0]!r}")
-        given = {name: jsonio.plain(value) for name, value in known.items() if value is not None}
-        if replace(self.info, **given) == self.info and (self.root / "run.json").exists():
-            return self.info
+        self._noted |= {name: jsonio.plain(value) for name, value in known.items() if value is not None}
+
+    def remember(self, **known: Any) -> RunInfo:
+        """`note`, and write `run.json` if that changes it."""
+        self.note(**known)
+        written = self._written()
+        if replace(written, **self._noted) == written and (self.root / "run.json").exists():
+            self._noted.clear()
+            return written
         files.make_dirs(self.root)
         with locks.held(self.root / ".locks" / "run.lock", "run.json", max(self.lock_timeout, 10.0)):
-            info = replace(self.info, **given)
+            info = self.info
             check_fields(asdict(info), RunInfo, self.root / "run.json")
             jsonio.write(self.root / "run.json", asdict(info))
+            self._noted.clear()
         return info
 
     # -- reading -----------------------------------------------------------------------------------------------------
@@ -258,6 +272,7 @@ class RunDir:
             targets=targets,
             device=device,
             timeout=self.lock_timeout,
+            on_keep=self._write_noted,
         )
         if not (force or join):
             # Without locks first: an up-to-date stage in a read-only directory is fine.
@@ -266,6 +281,15 @@ class RunDir:
             if not work.up_to_date or work.paths.unfinished_commit():
                 files.make_dirs(work.paths.final.parent)
                 work.prepare(force, join)
-            yield work
+            try:
+                yield work
+            except BaseException:
+                work.abandon()
+                raise
+            self._write_noted()
         finally:
             work.release()
+
+    def _write_noted(self) -> None:
+        if self._noted:
+            self.remember()

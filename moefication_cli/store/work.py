@@ -11,7 +11,7 @@ A claim is only taken under the stage lock, so whoever holds that lock and sees 
 
 import contextlib
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +49,7 @@ class Work:
     targets: Sequence[int]
     device: str
     timeout: float
+    on_keep: Callable[[], None]  # called before anything is kept: a layer, the stage
     reason: str | None = None  # why there is something to do; None if the stage is up to date
     manifest: Manifest | None = None  # of the stage that is up to date
     partial: Partial = field(init=False)
@@ -196,6 +197,7 @@ class Work:
         name = f"layer_{index:03d}"
         lock, begun = self._claims[name]
         seconds = time.perf_counter() - begun if seconds is None else seconds
+        self.on_keep()
         path, layer = self.folder / layer_name(index), self.layers[index]
         write_layer(path, tensors, {**(metadata or {}), "layer": layer}, self.partial.work / f"{path.name}.tmp")
         entry = {"sha256": self.hashes.sha256(path), "bytes": path.stat().st_size}
@@ -225,6 +227,14 @@ class Work:
             if name in self._claims:
                 self._claims.pop(name)[0].release()
 
+    def abandon(self) -> None:
+        """Leave no trace of work that failed before it had anything to keep; `RunDir.begin` does it."""
+        if self.up_to_date:
+            return
+        with self._stage_lock():
+            if self.partial.is_ours() and not self.partial.worth_keeping() and not self._other_claim(None):
+                files.remove(self.partial.folder)
+
     def release(self) -> None:
         """End all claims and keep the hashes; `RunDir.begin` does it."""
         while self._claims:
@@ -246,6 +256,7 @@ class Work:
         if not self.layers:
             for name in self.partial.list_files():
                 self.hashes.sha256(self.folder / name)  # gigabytes perhaps: not under the stage lock
+        self.on_keep()
         with self._stage_lock():
             if len(self._done()) < len(self.layers) or self._other_claim(None):
                 return None

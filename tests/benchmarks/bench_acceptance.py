@@ -208,12 +208,12 @@ def llama(bench: Bench) -> None:
         bench.cli("build-graph", run)
         bench.cli("split", run, "--num-experts", experts)
         bench.cli("train-router", run, "--router", "quadratic")
-        bench.cli("apply", run, "--fraction", 0.5)
-        measured = bench.cli("eval", run, "--data", data / "valid.txt", *line, "--fractions", "0.5")
+        bench.cli("apply", run, "--fraction", 0.75)
+        measured = bench.cli("eval", run, "--data", data / "valid.txt", *line, "--fractions", "0.75")
         rows = bench.rows(f"Llama, {experts} experts", measured)
-        mine, chance = rows["quadratic", 0.5], rows["random", 0.5]
+        mine, chance = rows["quadratic", 0.75], rows["random", 0.75]
         bench.check(
-            f"{experts} experts: perplexity at half the FLOPs is below that of random experts",
+            f"{experts} experts: perplexity at 0.75 of the FLOPs is below that of random experts",
             mine["value"] < chance["value"],
             f"{mine['relative']:.3f}x dense at {mine['ffn_flops_fraction']:.3f}, random {chance['relative']:.3f}x",
         )
@@ -246,8 +246,8 @@ def again(bench: Bench, run: Path, model: Path, data: Path) -> None:
         "build-graph": [],
         "split": ["--num-experts", 4],
         "train-router": ["--router", "quadratic"],
-        "apply": ["--fraction", 0.5],
-        "eval": ["--data", data / "valid.txt", *line, "--fractions", "0.5"],
+        "apply": ["--fraction", 0.75],
+        "eval": ["--data", data / "valid.txt", *line, "--fractions", "0.75"],
     }
     fresh = [name for name, options in stages.items() if bench.cli(name, run, *options)["up_to_date"]]
     bench.check("every stage run again alone is up to date", len(fresh) == 6, ", ".join(fresh))
@@ -266,7 +266,7 @@ def again(bench: Bench, run: Path, model: Path, data: Path) -> None:
     kept = [
         name for name in ("collect-activations", "build-graph") if bench.cli(name, run, *stages[name])["up_to_date"]
     ]
-    stale = bench.cli("apply", run, "--fraction", 0.5, code=3)["error"]["message"]
+    stale = bench.cli("apply", run, "--fraction", 0.75, code=3)["error"]["message"]
     bench.check("another split makes stale only what depends on it", len(kept) == 2, f"{', '.join(kept)} stay; {stale}")
     bench.cli("split", run, "--num-experts", 4)
     if not os.path.exists("/dev/nvidia0"):  # noqa: PTH110
