@@ -17,6 +17,9 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check moefication_cli tests artifacts/demo
 	$(BIN)/mypy
 
+bench: $(VENV)/.installed
+	$(BIN)/python tests/benchmarks/bench_targets.py
+
 $(VENV)/.installed: pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[dev]'

@@ -107,6 +107,23 @@ def test_replacement_equals_dense_and_half_the_neurons_do_not(name):
     assert close(logits(model, name), dense)
 
 
+def test_layers_installed_in_turns_keep_what_they_prepared():
+    model = tiny_model("opt")
+    site = find_sites(model)[0]
+    first, second = Masked(model, site), Masked(model, site, off=24)
+    seen = []
+    for layer in (first, second, first, second):
+        install(model, site, layer)
+        logits(model, "opt")
+        seen.append(layer.weights)
+    assert seen[2] is seen[0] and seen[3] is seen[1]
+    model.to(torch.float64)  # other memory: now they must be renewed
+    install(model, site, first)
+    logits(model, "opt")
+    assert first.weights is not seen[0]
+    assert first.weights.ffn.w_up_FD.data_ptr() == model.get_parameter(site.up + ".weight").data_ptr()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_deepcopy_dtype_and_save_of_an_installed_model(name, tmp_path):
     model = tiny_model(name)

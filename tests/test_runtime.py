@@ -17,7 +17,8 @@ from moefication_cli.errors import ConfigError, UnavailableError
 from moefication_cli.ffn import ACTIVATIONS, Compensation, ExpertWeights, FFNWeights
 from moefication_cli.routing.router import Router, Rule
 from moefication_cli.runtime import backends, portable, reference
-from moefication_cli.runtime.backends import BACKENDS, available, choose
+from moefication_cli.runtime.always import AlwaysFFN
+from moefication_cli.runtime.backends import ALL_ON_TOKENS, BACKENDS, available, choose
 from moefication_cli.runtime.layer import MoEFFN
 from moefication_cli.runtime.reference import masked
 
@@ -312,15 +313,20 @@ class TestLayer:
         with pytest.raises(ConfigError, match="width 31"):
             layer(x[..., :31])
 
-    def test_everything_on_is_dense(self) -> None:
-        w = make(fix=True)
+    @pytest.mark.parametrize("gated", [False, True])
+    def test_everything_on_is_dense(self, gated: bool) -> None:
+        w = make(S=8, gated=gated, fix=True)
         layer = MoEFFN(w, self.router, Rule(top_k=12))
-        x = tokens(9, w)
+        layer.count_selections()
+        half = MoEFFN(w, self.router, Rule(top_k=6), may_go_dense=False)
         with torch.inference_mode():
-            assert error(layer(x), w.ffn.forward(x)) < 2e-6
-            assert layer.last_backend == "dense"
-            half = MoEFFN(w, self.router, Rule(top_k=6), may_go_dense=False)
-            assert error(half(x), w.ffn.forward(x)) > 1e-2
+            for T, path in ((9, "numba"), (ALL_ON_TOKENS, "dense"), (3, "numba")):
+                x = tokens(T, w)
+                real = torch.arange(T) != 1
+                assert error(layer(x, real)[real], w.ffn.forward(x)[real]) < 2e-6
+                assert layer.last_backend == path and layer.active_fraction == 1.0
+                assert error(half(x), w.ffn.forward(x)) > 1e-2
+        assert layer.num_counted == 8 + ALL_ON_TOKENS - 1 + 2
 
     def test_a_selection_of_ones_own(self) -> None:
         w, x = make(), tokens(6, make())
@@ -427,6 +433,42 @@ class TestLayer:
             MoEFFN(w, self.router, Rule(top_k=3), "fast")
 
 
+class TestAlways:
+    """AlwaysFFN: the shared neurons and the compensation, whatever the path."""
+
+    @pytest.mark.parametrize("backend", ["auto", "torch"])
+    @pytest.mark.parametrize("shared", [0, 24])
+    def test_is_the_reference_with_no_expert_on(self, backend: str, shared: int) -> None:
+        w = make(S=shared, gated=shared > 0, act="silu", fix=True)
+        layer = AlwaysFFN(w, backend)
+        assert layer.active_fraction == shared / w.ffn.num_neurons
+        for T in (1, 5, 150):
+            x = tokens(T, w)
+            with torch.inference_mode():
+                y, expected = layer(x.view(1, T, 32)), masked(x, torch.zeros(T, 12, dtype=torch.bool), w)
+                assert error(y[0], expected) < 2e-6
+                assert error(y[0], masked(x, torch.arange(12) < torch.ones(T, 1), w)) > 1e-2
+            assert layer.last_backend == ("torch" if backend == "torch" else "numba")
+
+    def test_padding_gradients_and_new_weights(self) -> None:
+        w, x = make(S=24, fix=True), tokens(6, make())
+        layer, others = AlwaysFFN(w), make(S=24, fix=True, seed=4)
+        with torch.inference_mode():
+            before = layer(x, torch.arange(6) != 2)
+            assert before[2].abs().max() == 0 and error(before[3:], layer(x)[3:]) < 2e-6
+            layer.weights = others
+            assert error(layer(x), before) > 1e-2
+        x.requires_grad_()
+        layer(x).sum().backward()
+        assert layer.last_backend == "torch" and x.grad is not None
+        with pytest.raises(ConfigError, match="gradients"):
+            AlwaysFFN(w, "numba")(x)
+        with pytest.raises(UnavailableError, match="float64"):
+            AlwaysFFN(make(S=24, dtype=torch.float64), "numba")
+        wide = AlwaysFFN(make(S=24, dtype=torch.float64))
+        assert wide(x.detach().double()).dtype == torch.float64 and wide.last_backend == "torch"
+
+
 def test_unavailable_backends_name_what_is_missing() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     with pytest.raises(UnavailableError, match="no backend 'nmuba'"):
@@ -444,17 +486,25 @@ def test_unavailable_backends_name_what_is_missing() -> None:
     available("grouped", cpu, torch.float32, make(N=4))
 
 
-def test_auto_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_choices(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     w, cpu, cuda = make(), torch.device("cpu"), torch.device("cuda")
     assert choose(cpu, torch.float32, 1, w, 0.2) == "numba"
-    assert choose(cpu, torch.float32, 1, w, 1.0) == "dense"
+    assert choose(cpu, torch.float32, 1, w, 1.0) == "numba"
+    assert choose(cpu, torch.float32, ALL_ON_TOKENS, w, 1.0) == "dense"
+    assert choose(cpu, torch.float32, 1, w, 1.0, needs_grad=True) == "dense"
+    assert choose(cpu, torch.float32, 1, w, 0.95) == "dense"
     assert choose(cpu, torch.float32, 1, w, 0.2, needs_grad=True) == "torch"
     assert choose(cpu, torch.float64, 1000, w, 0.2) == "torch"
     assert choose(cuda, torch.bfloat16, 512, w, 0.2) == "grouped"
     assert choose(cuda, torch.bfloat16, 512, make(N=4, dtype=torch.bfloat16), 0.2) == "torch"
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    backends._warn_once.cache_clear()
+    caplog.clear()
     assert choose(cpu, torch.float32, 1, w, 0.2) == "dense"
     assert choose(cpu, torch.float32, 512, w, 0.2) == "torch"
+    assert caplog.messages == [
+        "backend numba is not available: the package numba is not installed; the next best is used"
+    ]
 
 
 def _triton(monkeypatch: pytest.MonkeyPatch) -> object:

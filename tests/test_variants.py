@@ -141,7 +141,7 @@ def test_flops_fraction_is_what_torch_multiplies(name: str, rule: Rule, rank: in
 
     moe = MoEFFN(ExpertWeights(ffn, 10, 8, extra), router, rule, backend="torch")
     moe.count_selections()
-    always = AlwaysFFN(ExpertWeights(ffn, 8, 16, extra))
+    always = AlwaysFFN(ExpertWeights(ffn, 8, 16, extra), "torch")
     statistics = {key: torch.rand(48, generator=generator) for key in ("variance_F", "contribution_F", "mean_F")}
     layers = [moe, always, prune(dense, statistics, 0.25, x_TD)[0], DenseFFN(dense)]
     plans = [

@@ -223,7 +223,7 @@ def _moe_ffn(model: nn.Module, site: FFNSite, layer: MoELayer, backend: str, fra
         extra = replace(extra, **{k: v.to(device, dtype) for k, v in vars(extra).items() if v is not None})
     weights = ExpertWeights(ffn, layer.num_experts, layer.num_shared, extra)
     if router is None:
-        return AlwaysFFN(weights)
+        return AlwaysFFN(weights, backend)
     return MoEFFN(weights, router.to(device).to(dtype), rule, backend=backend)
 
 

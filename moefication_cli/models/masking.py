@@ -33,6 +33,7 @@ class TokenMask:
         self._cached = pretrained is not None and bool(pretrained.can_generate())
         self._masks: dict[Stack, Tensor] = {}
         self._saved: list[dict[Stack, Tensor]] = []
+        self._found: dict[tuple[Stack, tuple[int, ...]], Tensor | None] = {}  # answers of this pass: layers ask alike
         self._handles: list[RemovableHandle] = []
         encoder = pretrained.get_encoder() if pretrained is not None and self._encoder_decoder else None
         for module in [model] + ([encoder] if isinstance(encoder, nn.Module) and encoder is not model else []):
@@ -52,6 +53,12 @@ class TokenMask:
 
         A mask longer than the tokens (KV cache) counts with its last T columns.
         """
+        asked = (stack, tuple(shape))
+        if asked not in self._found:
+            self._found[asked] = self._find(*asked)
+        return self._found[asked]
+
+    def _find(self, stack: Stack, shape: tuple[int, ...]) -> Tensor | None:
         mask = self._masks.get(stack)
         if mask is None:
             return None
@@ -64,7 +71,8 @@ class TokenMask:
         cached = self._cached and (stack == "decoder" or not self._encoder_decoder)
         if len(shape) != 2 or shape[0] != rows or num_tokens > columns or (num_tokens < columns and not cached):
             return None
-        return mask[:, columns - num_tokens :].reshape(-1)
+        real = mask[:, columns - num_tokens :].reshape(-1)
+        return None if real.is_cpu and bool(real.all()) else real  # a GPU would have to be waited for
 
     def _enter(self, names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._saved.append(self._masks)
@@ -74,8 +82,8 @@ class TokenMask:
             mask = given.get(name)
             if isinstance(mask, Tensor) and mask.dim() == 2:
                 masks[stack] = mask.bool()
-        self._masks = masks
+        self._masks, self._found = masks, {}
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._saved:  # always_call also fires where an earlier pre-hook failed
-            self._masks = self._saved.pop()
+            self._masks, self._found = self._saved.pop(), {}

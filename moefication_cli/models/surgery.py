@@ -128,7 +128,7 @@ class _Installed:
         self.seen = 0
 
     def __call__(self, x: Tensor) -> Tensor:
-        weight: Tensor = self.up.weight  # type: ignore[assignment]
+        weight: Tensor = self.up._parameters["weight"]  # type: ignore[assignment]
         learns = torch.is_grad_enabled() and weight.requires_grad
         # Views belong to the parameters' storage of the moment; under autograd also to one graph
         if learns or self.seen != weight.data_ptr():
@@ -146,6 +146,8 @@ class _Installed:
         if not (_rows(self.up, True).is_contiguous() and _rows(self.down, False).is_contiguous()):
             _pack(self.up, self.gate, self.down)
         ffn = _views(self.up, self.gate, self.down, self.site.activation)
+        if not learns and _same_memory(ffn, weights.ffn):
+            return  # installed before (`eval` takes layers in turns): what the layer has prepared stays good
         if not learns:
             detached: dict[str, Any] = {k: v.detach() for k, v in vars(ffn).items() if isinstance(v, Tensor)}
             ffn = replace(ffn, **detached)
@@ -219,6 +221,20 @@ def _rows(part: Any, reads: bool) -> Tensor:
     """The [F, D] view of a projection that reads (up, gate) or writes (down) the residual stream."""
     weight: Tensor = part.weight
     return weight if reads != isinstance(part, Conv1D) else weight.t()
+
+
+def _same_memory(new: FFNWeights, old: FFNWeights) -> bool:
+    """Whether views derived anew would read what the old ones read, cut off from autograd as they are."""
+    for name, value in vars(new).items():
+        before = getattr(old, name)
+        if isinstance(value, Tensor) and isinstance(before, Tensor):
+            if before.requires_grad or value.data_ptr() != before.data_ptr():
+                return False
+            if (value.dtype, value.device, value.stride()) != (before.dtype, before.device, before.stride()):
+                return False
+        elif value is not before and value != before:
+            return False
+    return True
 
 
 def _views(up: Any, gate: Any, down: Any, activation: str) -> FFNWeights:

@@ -5,7 +5,9 @@ Heavy packages (numba, triton, fmoe) are imported when their backend is first as
 """
 
 import importlib.util
+import logging
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -14,7 +16,9 @@ from moefication_cli.errors import UnavailableError
 from moefication_cli.ffn import ACTIVATIONS, ExpertWeights
 from moefication_cli.runtime import portable, reference
 
+log = logging.getLogger(__name__)
 Backend = Callable[[Tensor, Tensor, ExpertWeights], Tensor]
+ALL_ON_TOKENS = 96  # below, the compiled kernel is faster than torch's matmuls even when every neuron runs
 
 
 def _numba(x_TD: Tensor, selected: Tensor, weights: ExpertWeights) -> Tensor:
@@ -87,6 +91,11 @@ def _unreadable(weights: ExpertWeights, dtype: torch.dtype) -> str | None:
     return None
 
 
+@cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
+
+
 def choose(
     device: torch.device,
     dtype: torch.dtype,
@@ -95,13 +104,20 @@ def choose(
     active_fraction: float,
     needs_grad: bool = False,
 ) -> str:
-    """The backend `auto` uses for `num_tokens` tokens of which each computes `active_fraction` of the neurons."""
+    """The backend `auto` uses for `num_tokens` tokens of which each computes `active_fraction` of the neurons.
+
+    Warns, once, where the fastest one cannot run on this machine or these weights.
+    """
 
     def can(name: str) -> bool:
-        return _missing(name, device, dtype, weights) is None
+        missing = _missing(name, device, dtype, weights)
+        if missing is not None:
+            _warn_once(f"backend {name} is not available: {missing}; the next best is used")
+        return missing is None
 
     if active_fraction >= 0.9:
-        return "dense"
+        few = device.type == "cpu" and num_tokens < ALL_ON_TOKENS and active_fraction == 1
+        return "numba" if few and not needs_grad and can("numba") else "dense"
     if needs_grad:
         return "torch"
     if device.type == "cuda":

@@ -4,6 +4,7 @@
 no names to the state dict and no bytes to memory. It reads no files and prints nothing. Axes as in `ffn`.
 """
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from moefication_cli.errors import ConfigError
 from moefication_cli.ffn import ExpertWeights
 from moefication_cli.routing.router import Router, Rule
-from moefication_cli.runtime.backends import BACKENDS, available, choose
+from moefication_cli.runtime.backends import ALL_ON_TOKENS, BACKENDS, available, choose
 
 if TYPE_CHECKING:
     from moefication_cli.runtime.numba_backend import CompiledLayer
@@ -64,7 +65,8 @@ class MoEFFN:
         object.__setattr__(self, name, value)
         if name in _SETTINGS:
             self._prepared: CompiledLayer | None = None
-            self._fast: CompiledLayer | None = None  # set where every call without gradients is one compiled call
+            self._fast: CompiledLayer | None = None  # set where calls without gradients are one compiled call
+            self._fast_below = sys.maxsize  # ... of fewer than so many tokens
 
     def count_selections(self, on: bool = True) -> None:
         """Starts (from zero) or stops counting, per expert, how many tokens selected it: `counts_E`, of `num_counted` tokens."""
@@ -97,24 +99,25 @@ class MoEFFN:
                     "pass bools",
                 )
         # Small layers take microseconds: once the choice is made, nothing stands between here and the compiled call.
-        if self._fast is not None and self._fast.dtype == x.dtype and not torch.is_grad_enabled():
-            if self.counts_E is not None:
-                self.num_counted += x.numel() // D if real_T is None else int(real_T.sum())
-            return self._fast(x, None, real_T, self.counts_E)
+        fast = self._fast
+        if fast is not None and fast.dtype == x.dtype and not torch.is_grad_enabled():
+            if x.numel() < self._fast_below * D:
+                return self._run_compiled(fast, x, real_T)
         return self._tokens(x.reshape(-1, D), real_T).view(x.shape)
 
     def _tokens(self, x_TD: Tensor, real_T: Tensor | None) -> Tensor:
         name = self._auto(x_TD) if self.backend == "auto" else self.backend
         self.last_backend = name
         if name == "dense":
-            self._count(None, x_TD if real_T is None else x_TD[real_T])
+            if self.counts_E is not None:
+                self._count(None, x_TD if real_T is None else x_TD[real_T])
             return BACKENDS[name](x_TD, x_TD, self.weights)
         if name == "numba" and self.select is None:
-            if self.counts_E is not None:
-                self.num_counted += x_TD.shape[0] if real_T is None else int(real_T.sum())
             compiled = self._compile()
-            y_TD = compiled(x_TD, None, real_T, self.counts_E)
+            y_TD = self._run_compiled(compiled, x_TD, real_T)
             self._fast = compiled
+            if self.backend == "auto" and self._all_on:
+                self._fast_below = ALL_ON_TOKENS
             return y_TD
         if real_T is not None and not bool(real_T.all()):
             y_TD = torch.zeros_like(x_TD)
@@ -122,12 +125,32 @@ class MoEFFN:
             return y_TD
         return self._selected(name, x_TD)
 
+    @property
+    def _all_on(self) -> bool:
+        return self.select is None and self.rule is not None and self.rule.top_k == self.weights.num_experts
+
     def _compile(self) -> "CompiledLayer":
         if self._prepared is None:
             from moefication_cli.runtime.numba_backend import CompiledLayer
 
-            self._prepared = CompiledLayer(self.weights, self.router, self.rule)
+            if self._all_on:  # no selection to make, no experts to keep apart: every neuron is a shared one
+                ffn = self.weights.ffn
+                self._prepared = CompiledLayer(ExpertWeights(ffn, 1, num_shared=ffn.num_neurons))
+            else:
+                self._prepared = CompiledLayer(self.weights, self.router, self.rule)
         return self._prepared
+
+    def _run_compiled(self, compiled: "CompiledLayer", x: Tensor, real_T: Tensor | None) -> Tensor:
+        if self.last_backend != "numba":
+            self.last_backend = "numba"
+        if self.counts_E is None:
+            return compiled(x, None, real_T)
+        num_tokens = x.numel() // compiled.width if real_T is None else int(real_T.sum())
+        self.num_counted += num_tokens
+        if not self._all_on:
+            return compiled(x, None, real_T, self.counts_E)
+        self.counts_E += num_tokens
+        return compiled(x, None, real_T)
 
     def _selected(self, name: str, x_TD: Tensor) -> Tensor:
         if self.select is not None:
@@ -143,13 +166,13 @@ class MoEFFN:
     def _auto(self, x_TD: Tensor) -> str:
         weights, rule = self.weights, self.rule
         share = 0.0  # unknown before the selection is made
-        if self.select is None and rule is not None and rule.threshold is None and rule.top_k is not None:
-            if rule.top_k == weights.num_experts:
-                return "dense"
+        if self._all_on:
+            share = 1.0
+        elif self.select is None and rule is not None and rule.top_k is not None:
             share = (weights.num_shared + weights.expert_size * rule.top_k) / weights.ffn.num_neurons
         needs_grad = torch.is_grad_enabled() and (x_TD.requires_grad or weights.ffn.w_up_FD.requires_grad)
         name = choose(x_TD.device, x_TD.dtype, x_TD.shape[0], weights, share, needs_grad)
-        return "torch" if name == "dense" and not self.may_go_dense else name
+        return "torch" if name == "dense" and not (self.may_go_dense or self._all_on) else name
 
     def _count(self, selected: Tensor | None, x_TD: Tensor) -> None:
         if self.counts_E is None:

@@ -20,6 +20,7 @@ from moefication_cli.ffn import ExpertWeights
 from moefication_cli.routing.router import Router, Rule
 from moefication_cli.runtime import numba_forward as forward
 from moefication_cli.runtime import numba_kernels as kernels
+from moefication_cli.runtime import numba_table as slot
 from moefication_cli.runtime.reference import check_form
 
 ACTIVATION_CODES = {
@@ -71,8 +72,9 @@ def _kernels(dtype: torch.dtype) -> tuple[int, int]:
 class CompiledLayer:
     """A layer ready to be called: the address table and the tensors it points into.
 
-    Raises UnavailableError for weights the kernels cannot read. The table follows in-place changes of the weights; after the
-    parameters' storage has been replaced (`.to(...)`) build a new one.
+    Without router and rule a call needs a selection; without one it computes what no selection touches: shared neurons, bias,
+    compensation. Raises UnavailableError for weights the kernels cannot read. The table follows in-place changes of the
+    weights; after the parameters' storage has been replaced (`.to(...)`) build a new one.
     """
 
     def __init__(self, weights: ExpertWeights, router: Router | None = None, rule: Rule | None = None) -> None:
@@ -95,46 +97,48 @@ class CompiledLayer:
             )
         self.weights, self.dtype, self.width = weights, dtype, ffn.d_model
         self._wide, self._kept = wide, list[Tensor]()
-        table = np.zeros(forward.LAYER_SLOTS, np.int64)
+        table = np.zeros(slot.LAYER_SLOTS, np.int64)
         size = dtype.itemsize
-        table[forward.W_UP], table[forward.W_DOWN] = ffn.w_up_FD.data_ptr(), ffn.w_down_FD.data_ptr()
-        table[forward.W_GATE] = 0 if ffn.w_gate_FD is None else ffn.w_gate_FD.data_ptr()
-        table[forward.B_UP], table[forward.B_GATE] = self._address(ffn.b_up_F), self._address(ffn.b_gate_F)
-        table[forward.B_DOWN] = self._address(ffn.b_down_D)
-        table[forward.D], table[forward.E] = ffn.d_model, weights.num_experts
-        table[forward.N], table[forward.S] = weights.expert_size, weights.num_shared
-        table[forward.ACT], table[forward.W_BYTES] = ACTIVATION_CODES[ffn.activation], size
+        table[slot.W_UP], table[slot.W_DOWN] = ffn.w_up_FD.data_ptr(), ffn.w_down_FD.data_ptr()
+        table[slot.W_GATE] = 0 if ffn.w_gate_FD is None else ffn.w_gate_FD.data_ptr()
+        table[slot.B_UP], table[slot.B_GATE] = self._address(ffn.b_up_F), self._address(ffn.b_gate_F)
+        table[slot.B_DOWN] = self._address(ffn.b_down_D)
+        table[slot.D], table[slot.E] = ffn.d_model, weights.num_experts
+        table[slot.N], table[slot.S] = weights.expert_size, weights.num_shared
+        table[slot.ACT], table[slot.W_BYTES] = ACTIVATION_CODES[ffn.activation], size
         if fix is not None:
-            table[forward.CONSTANT], table[forward.TAKEN] = (
+            table[slot.CONSTANT], table[slot.TAKEN] = (
                 self._address(fix.constant_D),
                 self._address(fix.taken_back_ED),
             )
             if fix.w_in_RD is not None and fix.w_out_RD is not None:
-                table[forward.C_IN], table[forward.C_OUT] = (
+                table[slot.C_IN], table[slot.C_OUT] = (
                     self._address(fix.w_in_RD, dtype),
                     self._address(fix.w_out_RD, dtype),
                 )
-                table[forward.C_RANK] = fix.w_in_RD.shape[0]
-        active = weights.num_experts
-        table[forward.R_WIDTH] = weights.num_experts
+                table[slot.C_RANK] = fix.w_in_RD.shape[0]
+        active = float(weights.num_experts)
+        table[slot.R_WIDTH] = weights.num_experts
         self.routed = router is not None and rule is not None
         if router is not None and rule is not None:
-            table[forward.R_IN], table[forward.R_OUT] = self._address(router.w_in_RD), self._address(router.w_out_ER)
-            table[forward.R_B_IN], table[forward.R_B_OUT] = self._address(router.b_in_R), self._address(router.b_out_E)
-            table[forward.R_WIDTH] = router.w_in_RD.shape[0]
-            table[forward.R_ACT], table[forward.R_NORMALISE] = (
+            table[slot.R_IN], table[slot.R_OUT] = self._address(router.w_in_RD), self._address(router.w_out_ER)
+            table[slot.R_B_IN], table[slot.R_B_OUT] = self._address(router.b_in_R), self._address(router.b_out_E)
+            table[slot.R_WIDTH] = router.w_in_RD.shape[0]
+            table[slot.R_ACT], table[slot.R_NORMALISE] = (
                 ACTIVATION_CODES[router.activation],
                 int(router.normalise),
             )
             if rule.threshold is None:
                 assert rule.top_k is not None
-                table[forward.TOP_K] = active = rule.top_k
+                table[slot.TOP_K] = active = rule.top_k
             else:
-                table[forward.THRESHOLD] = struct.unpack("<q", struct.pack("<fi", rule.threshold, 0))[0]
-        neurons = weights.num_shared + active * weights.expert_size
-        self._work_per_token = neurons * ffn.flops_per_neuron + (router.flops if router is not None else 0)
-        table[forward.PROJECT], table[forward.PIECES] = _kernels(dtype)
-        table[forward.ROUTE] = kernels.project_float32.address
+                table[slot.THRESHOLD] = struct.unpack("<q", struct.pack("<fi", rule.threshold, 0))[0]
+        # Multiply-adds per token: what is always done, and per expert; the number of experts is learnt where only calls tell it
+        self._always = weights.num_shared * ffn.flops_per_neuron + (0 if router is None else router.flops)
+        self._per_expert = weights.expert_size * ffn.flops_per_neuron
+        self._active = active
+        table[slot.PROJECT], table[slot.PIECES] = _kernels(dtype)
+        table[slot.ROUTE] = kernels.project_float32.address
         self._table = table
         self._layer = int(table.ctypes.data)
         self._parallel, give_way = _openmp()
@@ -152,7 +156,7 @@ class CompiledLayer:
     def __call__(
         self, x: Tensor, selected: Tensor | None = None, real_T: Tensor | None = None, counts_E: Tensor | None = None
     ) -> Tensor:
-        """y of the shape of x [..., D], T tokens in all. Without `selected` the layer's router and rule select.
+        """y of the shape of x [..., D], T tokens in all. Without `selected` the layer's router and rule select, or nothing is.
 
         `real_T` (bool, contiguous) is False at padding, whose rows of y are zero; `counts_E` (int64) is added the tokens
         each expert got. Raises ConfigError for a bad selection and where gradients are asked for.
@@ -167,19 +171,20 @@ class CompiledLayer:
         x = x.contiguous()
         y = torch.empty_like(x)
         num_tokens = x.numel() // self.width
-        kind, k, address = forward.FROM_ROUTER, 0, 0
+        kind, k, address = slot.FROM_ROUTER, 0, 0
         if selected is not None:
             check_form(selected, num_tokens, self.weights.num_experts)
-            kind, k = forward.FROM_MASK, selected.shape[1]
+            kind, k = slot.FROM_MASK, selected.shape[1]
             if selected.dtype != torch.bool:
-                kind, selected = forward.FROM_IDS, selected.long()
+                kind, selected = slot.FROM_IDS, selected.long()
             selected = selected.contiguous()
             address = selected.data_ptr()
         elif not self.routed:
-            raise ConfigError("this layer has no router and rule", "pass the selected experts")
+            kind = slot.FROM_NOTHING
         if num_tokens == 0:
             return y
-        work, threads, chunk = num_tokens * self._work_per_token, 1, 0
+        active = 0.0 if kind == slot.FROM_NOTHING else self._active
+        work, threads, chunk = num_tokens * (self._always + active * self._per_expert), 1, 0
         if work >= SERIAL_WORK and self._parallel:
             threads = torch.get_num_threads()
         if num_tokens >= TOKENS_TO_SPLIT:
@@ -188,14 +193,15 @@ class CompiledLayer:
             self._serial_calls -= 1
             threads = 1
         start = time.perf_counter()
-        failed = forward.forward(
+        picked = forward.forward(
             self._layer, *self._functions, x.data_ptr(), y.data_ptr(), num_tokens, kind, address, k,
             0 if real_T is None else real_T.data_ptr(), 0 if counts_E is None else counts_E.data_ptr(), threads, chunk,
         )  # fmt: skip
         if threads > 1 and chunk == 0 and time.perf_counter() - start > BUSY_SECONDS + work / BUSY_WORK_PER_SECOND:
             self._serial_calls = BUSY_CALLS
-        if failed:
+        if picked < 0:
             raise ConfigError(f"selected expert id out of range: the layer has {self.weights.num_experts} experts")
+        self._active += (picked / num_tokens - self._active) / 8
         return y
 
 

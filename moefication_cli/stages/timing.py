@@ -50,14 +50,16 @@ class Paired:
         return [a / b for a, b in zip(self.dense, self.moe, strict=True)]
 
     def summary(self) -> dict[str, Any]:
-        """Medians of both, median and range of the ratio, ranges of both, number of rounds."""
+        """Medians of both, median, quartiles and range of the ratio, ranges of both, number of rounds."""
         ratios = self.ratios
+        quartiles = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
         return {
             "dense_seconds": statistics.median(self.dense),
             "moe_seconds": statistics.median(self.moe),
             "speedup": statistics.median(ratios),
             "min": min(ratios),
             "max": max(ratios),
+            "quartiles": [quartiles[0], quartiles[2]],
             "dense_range": [min(self.dense), max(self.dense)],
             "moe_range": [min(self.moe), max(self.moe)],
             "repeats": len(ratios),

@@ -169,7 +169,7 @@ def routed_variant(name: str, model: nn.Module, plans: Sequence[LayerPlan], frac
             continue
         weights = ExpertWeights(dense, plan.num_experts, plan.num_shared, plan.compensation)
         if plan.router is None:
-            layers.append(AlwaysFFN(weights))
+            layers.append(AlwaysFFN(weights, backend))
         else:
             # Quality is measured: a call that goes dense would compute more than the router selected.
             layers.append(MoEFFN(weights, plan.router, plan.rule, backend=backend, may_go_dense=False))

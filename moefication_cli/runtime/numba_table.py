@@ -1,0 +1,21 @@
+"""The two tables of int64 that the compiled forward pass works on: which entry is what.
+
+The layer's table is filled once by `numba_backend`, the call's table by `numba_forward`. Axes: T tokens, D width, E experts, N neurons
+per expert, S shared neurons, R router or compensation rank. The numbers are compiled in, and numba notices changes of the file
+a function stands in only: after editing this one, touch `numba_routing` and `numba_forward`.
+"""
+
+# A layer: addresses of tensors (0 if absent), sizes, codes.
+W_UP, W_GATE, W_DOWN, B_UP, B_GATE, B_DOWN, D, E, N, S, ACT, CONSTANT, TAKEN, C_IN, C_OUT, C_RANK = range(16)
+R_IN, R_B_IN, R_OUT, R_B_OUT, R_WIDTH, R_ACT, R_NORMALISE, TOP_K, THRESHOLD, W_BYTES, PROJECT, PIECES, ROUTE = range(
+    16, 29
+)
+LAYER_SLOTS = 29
+# A call. ON is [E, T] bytes, KEPT [T] int64: how many experts the token has, or -1 at padding.
+LAYER, X, Y, T, KIND, SELECTED, K, REAL, COUNTS, YIELD, TEAM, PIECE, CHUNK, RUN = range(14)
+XF, ACC, ON, KEPT, Z, Z_BYTES, SCORES, SCORE_BYTES, SCRATCH, SCRATCH_BYTES, STATES = range(14, 25)
+# Written by all threads, away from the entries above; PICKED counts the experts of all tokens.
+ERROR, TICKET, PARTIALS, PICKED, NEXT, DONE = 32, 33, 34, 35, 40, 48
+CALL_SLOTS = 64
+WIDEN, FIRST, SECOND, SELECT, EXPERTS, FINISH = range(6)  # steps; each has a counter at NEXT and one at DONE
+FROM_ROUTER, FROM_IDS, FROM_MASK, FROM_NOTHING = range(4)  # KIND; the last: shared neurons only
