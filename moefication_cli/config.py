@@ -190,6 +190,12 @@ class ApplyConfig:
         "auto", "What stands in for dropped experts: their mean, or the best low-rank correction as well"
     )
     keep_dense: str | None = option(None, "Layers left as they are, e.g. 0,11")
+    refine: int | None = option(
+        None,
+        "Steps that fit routers, thresholds and corrections to the whole model on calibration data; its own weights stay "
+        "(apply: 0; run: by model size)",
+        minimum=0,
+    )
 
 
 @dataclass(frozen=True)

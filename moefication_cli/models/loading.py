@@ -6,6 +6,7 @@ Does not place models over several devices unless `device_map` says so.
 """
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -155,6 +156,13 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
     if words.pad_token is None and words.eos_token is not None:
         words.pad_token = words.eos_token
     return words
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory where the model would run, free or not: the same every time."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def load_moe(

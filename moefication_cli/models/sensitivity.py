@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.sites import FFNSite
 
+_RIDGE = 0.03  # of the mean variance
+_CHUNK = 65536  # tokens in float32 at a time
+
 Deliver = Callable[[FFNSite, Tensor], None]
 
 
@@ -76,3 +79,22 @@ def token_weights(norm_T: Tensor, sequence_T: Tensor) -> Tensor:
     total_S = torch.zeros_like(count_S).index_add_(0, index_T, norm_T.double())
     within_T = norm_T.double() * (count_S / total_S.clamp_min(1e-300))[index_T]
     return (within_T * norm_T.double().mean()).float()
+
+
+def predicted_weights(x_TD: Tensor, weight_S: Tensor, sample_S: Tensor) -> Tensor:
+    """weight_T of all tokens from those of a sample: ridge regression of sqrt(weight) on the FFN's standardised input.
+
+    `sample_S` are the indices of the tokens whose `weight_S` was measured. A backward pass costs twice a forward one,
+    so it runs on few sequences; and the expectation over drawn labels, which the fit is closer to than one draw, is
+    what is wanted. The mean is that of the sample.
+    """
+    known_SD = x_TD[sample_S].float()
+    mean_D, spread_D = known_SD.mean(0), known_SD.std(0).clamp_min(1e-6)
+    z_SD, root_S = (known_SD - mean_D) / spread_D, weight_S.sqrt()
+    gram_DD = z_SD.T @ z_SD
+    gram_DD.diagonal().add_(_RIDGE * gram_DD.diagonal().mean() + 1e-6)
+    slope_D = torch.linalg.solve(gram_DD, z_SD.T @ (root_S - root_S.mean()))
+    offset = root_S.mean() - (mean_D / spread_D) @ slope_D
+    root_T = torch.cat([part.float() @ (slope_D / spread_D) + offset for part in x_TD.split(_CHUNK)])
+    weight_T = root_T.clamp_min(0).square()
+    return weight_T * (weight_S.mean() / weight_T[sample_S].mean().clamp_min(1e-30))

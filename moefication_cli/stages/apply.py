@@ -4,16 +4,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moefication_cli.config import ApplyConfig
 from moefication_cli.errors import MoEficationError
 from moefication_cli.models.checkpoint import Checkpoint
-from moefication_cli.models.moe_folder import layer_tensors, write_moe_settings
+from moefication_cli.models.moe_folder import write_moe_settings
 from moefication_cli.stages.contract import Control, Result
 from moefication_cli.stages.estimate import estimate, ffn_bytes
 from moefication_cli.stages.inputs import RunModel, begin_options, layer_seed, open_model
-from moefication_cli.stages.plan import Budget, LayerPlan, choose_router, describe_rule, plan_layers, routed_layers
+from moefication_cli.stages.plan import LayerPlan, check_budget, choose_router, describe_rule, routed_layers
+from moefication_cli.stages.planned import budget_of, router_tensors, settings
+from moefication_cli.stages.refined import make_plans
 from moefication_cli.store.rundir import RunDir
 
 _CHECK_TOKENS = 16
@@ -33,7 +34,8 @@ def apply(run: RunDir, config: ApplyConfig, control: Control) -> Result:
     activations = run.require("activations") if run.manifest("activations") is not None else None
     tokens = None if activations is None else [layer["tokens"] for layer in activations.metrics["layers"]]
     layers = routed_layers(model, split, router, tokens)
-    plans = plan_layers(model, activations, layers, budget_of(config), control.seed)
+    config = replace(config, router=name)
+    check_budget(layers, activations, budget_of(config))
     if control.dry_run:
         size = float(sum(path.stat().st_size for path in model.checkpoint.files))
         return estimate(
@@ -47,17 +49,17 @@ def apply(run: RunDir, config: ApplyConfig, control: Control) -> Result:
             reads={"split": split, "router": router},
         )
     inputs = {"split": split, f"router/{name}": router, "activations": activations}
-    options = begin_options(replace(config, router=name), control, model, inputs)
-    rows = [_row(plan) for plan in plans]
-    with run.begin("model", **options) as work:
+    with run.begin("model", **begin_options(config, control, model, inputs)) as work:
         manifest = work.manifest
         if not work.up_to_date:
+            plans = make_plans(run, model, layers, inputs, config, control)
             orders = {plan.layer.name: plan.layer.partition.order_F() for plan in plans if plan.rule is not None}
             model.checkpoint.write_permuted(work.folder, orders)
             write_moe_settings(work.folder, settings(plans, name, config, run.info.ffn), router_tensors(plans))
             written = Checkpoint(work.folder, ffn=run.info.ffn)
             for index in control.track(range(len(plans)), "check", len(plans)):
                 check_layer(model, written, index, control.seed)
+            rows = [_row(plan) for plan in plans]
             manifest = work.finish({"layers": rows, "router": name} | describe_rule(plans))
     assert manifest is not None
     path = run.path("model")
@@ -65,53 +67,7 @@ def apply(run: RunDir, config: ApplyConfig, control: Control) -> Result:
         f"{path} loads dense with transformers, and as the MoE with moefication_cli.load({str(path)!r})",
     ]
     payload = {"path": str(path), "digest": manifest.digest, "metrics": manifest.metrics}
-    return Result("apply", rows, payload, up_to_date=work.reason is None, notes=notes)
-
-
-def budget_of(config: ApplyConfig) -> Budget:
-    """The budget these options ask for."""
-    return Budget(
-        config.fraction,
-        config.fraction_of,
-        config.top_k,
-        config.rule,
-        config.budget,
-        config.compensation,
-        config.keep_dense,
-    )
-
-
-def settings(plans: list[LayerPlan], name: str, config: ApplyConfig, ffn: str | None) -> dict[str, Any]:
-    """The content of RUN/model/moefication/moefication.json."""
-    layers: list[dict[str, Any]] = []
-    for plan in plans:
-        rule, router = plan.rule, plan.router
-        if rule is None:
-            layers.append({"layer": plan.layer.name, "dense": True})
-            continue
-        entry: dict[str, Any] = {
-            "layer": plan.layer.name,
-            "dense": False,
-            "num_experts": plan.num_experts,
-            "num_shared": plan.num_shared,
-            "rule": {"top_k": rule.top_k} if rule.threshold is None else {"threshold": rule.threshold},
-            "score": plan.layer.score,
-            "ffn_flops_fraction": plan.flops_fraction,
-        }
-        if router is not None:
-            entry["router"] = {"activation": router.activation, "normalise": router.normalise}
-        layers.append(entry)
-    recorded = {"router": name, "fraction": config.fraction, "fraction_of": config.fraction_of, "layers": layers}
-    return recorded | ({} if ffn is None else {"ffn": ffn})
-
-
-def router_tensors(plans: list[LayerPlan]) -> dict[str, Tensor]:
-    """The tensors of RUN/model/moefication/routers.safetensors."""
-    tensors: dict[str, Tensor] = {}
-    for plan in plans:
-        if plan.rule is not None:
-            tensors |= layer_tensors(plan.layer.index, plan.router, plan.compensation)
-    return tensors
+    return Result("apply", manifest.metrics["layers"], payload, up_to_date=work.reason is None, notes=notes)
 
 
 def check_layer(model: RunModel, written: Checkpoint, index: int, seed: int) -> None:

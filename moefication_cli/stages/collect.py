@@ -5,7 +5,6 @@ memory holds one shard however much is collected. At the end the shards are join
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from moefication_cli.config import CollectConfig
 from moefication_cli.errors import ConfigError, MoEficationError, NonFiniteError
 from moefication_cli.models.capture import capture
 from moefication_cli.models.loading import LoadedModel, load_model
-from moefication_cli.models.sensitivity import gradient_norms, sampled_log_likelihood, token_weights
+from moefication_cli.models.sensitivity import gradient_norms, predicted_weights, sampled_log_likelihood, token_weights
 from moefication_cli.models.sites import FFNSite
 from moefication_cli.stages.contract import Control, Result
 from moefication_cli.stages.estimate import estimate
@@ -27,6 +26,9 @@ from moefication_cli.store.work import Work
 from moefication_cli.tasks.examples import Batch
 
 _SHARD_BYTES = 256 * 2**20  # of stored inputs, over all layers: what is held in memory and redone after a kill
+# A backward pass costs twice a forward one: it runs on every 16th batch, and on the first so that small data has some.
+_GRADIENT_EVERY, _GRADIENT_FIRST = 16, 2
+_UNKNOWN = -1.0  # gradient norm of a token of the other batches
 _SUMS = ("active_F", "sum_F", "square_F", "absolute_F")
 
 
@@ -77,15 +79,16 @@ def _run_shards(run: RunDir, model: RunModel, work: Work, config: CollectConfig,
     per_token = sum(site.d_model for site in model.sites) * getattr(torch, config.storage_dtype).itemsize
     for wait in (False, True):  # first what is free, then what others hold: theirs, unless they die
         batches = examples.calibration(config.max_tokens, control.seed, config.batch_size)
-        number = first_row = busy = 0
+        number = first_row = first_batch = busy = 0
         for shard in control.track(_shards(batches, max(1, _SHARD_BYTES // per_token)), "collect-activations"):
             path = _shard(work.scratch, number, config)
             if not path.exists():  # it does if this or another process was here before
                 with work.hold(path.stem, wait) as ours:
                     if ours and not path.exists():
-                        _collect_shard(loaded, model.sites, shard, config, path, first_row, control.seed)
+                        _collect_shard(loaded, model.sites, shard, config, path, first_row, first_batch, control.seed)
                     busy += not ours
             number += 1
+            first_batch += len(shard)
             first_row += sum(_num_rows(batch) for batch in shard)
         if not busy:
             break
@@ -124,6 +127,7 @@ def _collect_shard(
     config: CollectConfig,
     path: Path,
     first_row: int,
+    first_batch: int,
     seed: int,
 ) -> None:
     dtype = getattr(torch, config.storage_dtype)
@@ -149,18 +153,20 @@ def _collect_shard(
         norms[site.index].append(norm_T)
 
     loaded.model.requires_grad_(False)
-    with ExitStack() as stack:
-        mask = stack.enter_context(capture(loaded.model, sites, on_input, on_hidden))
-        if config.sensitivity:
-            stack.enter_context(gradient_norms(loaded.model, sites, on_gradient, mask))
-        for batch in shard:
+    with capture(loaded.model, sites, on_input, on_hidden) as mask:
+        for number, batch in enumerate(shard, first_batch):
             for side, name in (("encoder", "attention_mask"), ("decoder", "decoder_attention_mask")):
                 rows[side] = _sequence_of_tokens(batch, side, name, first_row)
-            with torch.set_grad_enabled(config.sensitivity):
-                logits = loaded.model(**batch.to(loaded.device).inputs).logits
-                if config.sensitivity:
+            if config.sensitivity and (number % _GRADIENT_EVERY == 0 or number < _GRADIENT_FIRST):
+                with gradient_norms(loaded.model, sites, on_gradient, mask):
+                    logits = loaded.model(**batch.to(loaded.device).inputs).logits
                     generator = torch.Generator().manual_seed(layer_seed(seed, first_row))
                     sampled_log_likelihood(*predictions(logits, batch), generator).backward()  # type: ignore[no-untyped-call]
+            else:
+                with torch.no_grad():
+                    loaded.model(**batch.to(loaded.device).inputs)
+                for site in sites:
+                    norms[site.index].append(torch.full((len(rows[site.stack]),), _UNKNOWN))
             first_row += _num_rows(batch)
     tensors: dict[str, Tensor] = {}
     for site in sites:
@@ -171,8 +177,7 @@ def _collect_shard(
         tensors[f"{site.index}.inputs_TD"] = torch.cat(inputs[site.index])
         tensors[f"{site.index}.sequence_T"] = torch.cat(sequences[site.index])
         tensors[f"{site.index}.sums"] = sums[site.index]
-        if config.sensitivity:
-            tensors[f"{site.index}.norm_T"] = torch.cat(norms[site.index])
+        tensors[f"{site.index}.norm_T"] = torch.cat(norms[site.index])
     write_layer(path, tensors, {"layer": "all"})
 
 
@@ -200,12 +205,11 @@ def _join(work: Work, model: RunModel, index: int, num_shards: int, config: Coll
     """One layer's file from all shards, and its neurons' statistics."""
     inputs, sequences, norms, total = [], [], [], None
     for number in range(num_shards):
-        names = [f"{index}.inputs_TD", f"{index}.sequence_T", f"{index}.sums"]
-        names += [f"{index}.norm_T"] if config.sensitivity else []
+        names = [f"{index}.inputs_TD", f"{index}.sequence_T", f"{index}.sums", f"{index}.norm_T"]
         tensors, _ = read_layer(_shard(work.scratch, number, config), names)
         inputs.append(tensors[names[0]])
         sequences.append(tensors[names[1]])
-        norms.append(tensors[names[3]] if config.sensitivity else torch.ones(len(tensors[names[1]])))
+        norms.append(tensors[names[3]])
         total = tensors[names[2]] if total is None else total + tensors[names[2]]
     assert total is not None
     num_tokens = sum(len(part) for part in sequences)
@@ -217,12 +221,22 @@ def _join(work: Work, model: RunModel, index: int, num_shards: int, config: Coll
         "variance_F": (square_F - sum_F.square()).clamp_min(0).float(),
         "contribution_F": (absolute_F * norms_F).float(),
     }
-    metrics = {"tokens": num_tokens, "firing": float(active_F.mean()), "dead_neurons": int((active_F == 0).sum())}
     sequence_T = torch.cat(sequences)
-    weight_T = token_weights(torch.cat(norms), sequence_T)
+    metrics = {
+        "tokens": num_tokens,
+        "sequences": len(torch.unique(sequence_T)),
+        "firing": float(active_F.mean()),
+        "dead_neurons": int((active_F == 0).sum()),
+    }
+    inputs_TD, weight_T = torch.cat(inputs), torch.ones(num_tokens)
+    if config.sensitivity:
+        norm_T = torch.cat(norms)
+        sample_S = (norm_T != _UNKNOWN).nonzero().squeeze(1)
+        weight_S = token_weights(norm_T[sample_S], sequence_T[sample_S])
+        weight_T = predicted_weights(inputs_TD, weight_S, sample_S)
     if not torch.isfinite(weight_T).all():
         raise NonFiniteError(
             f"layer {index} ({model.names[index]}): gradients contain NaN or infinity", "--no-sensitivity"
         )
-    tensors = {"inputs_TD": torch.cat(inputs), "sequence_T": sequence_T, "weight_T": weight_T, **statistics}
+    tensors = {"inputs_TD": inputs_TD, "sequence_T": sequence_T, "weight_T": weight_T, **statistics}
     work.save(index, tensors, metrics=metrics)

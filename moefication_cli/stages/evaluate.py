@@ -6,6 +6,7 @@ same examples and share the machine's good and bad moments.
 
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,15 +17,16 @@ from moefication_cli.models.loading import LoadedModel, load_model
 from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.surgery import install, live_weights, permute_in_place
 from moefication_cli.runtime.layer import MoEFFN
-from moefication_cli.stages.apply import budget_of
 from moefication_cli.stages.baseline import paper_variant, static_variant
 from moefication_cli.stages.contract import Control, Result, parse_fractions
 from moefication_cli.stages.estimate import estimate
 from moefication_cli.stages.eval_rows import compare_with_static, row_of
 from moefication_cli.stages.examples import open_examples
 from moefication_cli.stages.inputs import RunModel, begin_options, open_model
-from moefication_cli.stages.plan import Budget, plan_layers, routed_layers
+from moefication_cli.stages.plan import routed_layers
+from moefication_cli.stages.planned import read_plans
 from moefication_cli.stages.plots import plot_quality
+from moefication_cli.stages.refined import make_plans
 from moefication_cli.stages.variants import (
     NeuronOracleFFN,
     PinnedFFN,
@@ -187,19 +189,24 @@ def _variants(
     routed = {name: routed_layers(model, split, stage, tokens) for name, stage in routers.items()}
     if not routed:
         raise ConfigError(f"{run.root}: no router is trained", f"moefication train-router {run.root}")
-    settings = {} if applied is None else applied.config
-    layers = routed[settings["router"] if applied is not None else next(iter(routed))]
+    like = ApplyConfig(router=next(iter(routed)), fraction=0.0)
+    if applied is not None:
+        like = ApplyConfig(**{entry.name: applied.config[entry.name] for entry in options_of(ApplyConfig)})
+    layers = routed[str(like.router)]
     for layer in layers:
         permute_in_place(net, layer.site, layer.partition.order_F())
     score = layers[0].score
 
-    planned: dict[tuple[str, Budget], Variant] = {}
-
-    def router_row(name: str, budget: Budget) -> Variant:
-        if (name, budget) not in planned:  # planning fits compensations
-            plans = plan_layers(model, activations, routed[name], budget, control.seed)
-            planned[name, budget] = routed_variant(name, net, plans, budget.fraction, config.backend)
-        return planned[name, budget]
+    def router_row(name: str, fraction: float) -> Variant:
+        """What `apply` with the options of last time would make of this router at this fraction."""
+        made = replace(like, router=name, fraction=fraction, fraction_of=config.fraction_of, top_k=None)
+        if made == like:
+            assert applied is not None
+            plans = read_plans(applied.path, routed[name], model.device)
+        else:
+            inputs = {"split": split, f"router/{name}": routers[name], "activations": activations}
+            plans = make_plans(run, model, routed[name], inputs, made, control)
+        return routed_variant(name, net, plans, fraction, config.backend, applied=made == like)
 
     variants: list[Variant] = []
     for fraction in fractions:
@@ -218,14 +225,10 @@ def _variants(
             elif name == "paper":
                 variants.append(paper_variant(run, model, fraction, config, control))
             else:
-                variants.append(router_row(name, Budget(fraction, config.fraction_of)))
-    if applied is not None:
-        made = ApplyConfig(**{entry.name: settings[entry.name] for entry in options_of(ApplyConfig)})
-        row = router_row(settings["router"], budget_of(made))
-        same = [v for v in variants if v.selection == row.selection and v.kind == "router" and _rules(v) == _rules(row)]
-        if not same:
-            variants.append(row)
-        (same or [row])[0].applied = True
+                variants.append(router_row(name, fraction))
+    if applied is not None and not any(variant.applied for variant in variants):
+        plans = read_plans(applied.path, layers, model.device)
+        variants.append(routed_variant(str(like.router), net, plans, like.fraction, config.backend, applied=True))
     return variants
 
 
@@ -234,10 +237,6 @@ def _work(model: RunModel, variants: Sequence[Variant]) -> list[float]:
     chance = next(variant for variant in variants if variant.selection == "random")
     counted = [layer.num_counted for layer in chance.layers if isinstance(layer, MoEFFN)]
     return [float(site.num_parameters * count) for site, count in zip(model.sites, counted, strict=True)]
-
-
-def _rules(variant: Variant) -> list[Any]:
-    return [(plan.rule, plan.always, plan.flops_fraction) for plan in variant.plans]
 
 
 @torch.inference_mode()

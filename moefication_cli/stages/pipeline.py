@@ -17,7 +17,9 @@ from moefication_cli.stages.collect import collect_activations
 from moefication_cli.stages.contract import Control, Result
 from moefication_cli.stages.evaluate import evaluate as evaluate_stage
 from moefication_cli.stages.graph import build_graph
+from moefication_cli.stages.inputs import open_model
 from moefication_cli.stages.ranks import Ranks
+from moefication_cli.stages.refined import default_steps
 from moefication_cli.stages.router import train_router
 from moefication_cli.stages.split import split as split_stage
 from moefication_cli.store.rundir import RunDir
@@ -53,6 +55,8 @@ def run_all(
         return _last(done)  # the rest is not shared over ranks
     control = replace(control, ranks=Ranks())
     apply = replace(apply, router=apply.router or router.router)
+    if apply.refine is None:
+        apply = replace(apply, refine=default_steps(open_model(run, None, control), apply, control))
     done.append(apply_stage(run, apply, control))
     if extra.eval_data is None:
         control.say("no --eval-data: nothing was measured; moefication eval RUN --data ... does it")

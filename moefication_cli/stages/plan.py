@@ -127,6 +127,11 @@ def read_routers(router: Stage, index: int) -> tuple[list[Router], str, Curve | 
     return routers, settings["score"], Curve(**curve) if curve else None
 
 
+def check_budget(layers: Sequence[RoutedLayer], activations: Stage | None, budget: Budget) -> None:
+    """Raise ConfigError unless `plan_layers` can meet this budget; nothing is fitted or read for it."""
+    _choose(layers, activations, budget)
+
+
 def plan_layers(
     model: RunModel, activations: Stage | None, layers: Sequence[RoutedLayer], budget: Budget, seed: int
 ) -> list[LayerPlan]:
@@ -135,15 +140,25 @@ def plan_layers(
     Layers with calibration curves share the budget by what it saves (threshold rule, compensation); the others, and all
     under `rule="top_k"`, get the same fixed fraction.
     """
+    plans: list[LayerPlan] = []
+    for layer, choice in zip(layers, _choose(layers, activations, budget), strict=True):
+        if isinstance(choice, LayerPlan):
+            plans.append(choice)
+        else:
+            assert activations is not None
+            plans.append(_calibrated(model, activations, layer, choice, seed))
+    return plans
+
+
+def _choose(layers: Sequence[RoutedLayer], activations: Stage | None, budget: Budget) -> Sequence[LayerPlan | int]:
+    """Finished plans of a fixed fraction, or one row of each layer's curve."""
     dense = set(parse_layers(budget.keep_dense, len(layers)) or [])
     calibrated = all(layer.curve is not None for layer in layers) and activations is not None
     if budget.rule == "threshold" and not calibrated:
         raise ConfigError("--rule threshold needs a calibrated router", "train one with --router regression or linear")
     if budget.top_k is not None or budget.rule == "top_k" or not calibrated:
         return [_fixed(layer, budget, layer.index in dense) for layer in layers]
-    assert activations is not None
-    chosen = _share_budget(layers, budget, dense)
-    return [_calibrated(model, activations, layer, row, seed) for layer, row in zip(layers, chosen, strict=True)]
+    return _share_budget(layers, budget, dense)
 
 
 def _fixed(layer: RoutedLayer, budget: Budget, dense: bool) -> LayerPlan:

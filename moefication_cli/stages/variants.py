@@ -159,7 +159,9 @@ def prune(
     return best[1], best[2]
 
 
-def routed_variant(name: str, model: nn.Module, plans: Sequence[LayerPlan], fraction: float, backend: str) -> Variant:
+def routed_variant(
+    name: str, model: nn.Module, plans: Sequence[LayerPlan], fraction: float, backend: str, applied: bool = False
+) -> Variant:
     """A trained router at a budget, through the real backend, on a model whose neurons are in expert order."""
     layers: list[FFNLayer] = []
     for plan in plans:
@@ -174,7 +176,7 @@ def routed_variant(name: str, model: nn.Module, plans: Sequence[LayerPlan], frac
             # Quality is measured: a call that goes dense would compute more than the router selected.
             layers.append(MoEFFN(weights, plan.router, plan.rule, backend=backend, may_go_dense=False))
     meta = {"score": plans[0].layer.score} | describe_rule(plans)
-    return Variant(name, "router", fraction, layers, meta=meta, plans=list(plans))
+    return Variant(name, "router", fraction, layers, applied, meta=meta, plans=list(plans))
 
 
 def selected_variant(

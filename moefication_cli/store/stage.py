@@ -1,6 +1,7 @@
 """A finished stage: where its files are, reading it, and checking that they are what the manifest says.
 
-Names of stages: `activations`, `graph`, `split`, `model`, `report`, and `router/NAME`, `eval/NAME`, `baseline/NAME`.
+Names of stages: `activations`, `graph`, `split`, `model`, `report`, and `router/NAME`, `refined/NAME`, `eval/NAME`,
+`baseline/NAME`.
 Everything hidden belongs to this package: `RUN/.locks/STAGE/`, and beside a stage folder `.NAME.partial` (work in
 progress) and `.NAME.old` (the replaced stage, for the moment of the commit). Writing is `work.py`.
 """
@@ -28,12 +29,13 @@ COMMANDS = {
     "graph": "build-graph",
     "split": "split",
     "router": "train-router",
+    "refined": "apply",
     "model": "apply",
     "eval": "eval",
     "baseline": "eval",
     "report": "report",
 }
-_NAMED = {"router", "eval", "baseline"}
+_NAMED = {"router", "eval", "baseline", "refined"}
 
 
 def check_stage(stage: str) -> None:
