@@ -178,6 +178,11 @@ class ApplyConfig:
     router: str | None = option(None, "Which trained router (default: the one there is)")
     fraction: float = option(0.2, "What an FFN may compute, as a share of dense", minimum=0.0, maximum=1.0)
     fraction_of: Literal["flops", "neurons"] = option("flops", FRACTION_OF)
+    target_kl: float | None = option(
+        None,
+        "Instead of --fraction: the least compute whose KL to dense on calibration data is at most this (nats)",
+        minimum=0.0,
+    )
     top_k: int | None = option(None, "Experts per token, instead of --fraction", minimum=1)
     rule: Literal["threshold", "top_k"] | None = option(
         None, "Experts per token: all whose score passes a calibrated threshold, or a fixed number (default: by router)"
@@ -228,6 +233,21 @@ class DemoConfig:
     """demo: the shipped model, converted and measured on standard-library modules it never saw."""
 
     fractions: str = option("0.1,0.2,0.3,0.5", "What an FFN may compute, as shares of dense")
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """tune: every combination of these, judged on held-out calibration data. All are comma lists."""
+
+    methods: str = option("activation,kmeans", "Splits: activation, kmeans, random")
+    expert_sizes: str = option("4,16,32", "Neurons per expert")
+    routers: str = option("regression", "regression, linear, quadratic")
+    budgets: str = option("auto", "auto, uniform")
+    compensations: str = option("auto,none", "auto, mean, none")
+    fractions: str = option("0.1,0.2,0.3,0.5", "What an FFN may compute, as shares of dense")
+    max_tokens: int = option(32768, "Tokens every router is trained on", minimum=1)
+    heldout_tokens: int = option(16384, "Tokens to judge on", minimum=64)
+    batch_size: int = option(32, "Sequences per forward pass", minimum=1)
 
 
 @dataclass(frozen=True)

@@ -109,8 +109,9 @@ def test_converted_folder_is_dense_for_transformers_and_exact_with_all_experts(w
 def test_generate_with_the_converted_model(world: Any, run_cli: Runner) -> None:
     run, model, collect, _ = world("llama", "lm")
     run_cli.ok(
-        "run", run, *collect, "--router", "linear", "--expert-size", 4, "--fraction-of", "neurons", "--fraction", 0.5
-    )
+        "run", run, *collect, "--router", "linear", "--expert-size", 4, "--fraction-of", "neurons", "--fraction", 0.5,
+        "--refine", 3,
+    )  # fmt: skip
     ids = torch.tensor([[5, 6, 7]])
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     dense = AutoModelForCausalLM.from_pretrained(model).generate(ids, **options)

@@ -28,6 +28,7 @@ from moefication_cli.config import (
     RouterConfig,
     RunConfig,
     SplitConfig,
+    TuneConfig,
 )
 from moefication_cli.errors import MoEficationError
 from moefication_cli.stages.contract import Control, Result
@@ -174,6 +175,14 @@ def _pipeline(
     )
 
 
+def _tune(run: str, config: TuneConfig, control: ControlConfig, sources: Sources) -> None:
+    """Sweep split, expert size, router, budget and compensation; print the Pareto front of quality against cost."""
+    from moefication_cli.stages.tune import tune
+    from moefication_cli.store.rundir import RunDir
+
+    _run(control, sources, lambda c: tune(RunDir(run), config, c))
+
+
 def _demo(run: str, config: DemoConfig, control: ControlConfig, sources: Sources) -> None:
     """Convert the demo model that ships with the package and show what is kept at which cost."""
     from moefication_cli.stages.demo import demo
@@ -217,6 +226,7 @@ register(
     _pipeline,
     without=("layers",),
 )
+register(app, "tune", [TuneConfig], _tune, without=("layers",))
 register(app, "demo", [DemoConfig], _demo, argument_default="artifacts/demo-run", without=("layers",))
 register(
     app,

@@ -14,7 +14,7 @@ from moefication_cli.stages.estimate import estimate, ffn_bytes
 from moefication_cli.stages.inputs import RunModel, begin_options, layer_seed, open_model
 from moefication_cli.stages.plan import LayerPlan, check_budget, choose_router, describe_rule, routed_layers
 from moefication_cli.stages.planned import budget_of, router_tensors, settings
-from moefication_cli.stages.refined import make_plans
+from moefication_cli.stages.refined import fraction_for, make_plans
 from moefication_cli.store.rundir import RunDir
 
 _CHECK_TOKENS = 16
@@ -35,6 +35,9 @@ def apply(run: RunDir, config: ApplyConfig, control: Control) -> Result:
     tokens = None if activations is None else [layer["tokens"] for layer in activations.metrics["layers"]]
     layers = routed_layers(model, split, router, tokens)
     config = replace(config, router=name)
+    inputs = {"split": split, f"router/{name}": router, "activations": activations}
+    if config.target_kl is not None and not control.dry_run:
+        config = replace(config, fraction=fraction_for(run, model, layers, inputs, config, control))
     check_budget(layers, activations, budget_of(config))
     if control.dry_run:
         size = float(sum(path.stat().st_size for path in model.checkpoint.files))
@@ -48,7 +51,6 @@ def apply(run: RunDir, config: ApplyConfig, control: Control) -> Result:
             memory=2 * ffn_bytes(model),
             reads={"split": split, "router": router},
         )
-    inputs = {"split": split, f"router/{name}": router, "activations": activations}
     with run.begin("model", **begin_options(config, control, model, inputs)) as work:
         manifest = work.manifest
         if not work.up_to_date:

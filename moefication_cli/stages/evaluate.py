@@ -29,8 +29,8 @@ from moefication_cli.stages.plots import plot_quality
 from moefication_cli.stages.refined import make_plans
 from moefication_cli.stages.variants import (
     NeuronOracleFFN,
-    PinnedFFN,
     Variant,
+    count_selections,
     routed_variant,
     selected_variant,
 )
@@ -261,7 +261,7 @@ def _run_all(
             for variant in variants:
                 _install(converted, model, variant, mask)
                 converted.model(**inputs)
-                _count(variant)
+                count_selections(variant)
             warm = True
         logits, spent = _timed(dense, inputs)
         seconds += spent
@@ -278,13 +278,6 @@ def _run_all(
 def _install(converted: LoadedModel, model: RunModel, variant: Variant, mask: TokenMask) -> None:
     for site, layer in zip(model.sites, variant.layers, strict=True):
         install(converted.model, site, layer, mask)
-
-
-def _count(variant: Variant) -> None:
-    for layer in variant.layers:
-        moe = layer.layer if isinstance(layer, PinnedFFN) else layer
-        if isinstance(moe, MoEFFN):
-            moe.count_selections()
 
 
 def _timed(loaded: LoadedModel, inputs: dict[str, Any]) -> tuple[Any, float]:

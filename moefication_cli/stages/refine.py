@@ -17,7 +17,7 @@ from torch import Tensor
 from moefication_cli.ffn import ExpertWeights
 from moefication_cli.models.loading import LoadedModel
 from moefication_cli.models.masking import TokenMask
-from moefication_cli.models.surgery import install, live_weights
+from moefication_cli.models.surgery import install, live_weights, uninstall
 from moefication_cli.routing.plan import overhead_flops
 from moefication_cli.routing.router import Rule
 from moefication_cli.runtime.soft import SoftMoEFFN
@@ -50,9 +50,10 @@ class Conversion:
         self.tokens: dict[str, int] = {}
         loaded.model.requires_grad_(False)
         for number, plan in enumerate(plans):
-            if plan.rule is None:
-                continue
             site = plan.layer.site
+            if plan.rule is None:
+                uninstall(loaded.model, site)
+                continue
             overhead = overhead_flops(plan.router, plan.compensation) if budget.fraction_of == "flops" else 0
             self.overheads[number] = overhead / (site.num_neurons * site.flops_per_neuron)
             weights = ExpertWeights(

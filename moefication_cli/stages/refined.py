@@ -4,7 +4,9 @@ Refined plans are kept in RUN/refined/<router>-<fraction>, a stage like any othe
 model on calibration data: a killed `apply` finds them again, and `eval` need not make them anew.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -19,8 +21,9 @@ from moefication_cli.stages.examples import open_examples
 from moefication_cli.stages.inputs import RunModel, begin_options
 from moefication_cli.stages.plan import LayerPlan, RoutedLayer, plan_layers
 from moefication_cli.stages.planned import budget_of, read_plans, router_tensors, settings
-from moefication_cli.stages.refine import Conversion, refine, settle
+from moefication_cli.stages.refine import Conversion, mean_kl, refine, settle
 from moefication_cli.stages.router import CALIBRATED
+from moefication_cli.store import jsonio
 from moefication_cli.store.rundir import RunDir
 from moefication_cli.store.stage import Stage
 from moefication_cli.tasks.examples import Batch, Examples
@@ -28,9 +31,12 @@ from moefication_cli.tasks.examples import Batch, Examples
 _STEP_TOKENS = 2048
 _HELDOUT_TOKENS = 12288
 # Multiply-adds x 2 that refinement may cost by default, and the steps that are worth it: minutes on two cores.
-_DEFAULT_FLOPS = 1.5e13
+_DEFAULT_FLOPS = 2.5e13
 _FEWEST, _MOST = 60, 300
 _FLOAT = 4
+_FEWEST_BATCHES = 8  # that the calibration data is cut into, however small it is
+_HALVINGS = 7  # of the interval in which --target-kl looks for the fraction
+_STEP_DOWN = 0.8  # from one refined fraction to the next lower one
 
 
 def make_plans(
@@ -42,19 +48,16 @@ def make_plans(
     control: Control,
 ) -> list[LayerPlan]:
     """Every layer as `apply` with this config converts it; `inputs` are the stages it reads. Raises ConfigError."""
-    activations, budget = inputs["activations"], budget_of(config)
+    activations = inputs["activations"]
     if not config.refine:
-        return plan_layers(model, activations, layers, budget, control.seed)
-    if activations is None or any(layer.curve is None for layer in layers) or budget.top_k or budget.rule == "top_k":
-        raise ConfigError(
-            "--refine needs a calibrated router and the threshold rule",
-            "train one with --router regression, or use --refine 0",
-        )
+        return plan_layers(model, activations, layers, budget_of(config), control.seed)
+    _require_calibrated(layers, activations, config, "--refine")
+    assert activations is not None
     name = f"refined/{config.router}-{config.fraction:g}"
     with run.begin(name, **begin_options(config, control, model, inputs)) as work:
         if not work.up_to_date:
-            plans = plan_layers(model, activations, layers, budget, control.seed)
-            plans, metrics = _refined(run, model, plans, activations, config, control)
+            subject = Subject(run, model, layers, activations, config, control)
+            plans, metrics = subject.refined(config)
             write_moe_settings(
                 work.folder, settings(plans, str(config.router), config, run.info.ffn), router_tensors(plans)
             )
@@ -62,11 +65,89 @@ def make_plans(
     return read_plans(run.path(name), layers, model.device)
 
 
-def default_steps(model: RunModel, config: ApplyConfig, control: Control) -> int:
+def fraction_for(
+    run: RunDir,
+    model: RunModel,
+    layers: Sequence[RoutedLayer],
+    inputs: Mapping[str, Stage | None],
+    config: ApplyConfig,
+    control: Control,
+) -> float:
+    """The least fraction at which the converted model's KL on held-out calibration sequences is at most `target_kl`.
+
+    Bisection over conversions with settled thresholds; with `refine` then downwards in steps, refining each. Kept in
+    RUN/refined/<router>-kl<target>. Raises ConfigError where only the dense model holds the target.
+    """
+    activations, target = inputs["activations"], config.target_kl
+    assert target is not None
+    _require_calibrated(layers, activations, config, "--target-kl")
+    assert activations is not None
+    name = f"refined/{config.router}-kl{target:g}"
+    asked = replace(config, fraction=1.0)  # what a search does not depend on
+    with run.begin(name, **begin_options(asked, control, model, inputs)) as work:
+        manifest = work.manifest
+        if not work.up_to_date:
+            subject = Subject(run, model, layers, activations, config, control)
+            trail = _bisect(lambda fraction: subject.kl(replace(config, fraction=fraction)), target, control)
+            good = min(fraction for fraction, kl in trail if kl <= target)
+            while config.refine and good < 1:
+                lower = replace(config, fraction=_tidy(good * _STEP_DOWN))
+                make_plans(run, model, layers, inputs, lower, control)
+                made = run.read_stage(f"refined/{config.router}-{lower.fraction:g}")
+                trail.append((lower.fraction, float(made.metrics["kl_after"])))
+                if trail[-1][1] > target:
+                    break
+                good = lower.fraction
+            jsonio.write(work.folder / "search.json", {"target_kl": target, "trail": [list(step) for step in trail]})
+            manifest = work.finish({"fraction": good})
+    assert manifest is not None
+    found = float(manifest.metrics["fraction"])
+    if found >= 1:
+        raise ConfigError(
+            f"no conversion keeps the KL at or below {target:g} on held-out calibration data: only the dense model does",
+            "raise --target-kl, use smaller experts, or allow --refine",
+        )
+    control.say(f"--target-kl {target:g}: the least fraction that holds it is {found:g}")
+    return found
+
+
+def _bisect(kl_at: Callable[[float], float], target: float, control: Control) -> list[tuple[float, float]]:
+    """(fraction, KL) of everything tried; the dense model holds any target."""
+    trail, low, high = [(1.0, 0.0)], 0.0, 1.0
+    for _ in control.track(range(_HALVINGS), "target-kl", _HALVINGS):
+        middle = _tidy((low + high) / 2)
+        try:
+            trail.append((middle, kl_at(middle)))
+        except ConfigError:  # less than the routers alone cost
+            low = middle
+            continue
+        low, high = (low, middle) if trail[-1][1] <= target else (middle, high)
+    return trail
+
+
+def _tidy(fraction: float) -> float:
+    return round(fraction, 4)
+
+
+def _require_calibrated(
+    layers: Sequence[RoutedLayer], activations: Stage | None, config: ApplyConfig, option: str
+) -> None:
+    fixed = config.top_k is not None or config.rule == "top_k"
+    if activations is None or fixed or any(layer.curve is None for layer in layers):
+        raise ConfigError(
+            f"{option} needs a calibrated router and the threshold rule", "train one with --router regression"
+        )
+
+
+def default_steps(run: RunDir, model: RunModel, config: ApplyConfig, control: Control) -> int:
     """How many steps `run` refines a model of this size; 0, and said, where there is nothing to refine or no memory."""
     if config.router not in CALIBRATED or config.top_k is not None or config.rule == "top_k":
         return 0
-    parameters = model.checkpoint.describe()["parameters"]
+    if run.read_stage("activations").metrics["layers"][0]["sequences"] < _FEWEST_BATCHES:
+        control.say("routers are not fitted to the whole model: there are too few sequences to calibrate on")
+        return 0
+    described = model.checkpoint.describe()
+    parameters = described["parameters"]
     needed, there = 4.0 * parameters * _FLOAT, total_memory(model.device)
     if needed > there:
         control.say(
@@ -74,41 +155,62 @@ def default_steps(model: RunModel, config: ApplyConfig, control: Control) -> int
             f"are {there / 2**30:.1f} (--refine N does it anyway)"
         )
         return 0
-    step_flops = 8.0 * _STEP_TOKENS * parameters  # dense, converted, and its gradient
+    # Dense, converted, and its gradient; what is no FFN is about half as much again, embeddings cost nothing.
+    step_flops = 8.0 * _STEP_TOKENS * 1.5 * described["ffn_parameters"]
     return max(_FEWEST, min(_MOST, round(_DEFAULT_FLOPS / step_flops)))
 
 
-def _refined(
-    run: RunDir,
-    model: RunModel,
-    plans: list[LayerPlan],
-    activations: Stage,
-    config: ApplyConfig,
-    control: Control,
-) -> tuple[list[LayerPlan], dict[str, object]]:
-    assert config.refine
-    loaded = load_model(
-        model.checkpoint.folder,
-        task=run.info.task,
-        device=model.device,
-        trust_remote_code=bool(run.info.trust_remote_code),
-        quiet=True,
-    )
-    collected = activations.config
-    data = CollectConfig(**{entry.name: collected[entry.name] for entry in options_of(CollectConfig)})
-    examples = open_examples(run, loaded, data, control)
-    per_sequence = activations.metrics["layers"][0]["tokens"] / max(1, activations.metrics["layers"][0]["sequences"])
-    train, heldout = _batches(examples, config.refine, max(1, round(_STEP_TOKENS / per_sequence)), control.seed)
-    for plan in plans:
-        if plan.rule is not None:
-            permute_in_place(loaded.model, plan.layer.site, plan.layer.partition.order_F())
-    conversion = Conversion(loaded, plans, budget_of(config), TokenMask(loaded.model))
-    settle(conversion, heldout)
-    outcome = refine(conversion, train, heldout, config.refine, control)
-    shares = settle(conversion, heldout)
-    if not outcome.kept:
-        control.say("refinement did not lower the KL on held-out calibration data: kept as planned")
-    return conversion.finished(shares), vars(outcome)
+class Subject:
+    """The whole model in memory, its neurons in the order of the split, with sequences to fit and to judge on."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        model: RunModel,
+        layers: Sequence[RoutedLayer],
+        activations: Stage,
+        config: ApplyConfig,
+        control: Control,
+    ) -> None:
+        self.model, self.layers, self.activations, self.control = model, layers, activations, control
+        self.loaded = load_model(
+            model.checkpoint.folder,
+            task=run.info.task,
+            device=model.device,
+            trust_remote_code=bool(run.info.trust_remote_code),
+            quiet=True,
+        )
+        for layer in layers:
+            permute_in_place(self.loaded.model, layer.site, layer.partition.order_F())
+        self.mask = TokenMask(self.loaded.model)
+        collected = activations.config
+        data = CollectConfig(**{entry.name: collected[entry.name] for entry in options_of(CollectConfig)})
+        examples = open_examples(run, self.loaded, data, replace(control, say=lambda message: None))
+        first = activations.metrics["layers"][0]
+        size = max(1, round(_STEP_TOKENS * min(1.0, first["sequences"] / first["tokens"])))
+        size = min(size, max(1, first["sequences"] // _FEWEST_BATCHES))
+        self.train, self.heldout = _batches(examples, config.refine or 0, size, control.seed)
+
+    def kl(self, config: ApplyConfig) -> float:
+        """KL on the held-out sequences of what `config` plans, thresholds settled."""
+        conversion = self._conversion(config)
+        settle(conversion, self.heldout)
+        return mean_kl(conversion, self.heldout)
+
+    def refined(self, config: ApplyConfig) -> tuple[list[LayerPlan], dict[str, Any]]:
+        """The refined plans of `config`, and how they came out."""
+        conversion = self._conversion(config)
+        settle(conversion, self.heldout)
+        outcome = refine(conversion, self.train, self.heldout, config.refine or 0, self.control)
+        shares = settle(conversion, self.heldout)
+        if not outcome.kept:
+            self.control.say("refinement did not lower the KL on held-out calibration data: kept as planned")
+        return conversion.finished(shares), vars(outcome)
+
+    def _conversion(self, config: ApplyConfig) -> Conversion:
+        budget = budget_of(config)
+        plans = plan_layers(self.model, self.activations, self.layers, budget, self.control.seed)
+        return Conversion(self.loaded, plans, budget, self.mask)
 
 
 def _batches(examples: Examples, steps: int, size: int, seed: int) -> tuple[list[Batch], list[Batch]]:

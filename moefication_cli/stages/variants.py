@@ -199,6 +199,14 @@ def selected_variant(
     return Variant(name, kind, fraction, moe, meta=meta | {"seed": seed})
 
 
+def count_selections(variant: Variant) -> None:
+    """Starts counting, from zero, what each layer of the row selects."""
+    for layer in variant.layers:
+        moe = layer.layer if isinstance(layer, PinnedFFN) else layer
+        if isinstance(moe, MoEFFN):
+            moe.count_selections()
+
+
 def flops_fractions(variant: Variant) -> list[float]:
     """Per layer, the multiply-adds really spent relative to dense: measured active neurons, router and correction.
 

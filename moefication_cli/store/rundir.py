@@ -12,6 +12,7 @@
 Reading never writes (but for the hash cache, best effort). Only this package touches run directories.
 """
 
+import os
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -109,6 +110,16 @@ class RunDir:
             jsonio.write(self.root / "run.json", asdict(info))
             self._noted.clear()
         return info
+
+    def branch(self, name: str, share: Sequence[str]) -> "RunDir":
+        """A run directory RUN/<name> for the same model that reads the stages in `share` from this one."""
+        other = RunDir(self.root / name, self.lock_timeout)
+        other.remember(**{f.name: getattr(self.info, f.name) for f in fields(RunInfo) if f.name != "schema"})
+        for stage in share:
+            link = other.path(stage)
+            if not link.is_symlink():
+                link.symlink_to(os.path.relpath(self.path(stage), link.parent), target_is_directory=True)
+        return other
 
     # -- reading -----------------------------------------------------------------------------------------------------
 

@@ -33,6 +33,7 @@ COMMANDS = {
     "model": "apply",
     "eval": "eval",
     "baseline": "eval",
+    "tune": "tune",
     "report": "report",
 }
 _NAMED = {"router", "eval", "baseline", "refined"}

@@ -1,0 +1,217 @@
+"""tune: sweep split, expert size, router, budget and compensation on calibration data; the Pareto front of what is lost
+against what is spent, in FLOPs and in measured time.
+
+Every split is a run directory of its own, RUN/trials/<method>-<size>, that shares the activations: its stages are cached
+and resume like any others. Judged on sequences that neither split nor router saw, where the data has enough of them.
+"""
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefication_cli.config import ApplyConfig, CollectConfig, RouterConfig, SplitConfig, TuneConfig, options_of
+from moefication_cli.errors import ConfigError
+from moefication_cli.models.loading import LoadedModel, load_model
+from moefication_cli.models.masking import TokenMask
+from moefication_cli.models.surgery import install, permute_in_place
+from moefication_cli.stages.contract import Control, Result, parse_fractions
+from moefication_cli.stages.examples import open_examples, predictions
+from moefication_cli.stages.inputs import RunModel, begin_options, open_model
+from moefication_cli.stages.plan import check_budget, plan_layers, routed_layers
+from moefication_cli.stages.planned import budget_of
+from moefication_cli.stages.router import train_router
+from moefication_cli.stages.split import expert_counts, split
+from moefication_cli.stages.variants import Variant, count_selections, flops_fractions, routed_variant
+from moefication_cli.store import jsonio
+from moefication_cli.store.rundir import RunDir
+from moefication_cli.store.stage import Stage
+from moefication_cli.tasks.examples import Batch
+
+_KEYS = ("method", "expert_size", "router", "budget", "compensation", "fraction")
+
+
+@dataclass
+class Trial:
+    """One combination, and its sums over the held-out batches."""
+
+    choice: dict[str, Any]
+    variant: Variant
+    kl: float = 0.0
+    agreed: float = 0.0
+    dense_seconds: float = 0.0
+
+
+def tune(run: RunDir, config: TuneConfig, control: Control) -> Result:
+    """Measure every combination the options span; rows on a Pareto front are marked. Writes RUN/tune/metrics.json.
+
+    Raises ConfigError when no combination can be made, MissingArtifactError without activations.
+    """
+    model = open_model(run, None, control)
+    activations = run.require("activations")
+    options = begin_options(config, control, model, {"activations": activations})
+    with run.begin("tune", **options) as work:
+        if work.up_to_date:
+            rows = jsonio.read_object(run.path("tune") / "metrics.json")["rows"]
+        else:
+            rows = _sweep(run, model, activations, config, control)
+            _mark_front(rows, "ffn_flops_fraction", "pareto_flops")
+            _mark_front(rows, "seconds", "pareto_time")
+            jsonio.write(work.folder / "metrics.json", {"schema": "moefication/tune@1", "rows": rows})
+            work.finish({"rows": len(rows)})
+    front = [row for row in rows if row["pareto_flops"] or row["pareto_time"]]
+    notes = [
+        f"{len(front)} of {len(rows)} combinations are on a front: no other loses less at the same cost",
+        f"KL to dense on held-out calibration data, before refinement; all rows: {run.path('tune') / 'metrics.json'}",
+    ]
+    table = sorted(front, key=lambda row: float(row["ffn_flops_fraction"]))
+    return Result("tune", table, {"all": rows}, up_to_date=work.reason is None, notes=notes)
+
+
+def _words(text: str, option: str, known: Sequence[str]) -> list[str]:
+    found = [word.strip() for word in text.split(",") if word.strip()]
+    if odd := [word for word in found if word not in known]:
+        raise ConfigError(f"{option} {odd[0]}: not one of {', '.join(known)}")
+    return found
+
+
+def _sweep(
+    run: RunDir, model: RunModel, activations: Stage, config: TuneConfig, control: Control
+) -> list[dict[str, Any]]:
+    methods = _words(config.methods, "--methods", ("activation", "kmeans", "random"))
+    routers = _words(config.routers, "--routers", ("regression", "linear", "quadratic"))
+    budgets = _words(config.budgets, "--budgets", ("auto", "uniform"))
+    compensations = _words(config.compensations, "--compensations", ("auto", "mean", "none"))
+    fractions = parse_fractions(config.fractions)
+    sizes = _words(config.expert_sizes, "--expert-sizes", [str(n) for n in range(1, 4097)])
+    dense, converted = (_load(run, model) for _ in range(2))
+    batches = _heldout(run, dense, activations, config, control)
+    mask = TokenMask(converted.model)
+    rows: list[dict[str, Any]] = []
+    quiet = replace(control, dry_run=False, layers=None, force=False, track=_untracked)
+    for method, size in control.track(list(itertools.product(methods, map(int, sizes))), "tune"):
+        splitting = SplitConfig(method=method, expert_size=size)  # type: ignore[arg-type]
+        try:
+            for site in model.sites:
+                expert_counts(site, splitting)
+        except ConfigError as error:
+            control.say(f"experts of {size} neurons are left out: {error.message}")
+            continue
+        trial = _trial_run(run, f"{method}-{size}")
+        split(trial, splitting, quiet)
+        trials: list[Trial] = []
+        for router in routers:
+            training = RouterConfig(router=router, max_tokens=config.max_tokens)  # type: ignore[arg-type]
+            train_router(trial, training, quiet)
+            tokens = [layer["tokens"] for layer in activations.metrics["layers"]]
+            layers = routed_layers(model, trial.require("split"), trial.require(f"router/{router}"), tokens)
+            for budget, compensation, fraction in itertools.product(budgets, compensations, fractions):
+                asked = ApplyConfig(fraction=fraction, budget=budget, compensation=compensation)  # type: ignore[arg-type]
+                try:
+                    check_budget(layers, activations, budget_of(asked))
+                except ConfigError:
+                    continue  # the router alone costs more
+                plans = plan_layers(model, activations, layers, budget_of(asked), control.seed)
+                variant = routed_variant(router, converted.model, plans, fraction, "auto")
+                choice = dict(zip(_KEYS, (method, size, router, budget, compensation, fraction), strict=True))
+                trials.append(Trial(choice, variant))
+        for layer in layers:
+            permute_in_place(converted.model, layer.site, layer.partition.order_F())
+        _measure(dense, converted, model, trials, batches, mask)
+        for layer in layers:
+            permute_in_place(converted.model, layer.site, layer.partition.order_F().argsort())
+        rows += [_row(trial, model, len(batches)) for trial in trials]
+    if not rows:
+        raise ConfigError("no combination can be made of these options", "see `moefication inspect` for expert sizes")
+    return rows
+
+
+def _untracked(items: Any, description: str, total: int | None = None) -> Any:
+    return iter(items)
+
+
+def _trial_run(run: RunDir, name: str) -> RunDir:
+    """A run directory of the same model and the same activations."""
+    return run.branch(f"trials/{name}", share=["activations"])
+
+
+def _load(run: RunDir, model: RunModel) -> LoadedModel:
+    return load_model(
+        model.checkpoint.folder,
+        task=run.info.task,
+        device=model.device,
+        trust_remote_code=bool(run.info.trust_remote_code),
+        quiet=True,
+    )
+
+
+def _heldout(run: RunDir, loaded: LoadedModel, activations: Stage, config: TuneConfig, control: Control) -> list[Batch]:
+    made = activations.config
+    data = CollectConfig(**{entry.name: made[entry.name] for entry in options_of(CollectConfig)})
+    examples = open_examples(run, loaded, data, control)
+    return list(examples.calibration(config.heldout_tokens, control.seed + 1, config.batch_size))
+
+
+@torch.inference_mode()
+def _measure(
+    dense: LoadedModel,
+    converted: LoadedModel,
+    model: RunModel,
+    trials: Sequence[Trial],
+    batches: Sequence[Batch],
+    mask: TokenMask,
+) -> None:
+    """Dense and every trial in turns on every batch; the first batch also warms up, uncounted."""
+    for number, batch in enumerate([batches[0], *batches]):
+        expected_PC, dense_seconds = _timed(dense, batch)
+        for trial in trials:
+            for site, layer in zip(model.sites, trial.variant.layers, strict=True):
+                install(converted.model, site, layer, mask)
+            found_PC, seconds = _timed(converted, batch)
+            if number == 0:
+                count_selections(trial.variant)
+                continue
+            kl_P = (expected_PC.exp() * (expected_PC - found_PC)).sum(-1)
+            trial.kl += float(kl_P.mean())
+            trial.agreed += float((expected_PC.argmax(-1) == found_PC.argmax(-1)).float().mean())
+            trial.variant.seconds += seconds
+            trial.dense_seconds += dense_seconds
+
+
+def _timed(loaded: LoadedModel, batch: Batch) -> tuple[Tensor, float]:
+    """(log-probabilities of this batch's predictions, seconds of the forward pass)."""
+    inputs = batch.to(loaded.device).inputs
+    started = time.perf_counter()
+    logits = loaded.model(**inputs).logits
+    if loaded.device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    found, real = predictions(logits, batch)
+    flat_PC = found.flatten(0, -2).float()
+    if real is not None:
+        flat_PC = flat_PC[real.flatten().to(flat_PC.device)]
+    return flat_PC.log_softmax(-1), seconds
+
+
+def _row(trial: Trial, model: RunModel, num_batches: int) -> dict[str, Any]:
+    sizes = [float(site.num_parameters) for site in model.sites]
+    shares = flops_fractions(trial.variant)
+    return trial.choice | {
+        "kl": trial.kl / num_batches,
+        "agreement": trial.agreed / num_batches,
+        "ffn_flops_fraction": sum(s * n for s, n in zip(shares, sizes, strict=True)) / sum(sizes),
+        "seconds": trial.variant.seconds,
+        "speedup": trial.dense_seconds / trial.variant.seconds,
+    }
+
+
+def _mark_front(rows: list[dict[str, Any]], cost: str, mark: str) -> None:
+    """Marks the rows that no other row beats in KL at the same or a lower cost."""
+    least = float("inf")
+    for row in sorted(rows, key=lambda row: (row[cost], row["kl"])):
+        row[mark] = bool(row["kl"] < least)
+        least = min(least, row["kl"])

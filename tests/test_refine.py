@@ -1,0 +1,142 @@
+"""End-to-end refinement: the learnable layer computes what the product computes, budgets are spent, weights stay."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_runner import Runner
+from tiny_models import save_tiny
+
+from moefication_cli.ffn import Compensation, ExpertWeights, FFNWeights
+from moefication_cli.models.loading import load_model
+from moefication_cli.models.moe_folder import read_moe_folder
+from moefication_cli.models.sites import find_sites
+from moefication_cli.models.surgery import live_weights
+from moefication_cli.routing.router import Router, Rule
+from moefication_cli.runtime.layer import MoEFFN
+from moefication_cli.runtime.soft import SoftMoEFFN
+
+D, F, E, S, T = 8, 26, 6, 2, 11
+
+
+def random_layer(seed: int = 0, gated: bool = False) -> tuple[ExpertWeights, Router, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    ffn = FFNWeights(draw(F, D), draw(F, D), draw(F, D) if gated else None, b_up_F=draw(F), b_down_D=draw(D))
+    extra = Compensation(draw(D), None, draw(3, D), draw(3, D))
+    router = Router(draw(5, D), draw(5), draw(E, 5), draw(E), activation="relu")
+    return ExpertWeights(ffn, E, S, extra), router, draw(T, D)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_learnable_layer_computes_what_the_product_does(gated: bool) -> None:
+    weights, router, x_TD = random_layer(gated=gated)
+    threshold = float(router.scores(x_TD).median())
+    soft = SoftMoEFFN(weights, router, threshold)
+    product = MoEFFN(weights, router, Rule(threshold=threshold), backend="reference")
+    with torch.no_grad():
+        expected_TD, found_TD = product(x_TD), soft(x_TD)
+        assert not (router.scores(x_TD) >= threshold).all(1).any()  # all on would switch the compensation off
+        assert torch.allclose(found_TD, expected_TD, atol=1e-4)
+        soft.shift = 1.0
+        assert (soft(x_TD) - expected_TD).abs().max() > 0.1  # negative control
+        soft.as_dense = True
+        assert torch.allclose(soft(x_TD), weights.ffn.forward(x_TD), atol=1e-5)
+
+
+def test_padding_is_left_out() -> None:
+    weights, router, x_TD = random_layer()
+    soft = SoftMoEFFN(weights, router, float(router.scores(x_TD).median()))
+    real_T = torch.arange(T) < 7
+    with torch.no_grad():
+        alone = soft(x_TD[:7])
+        share = float(soft.active)
+        padded = soft(x_TD.view(1, T, D), real_T.view(1, T))[0]
+    assert torch.allclose(padded[:7], alone, atol=1e-5)
+    assert not padded[7:].any()
+    assert float(soft.active) == pytest.approx(share)
+
+
+def test_gradients_reach_router_and_correction_and_nothing_else() -> None:
+    weights, router, x_TD = random_layer()
+    soft = SoftMoEFFN(weights, router, float(router.scores(x_TD).median()))
+    (soft(x_TD).square().sum() + soft.active).backward()
+    assert all(t.grad is not None and t.grad.abs().sum() > 0 for t in soft.parameters.values())
+    assert weights.ffn.w_up_FD.grad is None
+    assert soft.active.grad_fn is not None
+
+
+WORDS = [f"w{i}" for i in range(40)]
+
+
+@pytest.fixture
+def trained(tmp_path: Path, run_cli: Runner) -> tuple[Path, Path]:
+    """(run directory with a calibrated router, model folder) of a tiny OPT whose outputs depend on its FFNs."""
+    model = tmp_path / "opt"
+    save_tiny("opt", model)
+    generator = torch.Generator().manual_seed(3)
+    data = tmp_path / "train.txt"
+    rows = [" ".join(WORDS[i] for i in torch.randint(0, 40, (12,), generator=generator)) for _ in range(300)]
+    data.write_text("\n".join(rows) + "\n")
+    run = tmp_path / "run"
+    run_cli.ok("collect-activations", run, "--model", model, "--data", data, "--documents", "line", "--max-length", 16)
+    run_cli.ok("split", run, "--expert-size", 4)
+    run_cli.ok("train-router", run, "--epochs", 2)
+    return run, model
+
+
+def test_refined_model_is_kept_found_again_and_measured(trained: Any, run_cli: Runner, tmp_path: Path) -> None:
+    run, model = trained
+    run_cli.ok("apply", run, "--fraction", 0.5)
+    planned = read_moe_folder(run / "model")
+    run_cli.ok("apply", run, "--fraction", 0.5, "--refine", 12)
+    refined = read_moe_folder(run / "model")
+    made = (run / "refined" / "regression-0.5" / "manifest.json").stat().st_mtime_ns
+    outcome = run_cli.ok("apply", run, "--fraction", 0.5, "--refine", 12)
+    assert outcome["up_to_date"]
+
+    pairs = [(a.compensation, b.compensation) for a, b in zip(planned.layers, refined.layers, strict=True)]
+    assert any(not torch.equal(a.constant_D, b.constant_D) for a, b in pairs if a is not None and b is not None)
+    # Weights are those of the dense model in another order, refined or not.
+    dense, written = load_model(model).model, load_model(run / "model").model
+    for site in find_sites(dense):
+        before, after = live_weights(dense, site).w_up_FD, live_weights(written, site).w_up_FD
+        assert torch.equal(before.sort(0).values, after.sort(0).values)
+    # The refined stage is found again by `eval` and by an `apply` after the model was deleted.
+    test = tmp_path / "test.txt"
+    test.write_text("\n".join(" ".join(WORDS[i : i + 9]) for i in range(30)) + "\n")
+    found = run_cli.ok(
+        "eval", run, "--data", test, "--documents", "line", "--max-length", 16, "--fractions", "0.5", "--selection",
+        "regression",
+    )  # fmt: skip
+    applied = [row for row in found["rows"] if row["applied"]]
+    assert len(applied) == 1
+    assert applied[0]["ffn_flops_fraction"] <= 0.55
+    assert (run / "refined" / "regression-0.5" / "manifest.json").stat().st_mtime_ns == made
+
+
+def test_target_kl_buys_less_compute_when_it_is_looser(trained: Any, run_cli: Runner) -> None:
+    run, _ = trained
+    fractions = []
+    for target in (0.5, 0.001):
+        run_cli.ok("apply", run, "--target-kl", target)
+        fractions.append(read_moe_folder(run / "model").settings["fraction"])
+        assert run_cli.ok("apply", run, "--target-kl", target)["up_to_date"]
+    assert fractions[0] < fractions[1] < 1
+    impossible = run_cli("apply", run, "--target-kl", 0, "--json")
+    assert impossible.code == 2
+    assert "only the dense model" in impossible.json["error"]["message"]
+
+
+def test_refining_what_is_not_calibrated_is_refused(trained: Any, run_cli: Runner) -> None:
+    run, _ = trained
+    run_cli.ok("train-router", run, "--router", "mlp", "--epochs", 1)
+    for option in (("--refine", 5), ("--target-kl", 0.1)):
+        refused = run_cli("apply", run, "--router", "mlp", "--fraction-of", "neurons", *option, "--json")
+        assert refused.code == 2
+        assert option[0] in refused.json["error"]["message"]
+    assert not (run / "model").exists()
