@@ -211,6 +211,7 @@ class EvalConfig(TaskConfig, DataConfig):
         None, "Comma list of groundtruth,neuron,random,static,paper and routers (default: all there are)"
     )
     fractions: str | None = option(None, "Comma list (default: the fraction of RUN/model)")
+    seeds: int = option(1, "Rows of random selection, each with a seed of its own", minimum=1)
     fraction_of: Literal["flops", "neurons"] = option("flops", FRACTION_OF)
     name: str = option("default", "Keeps several evaluations apart", compared=False)
     backend: str = option("auto", "Backend of the MoE rows; `reference` masks a dense FFN")

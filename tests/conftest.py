@@ -1,9 +1,11 @@
 """What every test may use. Real models and data lie beside the checkout; tests that need them skip without."""
 
+import random
 from pathlib import Path
 
 import pytest
 from cli_runner import Runner
+from tiny_models import save_tiny
 
 
 @pytest.fixture
@@ -19,3 +21,16 @@ def shared_dir() -> Path:
 def run_cli(capsys: pytest.CaptureFixture[str]) -> Runner:
     """Runs a command and returns its exit code, stdout and stderr."""
     return Runner(capsys)
+
+
+@pytest.fixture
+def calibrated_run(tmp_path: Path, run_cli: Runner) -> tuple[Path, Path]:
+    """(run directory with activations, split and a calibrated router, model folder) of a tiny OPT."""
+    model, run, data = tmp_path / "opt", tmp_path / "run", tmp_path / "train.txt"
+    save_tiny("opt", model)
+    rng = random.Random(3)
+    data.write_text("".join(" ".join(f"w{rng.randrange(40)}" for _ in range(12)) + "\n" for _ in range(300)))
+    run_cli.ok("collect-activations", run, "--model", model, "--data", data, "--documents", "line", "--max-length", 16)
+    run_cli.ok("split", run, "--expert-size", 4)
+    run_cli.ok("train-router", run, "--epochs", 2)
+    return run, model

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from cli_runner import Runner
-from tiny_models import save_tiny
 
 from moefication_cli.ffn import Compensation, ExpertWeights, FFNWeights
 from moefication_cli.models.loading import load_model
@@ -70,27 +69,8 @@ def test_gradients_reach_router_and_correction_and_nothing_else() -> None:
     assert soft.active.grad_fn is not None
 
 
-WORDS = [f"w{i}" for i in range(40)]
-
-
-@pytest.fixture
-def trained(tmp_path: Path, run_cli: Runner) -> tuple[Path, Path]:
-    """(run directory with a calibrated router, model folder) of a tiny OPT whose outputs depend on its FFNs."""
-    model = tmp_path / "opt"
-    save_tiny("opt", model)
-    generator = torch.Generator().manual_seed(3)
-    data = tmp_path / "train.txt"
-    rows = [" ".join(WORDS[i] for i in torch.randint(0, 40, (12,), generator=generator)) for _ in range(300)]
-    data.write_text("\n".join(rows) + "\n")
-    run = tmp_path / "run"
-    run_cli.ok("collect-activations", run, "--model", model, "--data", data, "--documents", "line", "--max-length", 16)
-    run_cli.ok("split", run, "--expert-size", 4)
-    run_cli.ok("train-router", run, "--epochs", 2)
-    return run, model
-
-
-def test_refined_model_is_kept_found_again_and_measured(trained: Any, run_cli: Runner, tmp_path: Path) -> None:
-    run, model = trained
+def test_refined_model_is_kept_found_again_and_measured(calibrated_run: Any, run_cli: Runner, tmp_path: Path) -> None:
+    run, model = calibrated_run
     run_cli.ok("apply", run, "--fraction", 0.5)
     planned = read_moe_folder(run / "model")
     run_cli.ok("apply", run, "--fraction", 0.5, "--refine", 12)
@@ -108,7 +88,7 @@ def test_refined_model_is_kept_found_again_and_measured(trained: Any, run_cli: R
         assert torch.equal(before.sort(0).values, after.sort(0).values)
     # The refined stage is found again by `eval` and by an `apply` after the model was deleted.
     test = tmp_path / "test.txt"
-    test.write_text("\n".join(" ".join(WORDS[i : i + 9]) for i in range(30)) + "\n")
+    test.write_text("\n".join(" ".join(f"w{n}" for n in range(i, i + 9)) for i in range(30)) + "\n")
     found = run_cli.ok(
         "eval", run, "--data", test, "--documents", "line", "--max-length", 16, "--fractions", "0.5", "--selection",
         "regression",
@@ -119,8 +99,8 @@ def test_refined_model_is_kept_found_again_and_measured(trained: Any, run_cli: R
     assert (run / "refined" / "regression-0.5" / "manifest.json").stat().st_mtime_ns == made
 
 
-def test_target_kl_buys_less_compute_when_it_is_looser(trained: Any, run_cli: Runner) -> None:
-    run, _ = trained
+def test_target_kl_buys_less_compute_when_it_is_looser(calibrated_run: Any, run_cli: Runner) -> None:
+    run, _ = calibrated_run
     fractions = []
     for target in (0.5, 0.001):
         run_cli.ok("apply", run, "--target-kl", target)
@@ -132,8 +112,8 @@ def test_target_kl_buys_less_compute_when_it_is_looser(trained: Any, run_cli: Ru
     assert "only the dense model" in impossible.json["error"]["message"]
 
 
-def test_refining_what_is_not_calibrated_is_refused(trained: Any, run_cli: Runner) -> None:
-    run, _ = trained
+def test_refining_what_is_not_calibrated_is_refused(calibrated_run: Any, run_cli: Runner) -> None:
+    run, _ = calibrated_run
     run_cli.ok("train-router", run, "--router", "mlp", "--epochs", 1)
     for option in (("--refine", 5), ("--target-kl", 0.1)):
         refused = run_cli("apply", run, "--router", "mlp", "--fraction-of", "neurons", *option, "--json")

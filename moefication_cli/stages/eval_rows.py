@@ -48,18 +48,30 @@ def row_of(
     }  # fmt: skip
 
 
-def compare_with_static(
-    variants: Sequence[Variant], scores: Sequence[Scores], rows: list[dict[str, Any]], seed: int
+def compare_with(
+    baseline: str, variants: Sequence[Variant], scores: Sequence[Scores], rows: list[dict[str, Any]], seed: int
 ) -> None:
-    """Adds to each row the paired difference of KL to static pruning at the same fraction, with a 95 % interval."""
-    static = {v.fraction: found for v, found in zip(variants, scores, strict=True) if v.selection == "static"}
+    """Adds to each row the paired difference of KL to `static` or `paper` at the same fraction, with a 95 % interval."""
+    found = {v.fraction: s for v, s in zip(variants, scores, strict=True) if v.selection == baseline}
     for variant, mine, row in zip(variants, scores, rows, strict=True):
-        base = static.get(variant.fraction)
-        if base is None or variant.selection == "static":
+        base = found.get(variant.fraction)
+        if base is None or variant.selection == baseline:
             continue
         difference = paired_bootstrap(_filled(mine.kl_B), _filled(base.kl_B), seed, weights=mine.weight_B)
-        row["kl_minus_static"] = difference.value
-        row["kl_minus_static_interval"] = [difference.low, difference.high]
+        row[f"kl_minus_{baseline}"] = difference.value
+        row[f"kl_minus_{baseline}_interval"] = [difference.low, difference.high]
+
+
+def lost_to(baseline: str, row: dict[str, Any]) -> str | None:
+    """A sentence if a router's row does not beat this baseline with 95 % confidence."""
+    interval = row.get(f"kl_minus_{baseline}_interval")
+    if row["kind"] != "router" or interval is None or interval[1] < 0:
+        return None
+    name = {"static": "static pruning", "paper": "the published recipe"}[baseline]
+    return (
+        f"{row['selection']} at {row['fraction']:g} does not beat {name} "
+        f"(KL difference {row[f'kl_minus_{baseline}']:+.4f}, 95 % interval {interval[0]:+.4f} to {interval[1]:+.4f})"
+    )
 
 
 def _filled(values: Values | None) -> Values:

@@ -20,7 +20,7 @@ from moefication_cli.runtime.layer import MoEFFN
 from moefication_cli.stages.baseline import paper_variant, static_variant
 from moefication_cli.stages.contract import Control, Result, parse_fractions
 from moefication_cli.stages.estimate import estimate
-from moefication_cli.stages.eval_rows import compare_with_static, row_of
+from moefication_cli.stages.eval_rows import compare_with, lost_to, row_of
 from moefication_cli.stages.examples import open_examples
 from moefication_cli.stages.inputs import RunModel, begin_options, open_model
 from moefication_cli.stages.plan import routed_layers
@@ -39,6 +39,7 @@ from moefication_cli.store.rundir import RunDir
 from moefication_cli.store.stage import Stage
 from moefication_cli.tasks.examples import Batch, Examples, Scores, Summary, compare, summarise
 
+BASELINES = ("static", "paper")  # what a router must beat
 ALWAYS = ("groundtruth", "random", "static")
 _TABLE = (
     "selection",
@@ -145,7 +146,8 @@ def _measure(
         row_of(variant, found, reference, tokens, sizes, control.seed)
         for variant, found in zip(variants, scores, strict=True)
     ]
-    compare_with_static(variants, scores, rows, control.seed)
+    for baseline in BASELINES:
+        compare_with(baseline, variants, scores, rows, control.seed)
     return {
         "schema": "moefication/metrics@1",
         "model": str(model.checkpoint.source.ref),
@@ -212,7 +214,9 @@ def _variants(
     for fraction in fractions:
         for name in selections:
             if name in ("groundtruth", "random"):
-                variants.append(selected_variant(name, net, layers, fraction, score, control.seed, config.backend))
+                seeds = range(control.seed, control.seed + (config.seeds if name == "random" else 1))
+                for seed in seeds:
+                    variants.append(selected_variant(name, net, layers, fraction, score, seed, config.backend))
             elif name == "neuron":
                 oracles: list[Any] = []
                 for site in model.sites:
@@ -298,13 +302,8 @@ def _result(run: RunDir, config: EvalConfig, metrics: dict[str, Any], up_to_date
     notes = [
         f"value is {dense['metric']}; KL and agreement are to the dense model; all rows on {metrics['examples']} examples"
     ]
-    for row in metrics["rows"]:
-        interval = row.get("kl_minus_static_interval")
-        if row["kind"] == "router" and interval is not None and interval[1] >= 0:
-            notes.append(
-                f"{row['selection']} at {row['fraction']:g} does not beat static pruning "
-                f"(KL difference {row['kl_minus_static']:+.4f}, 95 % interval {interval[0]:+.4f} to {interval[1]:+.4f})"
-            )
+    said = [lost_to(baseline, row) for row in metrics["rows"] for baseline in BASELINES]
+    notes += [sentence for sentence in said if sentence is not None]
     notes.append(f"plot: {path / 'quality.png'}   numbers: {path / 'metrics.json'}")
     payload = {key: value for key, value in metrics.items() if key != "rows"} | {"table": table}
     payload["metrics_path"] = str(path / "metrics.json")

@@ -128,44 +128,66 @@ def settle(conversion: Conversion, batches: Sequence[Batch]) -> list[float]:
     """Shift the thresholds until the budget is spent on these batches; returns each FFN's share of dense.
 
     All layers move by the same number of standard deviations of their scores, or each for itself under a uniform
-    budget. Newton's method, the slope being the density of scores at the threshold; the last word is to keep the budget.
+    budget. Newton's method, the slope being the density of scores at the threshold; the last word is to keep the
+    budget, on all batches and on those of the longest sequences (people calibrate on phrases and evaluate on
+    sentences).
     """
     budget, plans = conversion.budget, conversion.plans
-    everyone = range(len(plans))
-    groups = [[n] for n in everyone] if budget.sharing == "uniform" else [list(everyone)]
+    everyone = list(range(len(plans)))
+    groups = [[n] for n in everyone] if budget.sharing == "uniform" else [everyone]
     low, high = (budget.fraction * part for part in SPEND)
     for attempt in range(_PASSES):
-        shares, slopes, work = _measure(conversion, batches)
+        spending = _measure(conversion, batches)
         settled = True
         for group in groups:
             routed = [conversion.layers[n] for n in group if plans[n].router is not None]
-            total = sum(work[n] for n in group)
-            spent = sum(shares[n] * work[n] for n in group) / total
+            spent = spending.most(group)
             if not routed or (spent <= high and (spent >= low or attempt >= _PASSES // 2)):
                 continue
             settled = False
-            slope = max(sum(slopes[n] * work[n] for n in group) / total, 1e-3)
+            slope = max(spending.slope(group), 1e-3)
             for layer in routed:
                 layer.shift += max(-0.5, min(0.5, (spent - (low + high) / 2) / slope))
         if settled:
             break
-    return shares
+    return spending.shares()
+
+
+@dataclass(frozen=True)
+class _Spending:
+    """Multiply-adds per batch and FFN, up to a factor: done, of the dense work, and what one unit of shift takes off."""
+
+    done_BL: Tensor
+    slope_BL: Tensor
+    dense_BL: Tensor
+    long_B: Tensor  # bool
+
+    def shares(self) -> list[float]:
+        found_L = self.done_BL.sum(0) / self.dense_BL.sum(0).clamp_min(1e-30)
+        return [float(share) for share in found_L]
+
+    def most(self, group: list[int]) -> float:
+        """The share that these FFNs compute, of all sequences or of the long ones, whichever is more."""
+        done_B, dense_B = self.done_BL[:, group].sum(1), self.dense_BL[:, group].sum(1)
+        return max(float(done_B[part].sum() / dense_B[part].sum()) for part in (slice(None), self.long_B))
+
+    def slope(self, group: list[int]) -> float:
+        return float(self.slope_BL[:, group].sum() / self.dense_BL[:, group].sum())
 
 
 @torch.no_grad()
-def _measure(conversion: Conversion, batches: Sequence[Batch]) -> tuple[list[float], list[float], list[float]]:
-    """(share of dense, what one unit of shift takes off it, work) of each FFN over these batches."""
-    count = len(conversion.plans)
-    done, slopes, whole = [0.0] * count, [0.0] * count, [0.0] * count
+def _measure(conversion: Conversion, batches: Sequence[Batch]) -> _Spending:
+    done, slopes, dense = [], [], []
     for batch in batches:
         conversion.logits(batch)
-        for number, (share, work) in enumerate(zip(conversion.shares(), conversion.work(), strict=True)):
-            layer = conversion.layers.get(number)
-            done[number] += float(share) * work
-            slopes[number] += 0.0 if layer is None else layer.density * work
-            whole[number] += work
-    floor = [max(w, 1e-30) for w in whole]
-    return [d / w for d, w in zip(done, floor, strict=True)], [s / w for s, w in zip(slopes, floor, strict=True)], whole
+        work = conversion.work()
+        dense.append(work)
+        done.append([float(share) * w for share, w in zip(conversion.shares(), work, strict=True)])
+        densities = [conversion.layers[n].density if n in conversion.layers else 0.0 for n in range(len(work))]
+        slopes.append([density * w for density, w in zip(densities, work, strict=True)])
+    length_B = torch.tensor([batch.num_tokens / len(batch.example_B) for batch in batches])
+    done_BL, slope_BL, dense_BL = (torch.tensor(table, dtype=torch.float64) for table in (done, slopes, dense))
+    return _Spending(done_BL, slope_BL, dense_BL, length_B >= length_B.quantile(0.75))
 
 
 @torch.no_grad()

@@ -156,7 +156,7 @@ def _heldout(run: RunDir, loaded: LoadedModel, activations: Stage, config: TuneC
     return list(examples.calibration(config.heldout_tokens, control.seed + 1, config.batch_size))
 
 
-@torch.inference_mode()
+@torch.no_grad()  # tensors packed in inference mode could not be permuted back
 def _measure(
     dense: LoadedModel,
     converted: LoadedModel,

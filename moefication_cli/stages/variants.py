@@ -23,6 +23,7 @@ from moefication_cli.routing.plan import overhead_flops
 from moefication_cli.routing.scores import expert_scores
 from moefication_cli.runtime.always import AlwaysFFN
 from moefication_cli.runtime.layer import MoEFFN
+from moefication_cli.stages.inputs import layer_seed
 from moefication_cli.stages.plan import LayerPlan, RoutedLayer, describe_rule
 from moefication_cli.tasks.examples import Scores
 
@@ -191,7 +192,9 @@ def selected_variant(
         ks.append(top_k)
         weights = ExpertWeights(live_weights(model, layer.site), partition.num_experts, partition.num_shared)
         select = (
-            oracle_selection(top_k, score) if name == "groundtruth" else random_selection(top_k, seed + layer.index)
+            oracle_selection(top_k, score)
+            if name == "groundtruth"
+            else random_selection(top_k, layer_seed(seed, layer.index))
         )
         moe.append(MoEFFN(weights, select=select, backend=backend, may_go_dense=False))
     kind = "oracle" if name == "groundtruth" else "baseline"
