@@ -56,7 +56,7 @@ def run_all(
     control = replace(control, ranks=Ranks())
     apply = replace(apply, router=apply.router or router.router)
     if apply.refine is None:
-        apply = replace(apply, refine=default_steps(run, open_model(run, None, control), apply, control))
+        apply = replace(apply, refine=default_steps(run, open_model(run, None, control), apply, control) or None)
     done.append(apply_stage(run, apply, control))
     if extra.eval_data is None:
         control.say("no --eval-data: nothing was measured; moefication eval RUN --data ... does it")

@@ -117,7 +117,7 @@ def routed_layers(
 
 
 def read_routers(router: Stage, index: int) -> tuple[list[Router], str, Curve | None]:
-    """(routers from narrow to wide, the score they predict, calibration curve) of one layer."""
+    """(routers, the one to use without a curve last, the score they predict, calibration curve) of one layer."""
     tensors, settings = router.read_layer(index)
     routers = []
     for number, form in enumerate(settings["routers"]):

@@ -28,7 +28,7 @@ from moefication_cli.tasks.examples import Batch
 
 SPEND = (0.965, 0.985)  # of the budget: what counts as spending it on calibration data, so that new data fits too
 _PASSES = 8  # over the held-out sequences to find the thresholds; two or three are usual
-_LEARNING_RATE = 0.05  # of each parameter's size, per step
+_LEARNING_RATE = 0.03  # of each parameter's size, per step
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ class Record:
 def train_layer(
     config: RouterConfig, weights: ExpertWeights, tokens: Tokens, fractions: list[float], seed: int
 ) -> Record:
-    """Routers of one layer (two widths where the kind has one), its calibration curve, and what they capture."""
+    """Routers of one layer for budgets to choose from, its calibration curve, and what the last of them captures."""
     device, score = weights.ffn.w_up_FD.device, score_kind(config)
     train, heldout = (part.to(device) for part in tokens.split_heldout(config.heldout_fraction, seed))
     needed = 4 * weights.num_experts
@@ -115,6 +115,8 @@ def train_layer(
 
     sample = Sample(train.x_TD, targets(train), heldout.x_TD, targets(heldout))
     found = [fit(config, weights, sample, seed, width) for width in router_widths(config, weights)]
+    if config.router == "regression" and config.width is None:
+        found.insert(0, linear_router(sample))  # dearer, and better where a narrow network cannot tell experts apart
     settings: dict[str, Any] = {
         "kind": config.router,
         "score": score,
