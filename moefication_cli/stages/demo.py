@@ -23,6 +23,7 @@ from moefication_cli.tasks.stdlib import Part, stdlib_documents
 
 _CALIBRATION_TOKENS = 32768
 _EVAL_WINDOWS = 48
+_REFINE_STEPS = 20  # at each fraction: minutes are all the demo has
 
 
 def demo(run: RunDir, config: DemoConfig, control: Control) -> Result:
@@ -37,7 +38,7 @@ def demo(run: RunDir, config: DemoConfig, control: Control) -> Result:
         CollectConfig(model=str(demo_model()), data=str(calibration), max_tokens=_CALIBRATION_TOKENS),
         SplitConfig(),
         RouterConfig(),
-        ApplyConfig(),
+        ApplyConfig(refine=_REFINE_STEPS),
         EvalConfig(fractions=config.fractions),
         control,
     )

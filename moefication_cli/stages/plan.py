@@ -89,6 +89,9 @@ class Budget:
     sharing: Literal["auto", "uniform"] | None = None
     compensation: Literal["auto", "mean", "none"] = "auto"
     keep_dense: str | None = None
+    # What a look at the whole model may rule out, because curves of single layers cannot know it:
+    only_router: int | None = None  # index into the layer's routers
+    least_rank_cost: float = 0.0  # of the correction, relative to the dense FFN's multiply-adds
 
 
 def choose_router(run: RunDir, name: str | None) -> str:
@@ -187,6 +190,10 @@ def _share_budget(layers: Sequence[RoutedLayer], budget: Budget, dense: set[int]
         is_dense_C[:-1] = False
         if budget.compensation != "auto":
             error_C[(curve.rank_C > 0) & ~is_dense_C] = float("inf")
+        if budget.only_router is not None:
+            error_C[(curve.router_C != budget.only_router) & ~is_dense_C] = float("inf")
+        rank_cost_C = 2 * curve.rank_C * layer.site.d_model / layer.cost().dense_flops
+        error_C[(rank_cost_C < budget.least_rank_cost) & ~is_dense_C] = float("inf")
         if layer.index in dense:
             error_C[~is_dense_C] = float("inf")
         finite = torch.isfinite(error_C)

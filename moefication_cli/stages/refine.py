@@ -44,7 +44,7 @@ class Conversion:
     """A loaded model whose neurons stand in the order of the split, with a learnable layer in every planned FFN."""
 
     def __init__(self, loaded: LoadedModel, plans: Sequence[LayerPlan], budget: Budget, mask: TokenMask) -> None:
-        self.loaded, self.plans, self.budget = loaded, list(plans), budget
+        self.loaded, self.plans, self.budget, self.mask = loaded, list(plans), budget, mask
         self.layers: dict[int, SoftMoEFFN] = {}
         self.overheads: dict[int, float] = {}
         self.tokens: dict[str, int] = {}
@@ -52,7 +52,6 @@ class Conversion:
         for number, plan in enumerate(plans):
             site = plan.layer.site
             if plan.rule is None:
-                uninstall(loaded.model, site)
                 continue
             overhead = overhead_flops(plan.router, plan.compensation) if budget.fraction_of == "flops" else 0
             self.overheads[number] = overhead / (site.num_neurons * site.flops_per_neuron)
@@ -60,7 +59,15 @@ class Conversion:
                 live_weights(loaded.model, site), plan.num_experts, plan.num_shared, plan.compensation
             )
             self.layers[number] = SoftMoEFFN(weights, plan.router, plan.rule.threshold or 0.0)
-            install(loaded.model, site, self.layers[number], mask)
+        self.install()
+
+    def install(self) -> None:
+        """Put these layers into the model, in place of those of another conversion."""
+        for number, plan in enumerate(self.plans):
+            if number in self.layers:
+                install(self.loaded.model, plan.layer.site, self.layers[number], self.mask)
+            else:
+                uninstall(self.loaded.model, plan.layer.site)
 
     def logits(self, batch: Batch, *, dense: bool = False) -> Tensor:
         """logits_PC of this batch's predictions, by the converted model or by the dense one it was made from."""

@@ -34,6 +34,12 @@ _HELDOUT_TOKENS = 12288
 _DEFAULT_FLOPS = 2.5e13
 _FEWEST, _MOST = 60, 300
 _FLOAT = 4
+# Kinds of plans to try on the whole model: what curves choose, more correction, a router of full rank (the first one).
+_SHAPES: dict[str, dict[str, Any]] = {
+    "curves": {},
+    "corrected": {"least_rank_cost": 0.035},
+    "first router": {"least_rank_cost": 0.035, "only_router": 0},
+}
 _FEWEST_BATCHES = 8  # that the calibration data is cut into, however small it is
 _HALVINGS = 7  # of the interval in which --target-kl looks for the fraction
 _STEP_DOWN = 0.8  # from one refined fraction to the next lower one
@@ -192,25 +198,50 @@ class Subject:
         self.train, self.heldout = _batches(examples, config.refine or 0, size, control.seed)
 
     def kl(self, config: ApplyConfig) -> float:
-        """KL on the held-out sequences of what `config` plans, thresholds settled."""
-        conversion = self._conversion(config)
-        settle(conversion, self.heldout)
-        return mean_kl(conversion, self.heldout)
+        """KL on the held-out sequences of the best plans for `config`, thresholds settled."""
+        return self._settled(config)[1]
 
     def refined(self, config: ApplyConfig) -> tuple[list[LayerPlan], dict[str, Any]]:
         """The refined plans of `config`, and how they came out."""
-        conversion = self._conversion(config)
-        settle(conversion, self.heldout)
+        conversion, _, shape = self._settled(config)
         outcome = refine(conversion, self.train, self.heldout, config.refine or 0, self.control)
         shares = settle(conversion, self.heldout)
         if not outcome.kept:
             self.control.say("refinement did not lower the KL on held-out calibration data: kept as planned")
-        return conversion.finished(shares), vars(outcome)
+        return conversion.finished(shares), vars(outcome) | {"shape": shape}
 
-    def _conversion(self, config: ApplyConfig) -> Conversion:
-        budget = budget_of(config)
-        plans = plan_layers(self.model, self.activations, self.layers, budget, self.control.seed)
-        return Conversion(self.loaded, plans, budget, self.mask)
+    def _settled(self, config: ApplyConfig) -> tuple[Conversion, float, str]:
+        """The conversion of least KL among a few shapes, its KL, and the shape's name.
+
+        Curves of single layers rank routers and corrections by local error, to second order; where much is lost, only
+        the whole model tells which shape it is best lost in.
+        """
+        found: list[tuple[float, str, Conversion]] = []
+        for shape, restriction in _SHAPES.items():
+            if restriction and config.compensation != "auto":
+                continue
+            budget = replace(budget_of(config), **restriction)
+            try:
+                plans = plan_layers(self.model, self.activations, self.layers, budget, self.control.seed)
+            except ConfigError:
+                if not restriction:
+                    raise
+                continue
+            if any(_same(plans, other.plans) for _, _, other in found):
+                continue
+            conversion = Conversion(self.loaded, plans, budget, self.mask)
+            settle(conversion, self.heldout)
+            found.append((mean_kl(conversion, self.heldout), shape, conversion))
+        kl, shape, best = min(found, key=lambda entry: entry[0])
+        best.install()
+        return best, kl, shape
+
+
+def _same(a: Sequence[LayerPlan], b: Sequence[LayerPlan]) -> bool:
+    return all(
+        (x.rule, x.always, x.router is y.router, x.flops_fraction) == (y.rule, y.always, True, y.flops_fraction)
+        for x, y in zip(a, b, strict=True)
+    )
 
 
 def _batches(examples: Examples, steps: int, size: int, seed: int) -> tuple[list[Batch], list[Batch]]:
