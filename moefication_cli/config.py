@@ -138,6 +138,9 @@ class SplitConfig(ModelConfig):
     solver: Literal["swap", "constrained"] = option("swap", "Balanced k-means: ours, or k-means-constrained")
     restarts: int = option(4, "Balanced k-means starts; the best is kept", minimum=1)
     projection: Literal["auto", "up", "gate"] = option("auto", "kmeans: rows to cluster (auto: gate rows where gated)")
+    profile: Literal["contribution", "pattern"] = option(
+        "contribution", "activation: how much a neuron writes at each token, or whether it is among the top fifth there"
+    )
     profile_tokens: int = option(4096, "activation: tokens that make up a neuron's profile", minimum=1)
     from_partition: str | None = option(None, "Folder or file pattern of gpmetis .part.N files, one per layer")
     init: str | None = option(
@@ -184,8 +187,10 @@ class ApplyConfig:
         minimum=0.0,
     )
     top_k: int | None = option(None, "Experts per token, instead of --fraction", minimum=1)
-    rule: Literal["threshold", "top_k"] | None = option(
-        None, "Experts per token: all whose score passes a calibrated threshold, or a fixed number (default: by router)"
+    rule: Literal["threshold", "top_k", "max_ratio", "cumulative"] | None = option(
+        None,
+        "Experts per token: all above a calibrated threshold; a fixed number; all near the token's best; the fewest that "
+        "hold a share of its scores (default: by router)",
     )
     budget: Literal["auto", "uniform"] | None = option(
         None,

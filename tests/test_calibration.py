@@ -17,6 +17,7 @@ from moefication_cli.routing.calibrate import (
     apply_compensation,
     calibration_curve,
     fit_compensation,
+    kept_experts,
     ranks_for,
 )
 from moefication_cli.routing.router import Router
@@ -101,7 +102,9 @@ def test_curve_rows_are_what_the_reference_computes() -> None:
             keep_TE = (torch.arange(E) < threshold).expand(500, E)
         else:
             keep_TE = routers[number].scores(heldout.x_TD) >= threshold
-        extra = fit_compensation(weights, None if number < 0 else routers[number], threshold, rank, fit)
+        extra = fit_compensation(
+            weights, kept_experts(weights, None if number < 0 else routers[number], threshold, fit.x_TD), rank, fit
+        )
         out_TD = masked(heldout.x_TD, keep_TE, weights) + apply_compensation(extra, heldout.x_TD)
         error = float((heldout.weight_T.unsqueeze(1) * (full_TD - out_TD).square()).sum()) / (2 * D * 500)
         active = (S + N * float(keep_TE.sum()) / 500) / weights.ffn.num_neurons

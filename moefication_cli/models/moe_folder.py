@@ -1,10 +1,10 @@
 """What `apply` adds to a dense model folder: `moefication/moefication.json` and `moefication/routers.safetensors`.
 
 The JSON has `schema` (`moefication/model@1`), `layers` (one object per FFN in execution order: `layer`, and unless
-`dense` is true `num_experts`, `num_shared`, `rule` {top_k | threshold} and `router` {activation, normalise}), `tensors`
-{sha256, bytes} and whatever else the writer records. Tensors are named `{position in layers:03d}.{name}` with the names
-of `TENSORS`. Axes: D model width, E experts, R router width. Reading trusts nothing: every defect is a
-CorruptArtifactError.
+`dense` is true `num_experts`, `num_shared`, `rule` {top_k | threshold | max_ratio | cumulative} and `router`
+{activation, normalise}), `tensors` {sha256, bytes} and whatever else the writer records. Tensors are named
+`{position in layers:03d}.{name}` with the names of `TENSORS`. Axes: D model width, E experts, R router width. Reading
+trusts nothing: every defect is a CorruptArtifactError.
 """
 
 from collections.abc import Mapping
@@ -25,6 +25,7 @@ from moefication_cli.store.files import atomic_write, make_dirs, sha256
 SCHEMA = "moefication/model@1"
 FOLDER, SETTINGS, ROUTERS = "moefication", "moefication.json", "routers.safetensors"
 _ROUTER = ("w_in_RD", "b_in_R", "w_out_ER", "b_out_E")
+_RULES = {"top_k", "threshold", "max_ratio", "cumulative"}
 _COMPENSATION = {
     "constant_D": "constant_D",
     "taken_back_ED": "taken_back_ED",
@@ -146,7 +147,7 @@ def _layer(path: Path, index: int, entry: Any, tensors: dict[str, Tensor]) -> Mo
     num_experts, num_shared = entry.get("num_experts"), entry.get("num_shared", 0)
     check(whole(num_experts, 1) and whole(num_shared, 0), "num_experts or num_shared is not a count")
     rule, router = entry.get("rule"), entry.get("router")
-    check(isinstance(rule, dict) and set(rule) in ({"top_k"}, {"threshold"}), "rule is not {top_k} or {threshold}")
+    check(isinstance(rule, dict) and len(rule) == 1 and set(rule) <= _RULES, f"rule is none of {sorted(_RULES)}")
     if "top_k" in rule:
         # Zero experts beside the shared neurons: a layer that needs no router.
         check(
@@ -154,7 +155,8 @@ def _layer(path: Path, index: int, entry: Any, tensors: dict[str, Tensor]) -> Mo
             f"top_k {rule['top_k']!r} of {num_experts}",
         )
     else:
-        check(type(rule["threshold"]) in (int, float), f"threshold {rule['threshold']!r} is not a number")
+        name, value = next(iter(rule.items()))
+        check(type(value) in (int, float), f"{name} {value!r} is not a number")
     check(
         (router is None and rule.get("top_k") == 0)
         or (

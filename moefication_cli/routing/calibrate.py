@@ -168,11 +168,8 @@ def apply_compensation(compensation: Compensation, x_TD: Tensor) -> Tensor:
     return constant_D + (x_TD @ compensation.w_in_RD.T) @ compensation.w_out_RD
 
 
-def fit_compensation(
-    weights: ExpertWeights, router: Router | None, threshold: float, rank: int, tokens: Tokens
-) -> Compensation:
-    """The compensation of one chosen candidate."""
-    keep_TE = kept_experts(weights, router, threshold, tokens.x_TD)
+def fit_compensation(weights: ExpertWeights, keep_TE: Tensor, rank: int, tokens: Tokens) -> Compensation:
+    """What stands in for the experts that `keep_TE` (bool) leaves out at these tokens."""
     residual_TD = dropped_output(weights, weights.ffn.hidden(tokens.x_TD), keep_TE)
     return ReducedRank(tokens).fit(residual_TD, rank).compensation(rank)
 

@@ -64,14 +64,41 @@ class Router:
 
 @dataclass(frozen=True)
 class Rule:
-    """How many experts a token gets: the `top_k` best, or every expert whose score reaches `threshold`."""
+    """How many experts a token gets; exactly one of these is set.
+
+    top_k        the best k
+    threshold    every expert whose score reaches it: tokens that matter get more (an absolute threshold)
+    max_ratio    every expert whose score reaches this share of the token's best one (D2DMoE, arXiv 2310.04361, section 3.3)
+    cumulative   the fewest experts that hold this share of the token's total score
+
+    The last two take scores below zero as zero.
+    """
 
     top_k: int | None = None
     threshold: float | None = None
+    max_ratio: float | None = None
+    cumulative: float | None = None
+
+    @property
+    def relative(self) -> bool:
+        """Whether a token's scores are compared with each other, not with a constant or by rank."""
+        return self.max_ratio is not None or self.cumulative is not None
+
+    def setting(self) -> dict[str, int | float]:
+        """The one value that is set, under its name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
     def select(self, scores_TE: Tensor) -> Tensor:
-        """ids_TK (int64) for a fixed k, mask_TE (bool) for a threshold: what every backend accepts."""
+        """ids_TK (int64) for a fixed k, mask_TE (bool) for the others: what every backend accepts."""
         if self.threshold is not None:
             return scores_TE >= self.threshold
+        if self.max_ratio is not None:
+            scores_TE = scores_TE.clamp_min(0)
+            return scores_TE >= self.max_ratio * scores_TE.amax(-1, keepdim=True)
+        if self.cumulative is not None:
+            sorted_TE, order_TE = scores_TE.clamp_min(0).sort(dim=-1, descending=True)
+            before_TE = sorted_TE.cumsum(-1) - sorted_TE
+            taken_TE = before_TE < self.cumulative * sorted_TE.sum(-1, keepdim=True)
+            return torch.zeros_like(taken_TE).scatter_(-1, order_TE, taken_TE)
         assert self.top_k is not None
         return scores_TE.topk(self.top_k, dim=-1, sorted=False).indices

@@ -46,7 +46,11 @@ class MoEFFN:
             raise ConfigError("a MoE layer needs a router and a rule, or a selection of its own")
         if router is not None and router.num_experts != weights.num_experts:
             raise ConfigError(f"the router scores {router.num_experts} experts, the layer has {weights.num_experts}")
-        if rule is not None and rule.threshold is None and not 1 <= (rule.top_k or 0) <= weights.num_experts:
+        if (
+            rule is not None
+            and rule.setting().keys() == {"top_k"}
+            and not 1 <= (rule.top_k or 0) <= weights.num_experts
+        ):
             raise ConfigError(f"top_k {rule.top_k} is not in 1..{weights.num_experts}")
         if backend != "auto":
             available(backend, weights.ffn.w_up_FD.device, weights.ffn.w_up_FD.dtype, weights)
@@ -112,7 +116,7 @@ class MoEFFN:
             if self.counts_E is not None:
                 self._count(None, x_TD if real_T is None else x_TD[real_T])
             return BACKENDS[name](x_TD, x_TD, self.weights)
-        if name == "numba" and self.select is None:
+        if name == "numba" and self.select is None and not self._relative:
             compiled = self._compile()
             y_TD = self._run_compiled(compiled, x_TD, real_T)
             self._fast = compiled
@@ -126,6 +130,10 @@ class MoEFFN:
         return self._selected(name, x_TD)
 
     @property
+    def _relative(self) -> bool:
+        return self.rule is not None and self.rule.relative
+
+    @property
     def _all_on(self) -> bool:
         return self.select is None and self.rule is not None and self.rule.top_k == self.weights.num_experts
 
@@ -136,6 +144,8 @@ class MoEFFN:
             if self._all_on:  # no selection to make, no experts to keep apart: every neuron is a shared one
                 ffn = self.weights.ffn
                 self._prepared = CompiledLayer(ExpertWeights(ffn, 1, num_shared=ffn.num_neurons))
+            elif self._relative:  # selected before the kernel, which knows ranks and constants
+                self._prepared = CompiledLayer(self.weights)
             else:
                 self._prepared = CompiledLayer(self.weights, self.router, self.rule)
         return self._prepared

@@ -11,13 +11,15 @@ from moefication_cli.models.checkpoint import Checkpoint
 from moefication_cli.models.moe_folder import write_moe_settings
 from moefication_cli.stages.contract import Control, Result
 from moefication_cli.stages.estimate import estimate, ffn_bytes
-from moefication_cli.stages.inputs import RunModel, begin_options, layer_seed, open_model
+from moefication_cli.stages.inputs import RunModel, begin_options, layer_seed, open_model, read_tokens
 from moefication_cli.stages.plan import LayerPlan, check_budget, choose_router, describe_rule, routed_layers
 from moefication_cli.stages.planned import budget_of, router_tensors, settings
 from moefication_cli.stages.refined import fraction_for, make_plans
 from moefication_cli.store.rundir import RunDir
+from moefication_cli.store.stage import Stage
 
 _CHECK_TOKENS = 16
+_COUNTED_TOKENS = 2048
 _TOLERANCE = 1e-3  # of the largest output; float16 weights round, a wrong permutation is off by orders of magnitude
 
 
@@ -61,7 +63,7 @@ def apply(run: RunDir, config: ApplyConfig, control: Control) -> Result:
             written = Checkpoint(work.folder, ffn=run.info.ffn)
             for index in control.track(range(len(plans)), "check", len(plans)):
                 check_layer(model, written, index, control.seed)
-            rows = [_row(plan) for plan in plans]
+            rows = [_row(plan) | _experts_per_token(plan, activations, control.seed) for plan in plans]
             manifest = work.finish({"layers": rows, "router": name} | describe_rule(plans))
     assert manifest is not None
     path = run.path("model")
@@ -91,18 +93,22 @@ def _row(plan: LayerPlan) -> dict[str, Any]:
         "num_experts": plan.num_experts,
         "expert_size": plan.layer.partition.expert_size,
         "always_on": plan.num_shared,
-        "rule": "dense"
-        if rule is None
-        else "always on"
-        if plan.router is None
-        else "threshold"
-        if rule.top_k is None
-        else "top_k",
+        "rule": "dense" if rule is None else "always on" if plan.router is None else next(iter(rule.setting())),
         "top_k": None if rule is None or plan.router is None else rule.top_k,
         "router_width": None if plan.router is None else plan.router.w_in_RD.shape[0],
         "correction_rank": _rank(plan),
         "ffn_flops_fraction": plan.flops_fraction,
     }
+
+
+def _experts_per_token(plan: LayerPlan, activations: Stage | None, seed: int) -> dict[str, float]:
+    """Mean and 10 % and 90 % quantiles of the experts that calibration tokens select, where their number varies."""
+    if activations is None or plan.router is None or plan.rule is None or plan.rule.top_k is not None:
+        return {}
+    x_TD = read_tokens(activations, plan.layer.index, _COUNTED_TOKENS, seed).x_TD.to(plan.router.w_in_RD.device)
+    count_T = plan.rule.select(plan.router.scores(x_TD)).sum(1).float()
+    low, high = count_T.quantile(torch.tensor([0.1, 0.9]).to(count_T)).tolist()
+    return {"experts_mean": float(count_T.mean()), "experts_p10": low, "experts_p90": high}
 
 
 def _rank(plan: LayerPlan) -> int | None:

@@ -10,7 +10,7 @@ from moefication_cli.errors import ConfigError
 from moefication_cli.ffn import Compensation
 from moefication_cli.models.sites import FFNSite
 from moefication_cli.routing.budget import allocate, best_within
-from moefication_cli.routing.calibrate import Curve, fit_compensation
+from moefication_cli.routing.calibrate import Curve, fit_compensation, kept_experts
 from moefication_cli.routing.plan import LayerCost, top_k_within
 from moefication_cli.routing.router import Router, Rule
 from moefication_cli.split.partition import Partition
@@ -20,7 +20,9 @@ from moefication_cli.store.rundir import RunDir
 from moefication_cli.store.stage import Stage
 
 SAFETY = 0.97  # of the budget: thresholds are calibrated on other tokens than those they meet
+RELATIVE = ("max_ratio", "cumulative")
 _FIT_TOKENS = 16384
+_HALVINGS = 20
 
 FractionOf = Literal["flops", "neurons"]
 
@@ -85,7 +87,7 @@ class Budget:
     fraction: float
     fraction_of: FractionOf = "flops"
     top_k: int | None = None
-    rule: Literal["threshold", "top_k"] | None = None
+    rule: Literal["threshold", "top_k", "max_ratio", "cumulative"] | None = None
     sharing: Literal["auto", "uniform"] | None = None
     compensation: Literal["auto", "mean", "none"] = "auto"
     keep_dense: str | None = None
@@ -143,13 +145,23 @@ def plan_layers(
     Layers with calibration curves share the budget by what it saves (threshold rule, compensation); the others, and all
     under `rule="top_k"`, get the same fixed fraction.
     """
+    dense = set(parse_layers(budget.keep_dense, len(layers)) or [])
+    if budget.rule in RELATIVE:
+        _choose(layers, activations, budget)
+        assert activations is not None
+        return [
+            _relative(model, activations, layer, budget, seed)
+            if layer.index not in dense
+            else LayerPlan(layer, None, 1.0)
+            for layer in layers
+        ]
     plans: list[LayerPlan] = []
     for layer, choice in zip(layers, _choose(layers, activations, budget), strict=True):
         if isinstance(choice, LayerPlan):
             plans.append(choice)
         else:
             assert activations is not None
-            plans.append(_calibrated(model, activations, layer, choice, seed))
+            plans.append(_calibrated(model, activations, layer, choice, budget, seed))
     return plans
 
 
@@ -157,9 +169,11 @@ def _choose(layers: Sequence[RoutedLayer], activations: Stage | None, budget: Bu
     """Finished plans of a fixed fraction, or one row of each layer's curve."""
     dense = set(parse_layers(budget.keep_dense, len(layers)) or [])
     calibrated = all(layer.curve is not None for layer in layers) and activations is not None
-    if budget.rule == "threshold" and not calibrated:
-        raise ConfigError("--rule threshold needs a calibrated router", "train one with --router regression or linear")
-    if budget.top_k is not None or budget.rule == "top_k" or not calibrated:
+    if budget.rule in ("threshold", *RELATIVE) and not calibrated:
+        raise ConfigError(
+            f"--rule {budget.rule} needs a calibrated router", "train one with --router regression or linear"
+        )
+    if budget.top_k is not None or budget.rule in ("top_k", *RELATIVE) or not calibrated:
         return [_fixed(layer, budget, layer.index in dense) for layer in layers]
     return _share_budget(layers, budget, dense)
 
@@ -207,7 +221,34 @@ def _share_budget(layers: Sequence[RoutedLayer], budget: Budget, dense: set[int]
     return allocate(costs, errors, [part / sum(work) for part in work], target)
 
 
-def _calibrated(model: RunModel, activations: Stage, layer: RoutedLayer, row: int, seed: int) -> LayerPlan:
+def _relative(model: RunModel, activations: Stage, layer: RoutedLayer, budget: Budget, seed: int) -> LayerPlan:
+    """A rule that compares a token's scores with each other, set to the budget's mean number of experts."""
+    router, cost = layer.routers[-1], layer.cost()
+    target = cost.experts_within(budget.fraction * SAFETY, budget.fraction_of)
+    tokens = read_tokens(activations, layer.index, _FIT_TOKENS, layer_seed(seed, layer.index)).to(model.device)
+    scores_TE = router.scores(tokens.x_TD)
+
+    def at(value: float) -> Rule:
+        return Rule(max_ratio=1 - value) if budget.rule == "max_ratio" else Rule(cumulative=value)
+
+    low, high = 0.0, 1.0  # few experts, many
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        many = float(at(middle).select(scores_TE).float().sum(1).mean()) > target
+        low, high = (low, middle) if many else (middle, high)
+    rule = at(low)
+    keep_TE = rule.select(scores_TE)
+    weights = expert_weights(model.read_ffn(layer.index), layer.partition)
+    extra = None
+    if budget.compensation != "none":
+        extra = fit_compensation(weights, keep_TE, 0, tokens.calibration())
+    share = cost.flops(float(keep_TE.float().sum(1).mean())) / cost.dense_flops
+    return LayerPlan(layer, rule, share, router, 0, extra)
+
+
+def _calibrated(
+    model: RunModel, activations: Stage, layer: RoutedLayer, row: int, budget: Budget, seed: int
+) -> LayerPlan:
     """The layer as one row of its curve says, its compensation fitted on calibration tokens."""
     curve = layer.curve
     assert curve is not None
@@ -218,7 +259,10 @@ def _calibrated(model: RunModel, activations: Stage, layer: RoutedLayer, row: in
     router = None if number < 0 else layer.routers[number]
     weights = expert_weights(model.read_ffn(layer.index), layer.partition)
     tokens = read_tokens(activations, layer.index, _FIT_TOKENS, layer_seed(seed, layer.index)).to(model.device)
-    compensation = fit_compensation(weights, router, threshold, int(curve.rank_C[row]), tokens.calibration())
+    compensation = None
+    if budget.compensation != "none":
+        keep_TE = kept_experts(weights, router, threshold, tokens.x_TD)
+        compensation = fit_compensation(weights, keep_TE, int(curve.rank_C[row]), tokens.calibration())
     if router is None:
         return LayerPlan(layer, Rule(top_k=0), flops, None, round(threshold), compensation)
     return LayerPlan(layer, Rule(threshold=threshold), flops, router, 0, compensation)
@@ -227,6 +271,9 @@ def _calibrated(model: RunModel, activations: Stage, layer: RoutedLayer, row: in
 def describe_rule(plans: Sequence[LayerPlan]) -> dict[str, Any]:
     """What `metrics.json` says of a plan: its rule, top_k (the mean where layers differ) and how the budget is shared."""
     rules = [plan.rule for plan in plans if plan.rule is not None]
+    relative = [name for rule in rules if rule.relative for name in rule.setting()]
+    if relative:
+        return {"rule": relative[0], "top_k": None, "budget": "uniform"}
     if any(rule.threshold is not None for rule in rules) or any(rule.top_k == 0 for rule in rules):
         return {"rule": "threshold", "top_k": None, "budget": "auto"}
     ks = [rule.top_k or 0 for rule in rules]

@@ -39,7 +39,7 @@ def settings(plans: Sequence[LayerPlan], name: str, config: ApplyConfig, ffn: st
             "dense": False,
             "num_experts": plan.num_experts,
             "num_shared": plan.num_shared,
-            "rule": {"top_k": rule.top_k} if rule.threshold is None else {"threshold": rule.threshold},
+            "rule": rule.setting(),
             "score": plan.layer.score,
             "ffn_flops_fraction": plan.flops_fraction,
         }

@@ -37,6 +37,7 @@ from moefication_cli.stages.inputs import (
 from moefication_cli.store.rundir import RunDir
 from moefication_cli.store.stage import Stage
 
+PATTERN_SHARE = 0.2  # of the neurons that a token keeps in its pattern
 DEFAULT_EXPERT_SIZE = 4  # small experts keep far more quality; see tests/benchmarks/README.md
 
 
@@ -129,8 +130,11 @@ def split_layer(
         expert_F = partition_graph(edges, num_experts, seed=seed).expert_F
         metrics["cut"] = cut_weight(edges, expert_F)
     else:
-        points = profile_FT if config.method == "activation" else normalised_rows(_projection(weights, config))
-        assert points is not None
+        if config.method == "activation":
+            assert profile_FT is not None
+            points = keep_pattern(profile_FT) if config.profile == "pattern" else profile_FT
+        else:
+            points = normalised_rows(_projection(weights, config))
         warm_F = _warm_start(config, index, rest_F, num_experts)
         if config.solver == "constrained":
             found = constrained_kmeans(points[rest_F], num_experts, seed=seed)
@@ -149,6 +153,15 @@ def contribution_profile(weights: FFNWeights, tokens: Tokens) -> Tensor:
     h_TF = weights.hidden(tokens.x_TD.to(weights.w_up_FD.device))
     root_T1 = (tokens.weight_T / tokens.weight_T.mean().clamp_min(1e-30)).sqrt().unsqueeze(1).to(h_TF)
     return (h_TF.abs() * weights.w_down_FD.norm(dim=1) * root_T1).T.contiguous()
+
+
+def keep_pattern(profile_FT: Tensor) -> Tensor:
+    """pattern_FT: 1 where the neuron is among the PATTERN_SHARE that contribute most at a token, else 0.
+
+    Source: keep patterns as CMoE (arXiv 2502.04416) clusters them, by contribution and not by activation.
+    """
+    count = max(1, round(PATTERN_SHARE * len(profile_FT)))
+    return (profile_FT >= profile_FT.topk(count, dim=0).values[-1]).to(profile_FT)
 
 
 def by_importance(expert_F: Tensor, importance_F: Tensor) -> Tensor:
