@@ -206,6 +206,9 @@ class ApplyConfig:
         "(apply: 0; run: by model size)",
         minimum=0,
     )
+    embed_code: bool = option(
+        False, "Write code into RUN/model: with trust_remote_code=True transformers loads the MoE"
+    )
 
 
 @dataclass(frozen=True)

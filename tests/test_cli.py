@@ -34,9 +34,20 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
+def contents(folder: object) -> dict[str, bytes]:
+    """Every file below, locks and the cache of hashes apart."""
+    files = [p for p in Path(str(folder)).rglob("*") if p.is_file() and not {".locks", ".cache"} & set(p.parts)]
+    return {str(path): path.read_bytes() for path in files}
+
+
 def fails(run_cli: Runner, code: int, *words: object) -> str:
-    """The command fails with this code, one JSON object on stdout, a message on stderr; returns message and hint."""
+    """The command fails with this code, one JSON object on stdout, a message on stderr; returns message and hint.
+
+    What follows the command (a run directory) is left as it was.
+    """
+    before = contents(words[1]) if len(words) > 1 else {}
     outcome = run_cli(*words, "--json")
+    assert before == (contents(words[1]) if len(words) > 1 else {})
     assert outcome.code == code, (outcome.code, outcome.err)
     error = outcome.json["error"]
     assert outcome.json["ok"] is False
@@ -71,6 +82,29 @@ def test_wrong_fields_empty_data_and_labels(run_cli: Runner, bert: Path, data: P
     odd = tmp_path / "odd.tsv"
     odd.write_text("sentence\tlabel\nw1 w2\t7\n")
     assert "7" in fails(run_cli, 2, "eval", run, "--data", odd)
+    fails(run_cli, 2, "eval", run)  # no data
+    assert "magic" in fails(run_cli, 2, "eval", run, "--data", data, "--selection", "magic")
+    fails(run_cli, 2, "eval", run, "--data", data, "--fractions", "0.2,1.5")
+    fails(run_cli, 2, "eval", run, "--data", data, "--backend", "magic")
+
+
+def test_a_failing_command_does_not_change_the_model_of_a_run(run_cli: Runner, bert: Path, tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    run_cli.ok("split", run, "--model", bert, "--method", "random", "--num-experts", 6)
+    save_tiny("llama", other)
+    fails(run_cli, 2, "split", run, "--model", other, "--method", "random", "--num-experts", 7)
+    fails(run_cli, 2, "collect-activations", run, "--model", other, "--data", tmp_path / "none.txt")
+    assert run_cli.ok("split", run, "--method", "random", "--num-experts", 6)["up_to_date"]
+    run_cli.ok("split", run, "--model", other, "--method", "random", "--num-experts", 6)
+    assert json.loads((run / "run.json").read_text())["model"] == str(other)
+
+
+def test_numbers_that_do_not_fit_the_storage(run_cli: Runner, bert: Path, data: Path, tmp_path: Path) -> None:
+    weights = load_file(bert / "model.safetensors")
+    weights["bert.encoder.layer.0.attention.output.LayerNorm.bias"] += 1e6
+    save_file(weights, bert / "model.safetensors", metadata={"format": "pt"})
+    message = fails(run_cli, 1, "collect-activations", tmp_path / "run", "--model", bert, "--data", data)
+    assert "layer 0 (encoder.layer.0)" in message and "--storage-dtype bfloat16" in message
 
 
 def test_stages_without_a_run_name_the_first_command(run_cli: Runner, tmp_path: Path) -> None:
@@ -148,7 +182,17 @@ def test_a_pickle_with_code_is_refused(run_cli: Runner, bert: Path, data: Path, 
 def test_unknown_architecture(run_cli: Runner, bert: Path, tmp_path: Path) -> None:
     values = json.loads((bert / "config.json").read_text())
     (bert / "config.json").write_text(json.dumps(values | {"model_type": "nonesuch", "architectures": ["Nonesuch"]}))
-    fails(run_cli, 2, "inspect", bert)
+    assert "nonesuch" in fails(run_cli, 2, "inspect", bert)
+    fails(run_cli, 2, "split", tmp_path / "run", "--model", bert, "--method", "random", "--num-experts", 6)
+
+
+def test_an_ffn_nobody_knows_says_how_to_describe_it(run_cli: Runner, tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.XLNetConfig(vocab_size=64, d_model=16, n_layer=2, n_head=2, d_inner=48)
+    transformers.XLNetLMHeadModel(config).save_pretrained(tmp_path / "xlnet")
+    message = fails(run_cli, 2, "inspect", tmp_path / "xlnet")
+    assert "--ffn" in message and "XLNet" in message
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

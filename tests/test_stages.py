@@ -2,13 +2,15 @@
 
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from cli_runner import Runner
-from tiny_models import save_tiny
+from tiny_models import save_tiny, tiny_inputs
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from moefication_cli import load
@@ -119,6 +121,43 @@ def test_generate_with_the_converted_model(world: Any, run_cli: Runner) -> None:
     moe = load(run / "model").generate(ids, **options)
     assert torch.equal(dense, everything)
     assert moe.shape == dense.shape
+
+
+@pytest.mark.parametrize(("name", "task", "auto"), [("bert", "classification", "AutoModelForSequenceClassification"),
+                                                    ("t5", "text2text", "AutoModelForSeq2SeqLM"),
+                                                    ("llama", "lm", "AutoModelForCausalLM")])  # fmt: skip
+def test_embedded_code_gives_the_moe_to_those_who_trust_it(
+    name: str, task: str, auto: str, world: Any, run_cli: Runner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    run, _, collect, _ = world(name, task)
+    words = [
+        "--router",
+        "similarity",
+        "--expert-size",
+        4,
+        "--fraction-of",
+        "neurons",
+        "--fraction",
+        0.5,
+        "--embed-code",
+    ]
+    run_cli.ok("run", run, *collect, *words)
+    kind, inputs = getattr(transformers, auto), tiny_inputs(name, padded=False)
+    with torch.inference_mode():
+        trusted = kind.from_pretrained(run / "model", trust_remote_code=True, dtype=torch.float32)(**inputs).logits
+        plain = kind.from_pretrained(run / "model", dtype=torch.float32)(**inputs).logits
+        ours = load(run / "model")(**inputs).logits
+        dense = load(run / "model", fraction=1.0, trust_remote_code=True)(**inputs).logits
+    assert torch.allclose(trusted, ours, atol=1e-5)
+    assert torch.allclose(plain, dense, atol=1e-4)
+    assert (trusted - plain).abs().max() > 0.05  # negative control
+    monkeypatch.setitem(sys.modules, "moefication_cli.models.embedded", None)
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "others"))
+    for module in [m for m in sys.modules if "modeling_moefication" in m]:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(ImportError, match="pip install moefication"):
+        kind.from_pretrained(run / "model", trust_remote_code=True)
 
 
 def test_stages_run_alone_and_only_what_depends_becomes_stale(world: Any, run_cli: Runner) -> None:

@@ -20,7 +20,7 @@ from torch import nn
 from moefication_cli.errors import ConfigError, CorruptArtifactError, UnavailableError
 from moefication_cli.ffn import ExpertWeights
 from moefication_cli.models.masking import TokenMask
-from moefication_cli.models.moe_folder import MoELayer, read_moe_folder
+from moefication_cli.models.moe_folder import MoEFolder, MoELayer, read_moe_folder
 from moefication_cli.models.sites import FFNSite, find_sites, refuse_quantised
 from moefication_cli.models.source import LOAD_ERRORS, Source, first_line, load_config, resolve_source
 from moefication_cli.models.surgery import FFNLayer, install, live_weights, pack
@@ -195,19 +195,26 @@ def load_moe(
         tokenizer=False,
         quiet=quiet,
     )
-    sites = find_sites(loaded.model, moe.settings.get("ffn"))
+    attach_experts(loaded.model, folder, moe, backend, fraction)
+    return loaded.model
+
+
+def attach_experts(
+    model: Any, folder: Path, moe: MoEFolder, backend: str = "auto", fraction: float | None = None
+) -> None:
+    """Install the layers read from `folder` in the dense model of that folder. Raises CorruptArtifactError if they do not fit."""
+    sites = find_sites(model, moe.settings.get("ffn"))
     if [site.name for site in sites] != [layer.name for layer in moe.layers]:
         raise CorruptArtifactError(
             f"{folder}: the layers in moefication.json are not the FFNs of the model",
             "write the folder again: moefication apply RUN --force",
         )
-    token_mask = TokenMask(loaded.model)
+    token_mask = TokenMask(model)
     for site, layer in zip(sites, moe.layers, strict=True):
         if not layer.dense and not (fraction == 1 and layer.router is None):  # every neuron on is the dense layer
-            install(loaded.model, site, _moe_ffn(loaded.model, site, layer, backend, fraction), token_mask)
+            install(model, site, _moe_ffn(model, site, layer, backend, fraction), token_mask)
     experts = sum(not layer.dense for layer in moe.layers)
     log.info("%s: mixture of experts in %d of %d FFNs, backend %s", folder, experts, len(sites), backend)
-    return loaded.model
 
 
 def _moe_ffn(model: nn.Module, site: FFNSite, layer: MoELayer, backend: str, fraction: float | None) -> FFNLayer:

@@ -8,6 +8,7 @@ import torch
 from moefication_cli.config import ApplyConfig
 from moefication_cli.errors import MoEficationError
 from moefication_cli.models.checkpoint import Checkpoint
+from moefication_cli.models.embedded import embed_code
 from moefication_cli.models.moe_folder import write_moe_settings
 from moefication_cli.stages.contract import Control, Result
 from moefication_cli.stages.estimate import estimate, ffn_bytes
@@ -60,6 +61,8 @@ def apply(run: RunDir, config: ApplyConfig, control: Control) -> Result:
             orders = {plan.layer.name: plan.layer.partition.order_F() for plan in plans if plan.rule is not None}
             model.checkpoint.write_permuted(work.folder, orders)
             write_moe_settings(work.folder, settings(plans, name, config, run.info.ffn), router_tensors(plans))
+            if config.embed_code:
+                embed_code(work.folder)
             written = Checkpoint(work.folder, ffn=run.info.ffn)
             for index in control.track(range(len(plans)), "check", len(plans)):
                 check_layer(model, written, index, control.seed)

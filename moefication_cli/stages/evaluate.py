@@ -193,7 +193,8 @@ def _variants(
         raise ConfigError(f"{run.root}: no router is trained", f"moefication train-router {run.root}")
     like = ApplyConfig(router=next(iter(routed)), fraction=0.0)
     if applied is not None:
-        like = ApplyConfig(**{entry.name: applied.config[entry.name] for entry in options_of(ApplyConfig)})
+        known = {entry.name for entry in options_of(ApplyConfig)} & set(applied.config)  # another version has others
+        like = ApplyConfig(**{name: applied.config[name] for name in known})
     layers = routed[str(like.router)]
     for layer in layers:
         permute_in_place(net, layer.site, layer.partition.order_F())
