@@ -161,9 +161,9 @@ class RouterConfig:
     )
     calibration_tokens: int = option(4096, "Tokens behind each calibration curve, fitted and held out", minimum=64)
     epochs: int | None = option(
-        None, "Passes over the tokens (default: 6; at most 20 for mlp, which stops early)", minimum=1
+        None, "Passes over the tokens (default: 6, for mlp at most 5: it stops early)", minimum=1
     )
-    batch_size: int = option(1024, "Tokens per training step", minimum=1)
+    batch_size: int | None = option(None, "Tokens per training step (default: 1024, for mlp 2048)", minimum=1)
     learning_rate: float | None = option(None, "Adam's step (default: by router)", minimum=0.0)
     patience: int = option(3, "Epochs without improvement before stopping", minimum=1)
     heldout_fraction: float = option(

@@ -21,11 +21,12 @@ from moefication_cli.ffn import ExpertWeights
 ScoreKind = Literal["activation", "contribution", "norm"]
 
 _CHUNK_BYTES = 256 * 2**20  # bounds the hidden activations held at once
+_CACHE_BYTES = 8 * 2**20  # on a CPU, activations that are read again should still be in its cache
 
 
-def token_chunks(num_tokens: int, num_neurons: int) -> Iterator[slice]:
-    """Slices of tokens whose float32 activations of `num_neurons` fit the working memory."""
-    size = max(1, _CHUNK_BYTES // (4 * num_neurons))
+def token_chunks(num_tokens: int, num_neurons: int, num_bytes: int = _CHUNK_BYTES) -> Iterator[slice]:
+    """Slices of tokens whose float32 activations of `num_neurons` fit in `num_bytes`."""
+    size = max(1, num_bytes // (4 * num_neurons))
     for start in range(0, num_tokens, size):
         yield slice(start, min(start + size, num_tokens))
 
@@ -49,7 +50,8 @@ def oracle_scores(x_TD: Tensor, weights: ExpertWeights, kind: ScoreKind) -> Tens
     Raises NonFiniteError when an activation is NaN or infinite.
     """
     out_TE = torch.empty(x_TD.shape[0], weights.num_experts, dtype=torch.float32, device=x_TD.device)
-    for part in token_chunks(x_TD.shape[0], weights.ffn.num_neurons):
+    num_bytes = _CHUNK_BYTES if x_TD.is_cuda else _CACHE_BYTES
+    for part in token_chunks(x_TD.shape[0], weights.ffn.num_neurons, num_bytes):
         h_TF = weights.ffn.hidden(x_TD[part].to(weights.ffn.w_up_FD.dtype))
         out_TE[part] = expert_scores(h_TF, weights, kind).float()
     if not torch.isfinite(out_TE).all():

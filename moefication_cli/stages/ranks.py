@@ -48,11 +48,11 @@ class Ranks:
         self._agree(stage, options)
         if self.rank == 0:
             with run.begin(stage, **options) as work:
-                self._exchange(work.up_to_date)
+                self.exchange(work.up_to_date)
                 work.timeout = _PATIENCE
                 yield work
             return
-        up_to_date = self._exchange(None)[0]
+        up_to_date = self.exchange(None)[0]
         with run.begin(stage, **options | {"force": False, "join": not up_to_date}) as work:
             work.timeout = _PATIENCE
             yield work
@@ -102,7 +102,7 @@ class Ranks:
         error.code, error.exit_code = found["code"], found["exit_code"]
         return error
 
-    def _exchange(self, value: Any) -> list[Any]:
+    def exchange(self, value: Any) -> list[Any]:
         """Every rank's value, in order of rank."""
         assert self._store is not None
         self._steps += 1
@@ -114,7 +114,7 @@ class Ranks:
     def _agree(self, stage: str, options: dict[str, Any]) -> None:
         work = {"stage": stage, "size": self.size, **options["inputs"], **options["config"]}
         work |= {name: options.get(name) for name in ("layers", "only", "force")}
-        for rank, other in enumerate(self._exchange(work)):
+        for rank, other in enumerate(self.exchange(work)):
             mine = jsonio.plain(work)
             if different := sorted(name for name in mine | other if mine.get(name) != other.get(name)):
                 name = different[0]

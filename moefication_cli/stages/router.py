@@ -36,7 +36,7 @@ from moefication_cli.stages.inputs import (
 from moefication_cli.store.rundir import RunDir
 
 # The published training (github.com/thunlp/MoEfication), its defects mended as routing/fit.py says.
-_PAPER = {"epochs": 30, "batch_size": 512, "learning_rate": 1e-2, "patience": 30}
+_PAPER = {"epochs": 30, "batch_size": 512, "learning_rate": 1e-2, "patience": 30, "published": True}
 # Routers that predict contributions: calibrated thresholds, budgets and compensation go with them.
 CALIBRATED = ("regression", "quadratic", "linear")
 
@@ -158,9 +158,10 @@ def score_kind(config: RouterConfig) -> Score:
 
 def fit(config: RouterConfig, weights: ExpertWeights, sample: Sample, seed: int, width: int) -> Fitted:
     """The router of one layer, of the kind the config names."""
-    options: dict[str, Any] = {"batch_size": config.batch_size, "patience": config.patience}
-    options["epochs"] = config.epochs or (20 if config.router == "mlp" else 6)
-    options["learning_rate"] = config.learning_rate or 1e-2
+    mlp = config.router == "mlp"
+    options: dict[str, Any] = {"batch_size": config.batch_size or (2048 if mlp else 1024), "patience": config.patience}
+    options["epochs"] = config.epochs or (5 if mlp else 6)
+    options["learning_rate"] = config.learning_rate or (4e-2 if mlp else 1e-2)
     if config.recipe == "paper":
         options |= _PAPER
     training = Training(**options, seed=seed)
@@ -168,7 +169,7 @@ def fit(config: RouterConfig, weights: ExpertWeights, sample: Sample, seed: int,
         return Fitted(similarity_router(weights))
     if config.router == "linear":
         return linear_router(sample)
-    if config.router == "mlp":
+    if mlp:
         return mlp_router(weights, sample, training)
     if config.router == "random":
         generator = torch.Generator().manual_seed(seed)
