@@ -24,7 +24,6 @@ from typing import Any
 
 PUBLISHED_SHARE = (0.498, 0.450, 0.448, 0.422, 0.368, 0.371)
 PUBLISHED_ACCURACY, PUBLISHED_ORACLE, STDERR = 0.851, 0.850, 0.012
-TOKENS = 65536  # calibration tokens of all but BERT, whose figures come from 131072
 T5_ACCURACY, OPT_PERPLEXITY, OPT_WINDOWS, OPT_WINDOW = 0.774, 50.8, 80, 256
 PAPER = ["--fraction-of", "neurons"]
 KEYS = ("selection", "fraction", "value", "relative", "agreement", "kl", "active_fraction", "ffn_flops_fraction")
@@ -35,8 +34,9 @@ Json = dict[str, Any]
 class Bench:
     """Runs commands, prints evaluations, collects checks."""
 
-    def __init__(self, shared: Path, out: Path, seeds: int) -> None:
-        self.models, self.data, self.out, self.seeds = shared / "models", shared / "data", out, seeds
+    def __init__(self, shared: Path, out: Path, seeds: int, tokens: int) -> None:
+        self.models, self.data, self.out = shared / "models", shared / "data", out
+        self.seeds, self.tokens = seeds, tokens
         self.checks: list[tuple[bool, str, str]] = []
 
     def cli(self, *words: object, code: int = 0) -> Json:
@@ -145,7 +145,7 @@ def t5(bench: Bench) -> None:
     model, data, run = bench.models / "t5-relu-sst2", bench.data / "sst2", bench.out / "t5"
     words = ["--prompt", "sst2 sentence: {sentence}", "--label-words", "negative,positive"]
     bench.cli("collect-activations", run, "--model", model, "--data", data / "train.tsv", "--no-sensitivity",
-              "--max-tokens", TOKENS, *words)  # fmt: skip
+              "--max-tokens", bench.tokens, *words)  # fmt: skip
     trained, measured = paper_stages(bench, run, data / "dev.tsv", 32, 0)
     rows = bench.rows("T5 SST-2", measured)
     names = [layer["layer"] for layer in trained["metrics"]["layers"]]
@@ -186,7 +186,7 @@ def opt(bench: Bench) -> None:
         first_windows(text, AutoTokenizer.from_pretrained(model), OPT_WINDOWS * OPT_WINDOW), encoding="utf-8"
     )
     bench.cli("collect-activations", run, "--model", model, "--data", data / "wiki.train.txt", "--no-sensitivity",
-              "--max-tokens", TOKENS, "--documents", "file", "--max-length", OPT_WINDOW)  # fmt: skip
+              "--max-tokens", bench.tokens, "--documents", "file", "--max-length", OPT_WINDOW)  # fmt: skip
     _, measured = paper_stages(bench, run, head, 32, 0, "--documents", "file")
     rows = bench.rows("OPT WikiText-2", measured)
     dense = measured["dense"]["value"]
@@ -208,7 +208,7 @@ def llama(bench: Bench) -> None:
 
     model, data = bench.models / "llama-stories260k", bench.data / "stories"
     line = ["--documents", "line"]
-    collect = ["--model", model, "--data", data / "train.txt", *line, "--max-tokens", TOKENS]
+    collect = ["--model", model, "--data", data / "train.txt", *line, "--max-tokens", bench.tokens]
     for experts in (4, 43):
         run = bench.out / f"llama-{experts}"
         bench.cli("collect-activations", run, *collect)
@@ -291,10 +291,11 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=Path(__file__).parents[3] / "shared")
     parser.add_argument("--out", type=Path, help="where the runs go (default: a new temporary folder)")
     parser.add_argument("--seeds", type=int, default=3, help="of the BERT rows")
+    parser.add_argument("--tokens", type=int, default=65536, help="to calibrate on; BERT takes the default, 131072")
     arguments = parser.parse_args()
     out = arguments.out or Path(tempfile.mkdtemp(prefix="acceptance-"))
     out.mkdir(parents=True, exist_ok=True)
-    bench = Bench(arguments.shared, out, arguments.seeds)
+    bench = Bench(arguments.shared, out, arguments.seeds, arguments.tokens)
     for part in arguments.parts or PARTS:
         PARTS[part](bench)
     print(f"\n{'':4} check (runs are in {out})")
