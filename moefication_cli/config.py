@@ -289,6 +289,9 @@ class BenchConfig:
     backend: str = option("auto", "Backend of the MoE")
     dtype: str | None = option(None, "float32 or bfloat16 (default: float32 on CPU, the checkpoint's on CUDA)")
     threads: int | None = option(None, "CPU threads (default: what torch takes)", minimum=1)
+    clock: Literal["wall", "cpu"] = option(
+        "wall", "cpu: count what one thread computes, so that other programs disturb less (with --threads 1)"
+    )
     repeats: int = option(100, "Dense and MoE take turns at most so many times per row", minimum=1)
     seconds: float = option(5.0, "Seconds per row, about; 5 turns at least", minimum=0.0)
     revision: str | None = option(None, "Revision of a hub model")

@@ -1,6 +1,7 @@
 """bench: the rows of every mode on tiny models, the bound by hand, twins that leave the dense model alone."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from moefication_cli.ffn import ExpertWeights, FFNWeights
 from moefication_cli.models import shapes
 from moefication_cli.models.shapes import Shape, find_shape, set_firing, shape_model, share, without_ffns
 from moefication_cli.models.sites import find_sites
-from moefication_cli.models.surgery import installed_layers
+from moefication_cli.models.surgery import installed_layers, live_weights
 from moefication_cli.routing.router import Router, Rule
+from moefication_cli.runtime.always import AlwaysFFN
 from moefication_cli.runtime.layer import MoEFFN
 from moefication_cli.stages.bench_calls import Decoder
 from moefication_cli.stages.bench_layers import (
@@ -26,12 +28,14 @@ from moefication_cli.stages.bench_layers import (
     Recorder,
     cost_of,
     firing_share,
+    fixed_cost,
     held_bytes,
     random_recipe,
     rotation,
     sample_inputs,
     to_moe,
 )
+from moefication_cli.stages.bench_rows import _measured
 from moefication_cli.stages.bounds import FFNCost, Rates, ffn_bound, whole_bound
 from moefication_cli.stages.timing import Call, Paired, alternate
 
@@ -143,6 +147,14 @@ def test_calls_take_turns_and_preparation_is_not_timed() -> None:
     assert [len(t) for t in taken] == [3, 3]
     assert seen[-6:-3] == ["b", "prepare", "a"]  # the second round starts with b
     assert seen.count("prepare") == seen.count("a") == seen.count("b") == 1 + 1 + 3
+
+
+def test_the_cpu_clock_does_not_count_waiting() -> None:
+    wall, cpu = (
+        alternate([Call(lambda: time.sleep(0.05))], repeats=1, seconds=0, warmup=0, device=CPU, clock=clock)[0][0]
+        for clock in ("wall", "cpu")
+    )
+    assert cpu < 0.05 <= wall
 
 
 def test_speedup_is_the_median_of_pairs() -> None:
@@ -261,6 +273,16 @@ def test_decoder_generates_what_generate_does(name: str) -> None:
             assert torch.equal(torch.cat(found, 1), new)
 
 
+def test_a_stack_without_a_router_has_its_row() -> None:
+    model = tiny_model("opt")
+    site = find_sites(model)[0]
+    always = AlwaysFFN(ExpertWeights(live_weights(model, site), num_experts=5, num_shared=8))
+    costs = [fixed_cost(site, always, 3, 4), fixed_cost(site, None, 3, 4)]
+    found = _measured([], costs, {"numba", "dense"})
+    assert (found["top_k"], found["backend"], found["num_neurons"]) == (None, "dense+numba", F)
+    assert found["active_fraction"] == pytest.approx((8 / F + 1) / 2)
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
@@ -364,6 +386,7 @@ def test_mistakes(run_cli: Runner, tmp_path: Path) -> None:
     assert "divide" in fails(bert, "--expert-size", 7)
     assert "divide" in fails(bert, "--num-experts", 7)
     assert "fast" in fails(bert, "--backend", "fast")
+    assert "one thread" in fails(bert, "--clock", "cpu")
     assert "positions" in fails(bert, "--mode", "prefill", "--seq", "100", "--expert-size", 8)
 
 

@@ -53,6 +53,8 @@ class TokenMask:
 
         A mask longer than the tokens (KV cache) counts with its last T columns.
         """
+        if not self._masks:
+            return None
         asked = (stack, tuple(shape))
         if asked not in self._found:
             self._found[asked] = self._find(*asked)
@@ -72,7 +74,7 @@ class TokenMask:
         if len(shape) != 2 or shape[0] != rows or num_tokens > columns or (num_tokens < columns and not cached):
             return None
         real = mask[:, columns - num_tokens :].reshape(-1)
-        return None if real.is_cpu and bool(real.all()) else real  # a GPU would have to be waited for
+        return None if real.is_cpu and bool(real.all()) else real
 
     def _enter(self, names: tuple[str, ...], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._saved.append(self._masks)
@@ -82,6 +84,8 @@ class TokenMask:
             mask = given.get(name)
             if isinstance(mask, Tensor) and mask.dim() == 2:
                 masks[stack] = mask.bool()
+                if mask.is_cpu and bool(masks[stack].all()):  # a GPU would have to be waited for
+                    del masks[stack]
         self._masks, self._found = masks, {}
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

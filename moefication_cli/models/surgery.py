@@ -129,15 +129,15 @@ class _Installed:
 
     def __call__(self, x: Tensor) -> Tensor:
         weight: Tensor = self.up._parameters["weight"]  # type: ignore[assignment]
-        learns = torch.is_grad_enabled() and weight.requires_grad
+        learns = weight.requires_grad and torch.is_grad_enabled()
         # Views belong to the parameters' storage of the moment; under autograd also to one graph
         if learns or self.seen != weight.data_ptr():
             self._renew(learns)
             self.seen = 0 if learns else weight.data_ptr()
         mask = self.token_mask.mask_for(self.site.stack, x.shape[:-1]) if self.token_mask is not None else None
-        if mask is None:
-            return self.layer(x.to(weight.dtype))
-        return self.layer(x.to(weight.dtype), mask.to(x.device).view(x.shape[:-1]))
+        if x.dtype != weight.dtype:
+            x = x.to(weight.dtype)
+        return self.layer(x) if mask is None else self.layer(x, mask.to(x.device).view(x.shape[:-1]))
 
     def _renew(self, learns: bool) -> None:
         weights = getattr(self.layer, "weights", None)

@@ -74,12 +74,11 @@ def _missing(name: str, device: torch.device, dtype: torch.dtype, weights: Exper
     if name == "numba":
         if dtype not in (torch.float32, torch.bfloat16):
             return f"it computes in float32 and bfloat16, not {dtype}"
-        if weights is not None:
-            return _unreadable(weights, dtype)
-    return None
+    return None if weights is None or name == "fastmoe" else _unreadable(weights, dtype)
 
 
 def _unreadable(weights: ExpertWeights, dtype: torch.dtype) -> str | None:
+    """What kernels that work on addresses cannot read."""
     ffn = weights.ffn
     if ffn.activation not in ACTIVATIONS:
         return f"it does not know the activation {ffn.activation}"

@@ -70,7 +70,7 @@ class MoEFFN:
         if name in _SETTINGS:
             self._prepared: CompiledLayer | None = None
             self._fast: CompiledLayer | None = None  # set where calls without gradients are one compiled call
-            self._fast_below = sys.maxsize  # ... of fewer than so many tokens
+            self._fast_below = sys.maxsize  # ... of inputs with fewer elements than this
 
     def count_selections(self, on: bool = True) -> None:
         """Starts (from zero) or stops counting, per expert, how many tokens selected it: `counts_E`, of `num_counted` tokens."""
@@ -91,6 +91,12 @@ class MoEFFN:
         (Dense calls compute padding like any token.) Raises ConfigError for shapes that do not fit and for selections out of
         range, UnavailableError where a backend named by the user cannot run.
         """
+        # Small layers take microseconds: once the choice is made, nothing stands between here and the compiled call.
+        fast = self._fast
+        if fast is not None and (torch.is_grad_enabled() or x.dtype != fast.dtype or x.numel() >= self._fast_below):
+            fast = None
+        if fast is not None and token_mask is None and self.counts_E is None and x.shape[-1] == fast.width:
+            return fast(x)
         D = self.weights.ffn.d_model
         if x.shape[-1] != D:
             raise ConfigError(f"FFN input of width {x.shape[-1]}, the layer has d_model {D}")
@@ -102,17 +108,15 @@ class MoEFFN:
                     f"padding mask {tuple(token_mask.shape)} {token_mask.dtype} for input {tuple(x.shape)}",
                     "pass bools",
                 )
-        # Small layers take microseconds: once the choice is made, nothing stands between here and the compiled call.
-        fast = self._fast
-        if fast is not None and fast.dtype == x.dtype and not torch.is_grad_enabled():
-            if x.numel() < self._fast_below * D:
-                return self._run_compiled(fast, x, real_T)
+        if fast is not None:
+            return self._run_compiled(fast, x, real_T)
         return self._tokens(x.reshape(-1, D), real_T).view(x.shape)
 
     def _tokens(self, x_TD: Tensor, real_T: Tensor | None) -> Tensor:
         name = self._auto(x_TD) if self.backend == "auto" else self.backend
         self.last_backend = name
         if name == "dense":
+            self._fast = None  # so that the next call of few tokens says its path again
             if self.counts_E is not None:
                 self._count(None, x_TD if real_T is None else x_TD[real_T])
             return BACKENDS[name](x_TD, x_TD, self.weights)
@@ -121,7 +125,7 @@ class MoEFFN:
             y_TD = self._run_compiled(compiled, x_TD, real_T)
             self._fast = compiled
             if self.backend == "auto" and self._all_on:
-                self._fast_below = ALL_ON_TOKENS
+                self._fast_below = ALL_ON_TOKENS * compiled.width
             return y_TD
         if real_T is not None and not bool(real_T.all()):
             y_TD = torch.zeros_like(x_TD)
@@ -151,8 +155,6 @@ class MoEFFN:
         return self._prepared
 
     def _run_compiled(self, compiled: "CompiledLayer", x: Tensor, real_T: Tensor | None) -> Tensor:
-        if self.last_backend != "numba":
-            self.last_backend = "numba"
         if self.counts_E is None:
             return compiled(x, None, real_T)
         num_tokens = x.numel() // compiled.width if real_T is None else int(real_T.sum())

@@ -25,9 +25,9 @@ EXPERTS = 4  # experts per program of the second
 @triton.jit
 def _activate(x, ACT: tl.constexpr):
     if ACT == "relu":
-        return tl.maximum(x, 0.0)
+        return tl.where(x < 0.0, 0.0, x)  # NaN stays NaN, as in torch
     elif ACT == "relu2":
-        r = tl.maximum(x, 0.0)
+        r = tl.where(x < 0.0, 0.0, x)
         return r * r
     elif ACT == "silu":
         return x * tl.sigmoid(x)

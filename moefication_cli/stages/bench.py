@@ -36,6 +36,8 @@ def bench(target: str | None, config: BenchConfig, control: Control) -> Result:
         _numbers(config.seq, "--seq"),
         None if config.fractions is None else parse_fractions(config.fractions),
     )
+    if config.clock == "cpu" and (state.device.type != "cpu" or config.threads != 1):
+        raise ConfigError("--clock cpu counts one thread of the CPU", "add --threads 1 --device cpu")
     name = target or str(config.shape)
     if control.dry_run:
         return _planned(state, name)
@@ -43,7 +45,7 @@ def bench(target: str | None, config: BenchConfig, control: Control) -> Result:
         for subject in subjects(state, target):
             dtype = subject.dense.dtype
             if state.rates is None:
-                state.rates = measure_rates(state.device, dtype)
+                state.rates = measure_rates(state.device, dtype, config.clock)
             for row in control.track(rows_of(state, subject), "bench"):
                 state.rows.append(row)
         return _result(state, name, torch.get_num_threads())
@@ -86,7 +88,7 @@ def _result(state: Setting, name: str, num_threads: int) -> Result:
         table.append(shown | {key: row[key] for key in ("speedup", "min", "max", "bound", "backend")})
     processor = machine["accelerator"] or machine["processor"]
     notes = [
-        f"{name} on {processor}, {num_threads} threads, {state.rows[0]['dtype']}, torch {machine['torch']}: "
+        f"{name} on {processor}, {num_threads} threads, {state.config.clock} clock, {state.rows[0]['dtype']}, torch {machine['torch']}: "
         f"{state.rates.flops_per_second / 1e9:.0f} GFLOP/s and {state.rates.bytes_per_second / 1e9:.1f} GB/s measured",
         "speedup: median of paired rounds, with min and max; bound: larger of arithmetic and bytes, router, union of "
         "the batch's experts and all that is no FFN counted, skipped zeros of ReLU not",

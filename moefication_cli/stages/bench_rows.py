@@ -93,7 +93,7 @@ def _ffn_row(state: Setting, layers: Layers, tokens: int) -> dict[str, Any]:
     dense, moe = _alternate(state, calls, warmup=count)
     names = {layer.last_backend for layer in layers.experts}
     row = {"mode": "ffn", "tokens": tokens, "batch": None, "seq": None, "layers": count, "other_seconds": None}
-    return row | _measured(costs, names) | Paired(dense, moe).summary() | {"bound": ffn_bound(costs, state.rates)}
+    return row | _measured(costs, [], names) | Paired(dense, moe).summary() | {"bound": ffn_bound(costs, state.rates)}
 
 
 def _whole_row(state: Setting, subject: Subject, other: Any, mode: str, batch: int, seq: int) -> dict[str, Any]:
@@ -116,38 +116,43 @@ def _whole_row(state: Setting, subject: Subject, other: Any, mode: str, batch: i
     other_seconds = sorted(taken[2])[len(taken[2]) // 2]
     tokens = batch * seq if mode == "prefill" else batch
     costs = list(recorder.costs.values())
-    names = {subject.experts[name].last_backend for name in recorder.costs}
-    fixed = _fixed(state, subject, mode, tokens)
+    fixed, names = _fixed(state, subject, mode, tokens)
+    names |= {subject.experts[name].last_backend for name in recorder.costs}
     of_ffns = ffn_bound([*costs, *fixed], state.rates)
     row = {"mode": mode, "tokens": tokens, "batch": batch, "seq": seq, "layers": len(costs) + len(fixed)}
     row |= {"other_seconds": other_seconds, "bound": whole_bound(paired["dense_seconds"], other_seconds, of_ffns)}
-    return row | _measured(costs, names) | paired
+    return row | _measured(costs, fixed, names) | paired
 
 
-def _fixed(state: Setting, subject: Subject, mode: str, tokens: int) -> list[FFNCost]:
-    """FFNs of the timed stack without a router: left dense, or pruned to their shared neurons."""
+def _fixed(state: Setting, subject: Subject, mode: str, tokens: int) -> tuple[list[FFNCost], set[str]]:
+    """FFNs of the timed stack without a router, left dense or pruned to their shared neurons, and the paths they took."""
     encoder_decoder = bool(getattr(subject.dense.config, "is_encoder_decoder", False))
     stack = "decoder" if encoder_decoder and mode == "decode" else "encoder"
-    costs = []
+    costs, names = [], set()
     for site in find_sites(subject.dense, state.config.ffn):
         layer = subject.installed.get(site.name)
         if site.stack == stack and not isinstance(layer, MoEFFN):
             always = layer if isinstance(layer, AlwaysFFN) else None
             costs.append(fixed_cost(site, always, tokens, subject.dense.dtype.itemsize))
-    return costs
+            names.add("dense" if always is None else always.last_backend)
+    return costs, names
 
 
 def _alternate(state: Setting, calls: list[Call], warmup: int) -> list[list[float]]:
     config = state.config
-    return alternate(calls, repeats=config.repeats, seconds=config.seconds, warmup=warmup, device=state.device)
+    return alternate(
+        calls, repeats=config.repeats, seconds=config.seconds, warmup=warmup, device=state.device, clock=config.clock
+    )
 
 
-def _measured(costs: Sequence[FFNCost], backends: set[str]) -> dict[str, Any]:
+def _measured(routed: Sequence[FFNCost], fixed: Sequence[FFNCost], backends: set[str]) -> dict[str, Any]:
+    """Means over the FFNs; `top_k` over those with a router, None without any."""
+    costs = [*routed, *fixed]
     first = costs[0]
-    mean = lambda values: sum(values) / len(costs)  # noqa: E731
+    mean = lambda values: sum(values) / len(values)  # noqa: E731
     return {
         "backend": "+".join(sorted(backends - {""})),
-        "top_k": mean([cost.experts_per_token for cost in costs]),
+        "top_k": mean([cost.experts_per_token for cost in routed]) if routed else None,
         "active_fraction": mean([cost.active_share for cost in costs]),
         "touched_fraction": mean([cost.touched_share for cost in costs]),
         "num_experts": first.num_experts,
@@ -163,7 +168,7 @@ def _complete(state: Setting, subject: Subject, row: dict[str, Any]) -> dict[str
     """What all rows of a subject share."""
     row["dtype"] = str(subject.dense.dtype).removeprefix("torch.")
     row["activation"] = subject.sites[0].activation
-    row["device"], row["threads"] = str(state.device), torch.get_num_threads()
+    row["device"], row["threads"], row["clock"] = str(state.device), torch.get_num_threads(), state.config.clock
     row["of_bound"] = row["speedup"] / row["bound"]
     return row
 

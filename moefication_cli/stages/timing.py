@@ -1,7 +1,7 @@
 """Clocks: several calls in alternation, what the machine is, and how fast it multiplies and reads.
 
 Knows nothing about models. Other programs disturb a clock, so calls take turns in one run and are compared pair by
-pair. All times are wall-clock seconds.
+pair. Times are seconds on the wall or, for one thread on a busy machine, seconds of its processor.
 """
 
 import os
@@ -23,6 +23,9 @@ MIN_ROUNDS = 5
 _CACHE_UNKNOWN = 32 << 20
 _READ_BYTES = 256 << 20  # more than a cache
 _PROBES = 5
+
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.thread_time}
 
 
 def _ready() -> None:
@@ -67,7 +70,7 @@ class Paired:
 
 
 def alternate(
-    calls: Sequence[Call], *, repeats: int, seconds: float, warmup: int, device: torch.device
+    calls: Sequence[Call], *, repeats: int, seconds: float, warmup: int, device: torch.device, clock: str = "wall"
 ) -> list[list[float]]:
     """Seconds of every call in every round; within a round each runs once, in turning order.
 
@@ -76,24 +79,25 @@ def alternate(
     """
     for _ in range(warmup):
         for call in calls:
-            _timed(call, device)
-    once = sum(_timed(call, device) for call in calls)
+            _timed(call, device, clock)
+    once = sum(_timed(call, device, clock) for call in calls)
     rounds = min(repeats, max(MIN_ROUNDS, int(seconds / max(once, 1e-9))))
     taken: list[list[float]] = [[] for _ in calls]
     for number in range(rounds):
         for position in range(len(calls)):
             turn = (number + position) % len(calls)
-            taken[turn].append(_timed(calls[turn], device))
+            taken[turn].append(_timed(calls[turn], device, clock))
     return taken
 
 
-def _timed(call: Call, device: torch.device) -> float:
+def _timed(call: Call, device: torch.device, clock: str) -> float:
+    now = CLOCKS[clock]
     call.prepare()
     _finish(device)
-    started = time.perf_counter()
+    started = now()
     call.run()
     _finish(device)
-    return time.perf_counter() - started
+    return now() - started
 
 
 def _finish(device: torch.device) -> None:
@@ -113,7 +117,7 @@ def threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+def measure_rates(device: torch.device, dtype: torch.dtype, clock: str = "wall") -> Rates:
     """The best of a few large matrix products (P) and of a few reads of uncached weights by a vector (W)."""
     width = 1024 if device.type == "cpu" else 8192
     x, w = (torch.ones(width, width, device=device, dtype=dtype) for _ in range(2))
@@ -122,9 +126,8 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     matrix = torch.ones(rows, 1024, device=device, dtype=dtype)
     multiply, read = Call(lambda: functional.linear(x, w)), Call(lambda: functional.linear(vector, matrix))
     with torch.inference_mode():
-        best = [
-            min(taken) for taken in alternate((multiply, read), repeats=_PROBES, seconds=9, warmup=1, device=device)
-        ]
+        taken = alternate((multiply, read), repeats=_PROBES, seconds=9, warmup=1, device=device, clock=clock)
+    best = [min(seconds) for seconds in taken]
     return Rates(2.0 * width**3 / best[0], rows * 1024 * dtype.itemsize / best[1])
 
 

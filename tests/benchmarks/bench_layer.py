@@ -14,9 +14,8 @@ tokens' experts counted; skipping neurons whose ReLU is zero is not in it and ma
 import argparse
 import json
 import platform
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from moefication_cli.ffn import ACTIVATIONS, ExpertWeights, FFNWeights
 from moefication_cli.routing.router import Router, Rule
 from moefication_cli.runtime.layer import MoEFFN
-from moefication_cli.stages.timing import Paired
+from moefication_cli.stages.timing import Call, Paired, alternate
 
 CACHE_BYTES = 128 << 20
 
@@ -107,19 +106,15 @@ def bound(case: Case, tokens: int, top_k: int, dtype: torch.dtype) -> float:
     return max(arithmetic, read) if tokens > 1 else min(arithmetic, read)
 
 
-def measure(calls: list[Callable[[], object]], repeats: int) -> list[list[float]]:
-    """Seconds of each call, all calls in alternation."""
-    seconds: list[list[float]] = [[] for _ in calls]
-    for _ in range(repeats):
-        for taken, call in zip(seconds, calls, strict=True):
-            start = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - start)
-    return seconds
-
-
 def row(
-    case: Case, tokens: int, fraction: float, dtype: torch.dtype, backend: str, repeats: int, budget: float
+    case: Case,
+    tokens: int,
+    fraction: float,
+    dtype: torch.dtype,
+    backend: str,
+    repeats: int,
+    budget: float,
+    clock: str = "wall",
 ) -> dict[str, Any]:
     """One row of the table."""
     layer_bytes = case.neurons * case.d_model * (3 if case.gated else 2) * dtype.itemsize
@@ -128,21 +123,20 @@ def row(
     experts = [moe(layer, case, fraction, backend) for layer in stock]
     top_k = experts[0][1]
     x_LTD = torch.randn(layers, tokens, case.d_model, dtype=dtype)
-    turn = 0
+    dense_turns, moe_turns = count(0), count(layers // 2)
 
-    def dense_call() -> Tensor:
-        nonlocal turn
-        turn = (turn + 1) % layers
-        return stock[turn](x_LTD[turn])
+    def dense_call() -> None:
+        turn = next(dense_turns) % layers
+        stock[turn](x_LTD[turn])
 
-    def moe_call() -> Tensor:
-        return experts[(turn + layers // 2) % layers][0](x_LTD[turn])
+    def moe_call() -> None:
+        turn = next(moe_turns) % layers
+        experts[turn][0](x_LTD[turn])
 
     with torch.inference_mode():
-        for _ in range(layers):
-            dense_call(), moe_call()
-        once = sum(s[0] for s in measure([dense_call, moe_call], 1))
-        dense_s, moe_s = measure([dense_call, moe_call], max(5, min(repeats, int(budget / once))))
+        calls = [Call(dense_call), Call(moe_call)]
+        cpu = torch.device("cpu")
+        dense_s, moe_s = alternate(calls, repeats=repeats, seconds=budget, warmup=layers, device=cpu, clock=clock)
     limit = bound(case, tokens, top_k, dtype)
     return {
         "case": case.name, "d_model": case.d_model, "neurons": case.neurons, "experts": case.experts, "top_k": top_k,
@@ -162,9 +156,14 @@ def main() -> None:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--budget", type=float, default=4.0, help="seconds per row")
+    parser.add_argument(
+        "--clock", default="wall", choices=["wall", "cpu"], help="cpu: on a busy machine, with one thread"
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)
+    torch.set_num_threads(options.threads)
     rows = []
     if not options.json:
         print(
@@ -182,6 +181,7 @@ def main() -> None:
                     options.backend,
                     options.repeats,
                     options.budget,
+                    options.clock,
                 )
                 rows.append(r)
                 if not options.json:

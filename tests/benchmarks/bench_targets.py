@@ -2,7 +2,8 @@
 
     make bench                                             everything, about half an hour on two cores
     python tests/benchmarks/bench_targets.py --only "all on,decode" --seconds 20
-    python tests/benchmarks/bench_targets.py --only run --runs RUN RUN     converted models, with their own routers
+    python tests/benchmarks/bench_targets.py --only none --runs RUN RUN     converted models, with their own routers
+    ... --threads 1 --clock cpu                            on a machine that others use as well
 
 Dense and MoE take turns in one process; dense is the stock module. A figure is the median of paired ratios (in brackets its quartiles),
 its bound what arithmetic and bytes allow. One-layer rows come from `bench_layer` (cold weights, linear router), the others from
@@ -79,26 +80,18 @@ ROWS: list[Layer | Command] = [
 ]
 
 
-def layer_rows(row: Layer, seconds: float) -> Iterator[dict[str, Any]]:
+def layer_rows(row: Layer, seconds: float, clock: str) -> Iterator[dict[str, Any]]:
     """Measures every case at every number of tokens."""
     for case in bench_layer.CASES:
         for tokens in row.tokens if case.name in row.cases else ():
-            found = bench_layer.row(case, tokens, row.fraction, row.dtype, "auto", 2000, seconds)
+            found = bench_layer.row(case, tokens, row.fraction, row.dtype, "auto", 2000, seconds, clock)
             yield {"row": f"{row.what}: {case.name}, {tokens} tokens", **found}
 
 
-def command_rows(row: Command, seconds: float) -> Iterator[dict[str, Any]]:
+def command_rows(row: Command, seconds: float, clock: str) -> Iterator[dict[str, Any]]:
     """Runs `moefication bench` in a process of its own, so that a large model is gone afterwards."""
-    command = [
-        sys.executable,
-        "-m",
-        "moefication_cli",
-        "bench",
-        *row.words.split(),
-        "--json",
-        "--seconds",
-        str(seconds),
-    ]
+    options = ["--json", "--seconds", str(seconds), "--clock", clock, "--threads", str(torch.get_num_threads())]
+    command = [sys.executable, "-m", "moefication_cli", "bench", *row.words.split(), *options]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout)
     for each in found["rows"]:
@@ -137,17 +130,20 @@ def main() -> None:
     parser.add_argument("--only", default="", help="comma list of words; rows whose name has one of them")
     parser.add_argument("--runs", nargs="*", default=[], help="converted runs to bench as well")
     parser.add_argument("--seconds", type=float, default=5.0, help="per row")
+    parser.add_argument("--clock", default="wall", choices=["wall", "cpu"])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     words = [word for word in options.only.split(",") if word]
     rows = [row for row in ROWS if not words or any(word in row.what for word in words)]
     rows += [Command(f"run {Path(run).name}", Target(times=1), run) for run in options.runs]
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}{load}\n")
+    print(f"{torch.get_num_threads()} threads, {options.clock} clock, torch {torch.__version__}{load}\n")
     print("| row | dense ms | MoE ms | speed-up (quartiles) | bound | target |\n|---|---|---|---|---|---|")
     missed = False
     torch.manual_seed(0)
     for row in rows:
-        for found in (layer_rows if isinstance(row, Layer) else command_rows)(row, options.seconds):  # type: ignore[operator]
+        for found in (layer_rows if isinstance(row, Layer) else command_rows)(row, options.seconds, options.clock):  # type: ignore[operator]
             print(line(found, row.target), flush=True)
             missed |= reached(found, row.target) is False
     sys.exit(1 if missed else 0)
