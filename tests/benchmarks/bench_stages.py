@@ -29,7 +29,7 @@ from moefication_cli.routing.fit import Sample
 from moefication_cli.routing.scores import oracle_scores
 from moefication_cli.split.kmeans import balanced_kmeans
 from moefication_cli.stages.collect import collect_activations
-from moefication_cli.stages.contract import Control
+from moefication_cli.stages.contract import Control, parse_layers
 from moefication_cli.stages.examples import open_examples
 from moefication_cli.stages.inputs import expert_weights, layer_options, open_model, read_partition, read_tokens
 from moefication_cli.stages.ranks import open_ranks
@@ -57,7 +57,8 @@ def router(args: argparse.Namespace) -> Iterator[Row]:
     split(run, SplitConfig(method="kmeans", expert_size=32), Control())
     model, activations, made = open_model(run, None, Control()), run.require("activations"), run.require("split")
     total: dict[str, float] = {}
-    for index in range(len(model.sites)):
+    chosen = parse_layers(args.layers, len(model.sites)) or range(len(model.sites))
+    for index in chosen:
         weights = expert_weights(model.read_ffn(index), read_partition(made, index))
         tokens = read_tokens(activations, index)
         train, heldout = tokens.split_heldout(RouterConfig().heldout_fraction, index)
@@ -72,7 +73,7 @@ def router(args: argparse.Namespace) -> Iterator[Row]:
             yield {"what": "router", "layer": index, "recipe": recipe, "tokens": len(tokens), "seconds": seconds,
                    "cpu": cpu, "target_cpu": targets, "epochs": len(found.history) - 1, **captured}  # fmt: skip
             for name, value in {"seconds": seconds, "cpu": cpu, "target_cpu": targets, **captured}.items():
-                total[f"{recipe} {name}"] = total.get(f"{recipe} {name}", 0.0) + value / len(model.sites)
+                total[f"{recipe} {name}"] = total.get(f"{recipe} {name}", 0.0) + value / len(chosen)
     target = total["paper target_cpu"]  # the published script computes the targets of a batch anew in all 30 epochs
     yield {"what": "router, mean of layers", **total,
            "ratio": total["paper seconds"] / total["default seconds"],
@@ -209,6 +210,7 @@ def main() -> None:
     parser.add_argument("part", choices=[*parts, "worker"])
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--tokens", type=int)
+    parser.add_argument("--layers", help="router: only these")
     parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--model", type=Path, default=SHARED / "models" / "bert-relu-minilm-sst2")
     parser.add_argument("--data", type=Path, default=SHARED / "data" / "sst2" / "train.tsv")
