@@ -28,6 +28,7 @@ from moefication_cli.tasks.examples import Batch
 
 SPEND = (0.965, 0.985)  # of the budget: what counts as spending it on calibration data, so that new data fits too
 _PASSES = 8  # over the held-out sequences to find the thresholds; two or three are usual
+_TRIAL = 4  # the part of the steps after which training must have helped
 _LEARNING_RATE = 0.03  # of each parameter's size, per step
 
 
@@ -209,7 +210,7 @@ def refine(
     """Train what the conversion added, at its budget; undone unless the KL on the held-out batches fell.
 
     Call `settle` first. The price of compute follows what is spent, so that training stays near the budget. Thresholds
-    are settled anew at the end.
+    are settled anew at the end, and after a quarter of the steps, when training that does not help is given up.
     """
     target = conversion.budget.fraction * SPEND[1]
     before, start = mean_kl(conversion, heldout), conversion.state()
@@ -222,7 +223,11 @@ def refine(
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, steps))
     average, source = target, _cycle(train)
-    for _ in control.track(range(steps), "refine", steps):
+    for step in control.track(range(steps), "refine", steps):
+        if step == steps // _TRIAL and step:
+            settle(conversion, heldout)
+            if not mean_kl(conversion, heldout) < before:  # some plans are as good as they get: a few steps show it
+                break
         kl = conversion.kl(next(source))
         spent = conversion.spent()
         optimizer.zero_grad(set_to_none=True)
