@@ -4,6 +4,7 @@ Works in shards of the sampled sequences: each finished shard is on disk, so a k
 memory holds one shard however much is collected. At the end the shards are joined layer by layer.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -55,11 +56,14 @@ def collect_activations(run: RunDir, config: CollectConfig, control: Control) ->
     options = layer_options(config, control, model, {})
     options["only"] = None
     with control.ranks.begin(run, "activations", **options) as work:
+        seconds = None
         if not work.up_to_date:
+            started = time.perf_counter()
             count = _run_shards(run, model, work, config, control)
+            seconds = time.perf_counter() - started
             for index in control.track(work.pending(), "join", len(model.sites)):
                 _join(work, model, index, count, config)
-        manifest = control.ranks.finish(work)
+        manifest = control.ranks.finish(work, seconds)
     return layered_result("collect-activations", work, manifest)
 
 

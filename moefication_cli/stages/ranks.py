@@ -57,12 +57,12 @@ class Ranks:
             work.timeout = _PATIENCE
             yield work
 
-    def finish(self, work: Work) -> Manifest | None:
-        """`Work.finish` once every rank is done; no rank goes on before the stage is committed."""
+    def finish(self, work: Work, seconds: float | None = None) -> Manifest | None:
+        """`Work.finish` once every rank is done; no rank goes on before the stage is committed. `seconds`: of the first."""
         self.wait()
         if self.size == 1:
-            return work.finish()
-        manifest = work.finish() if self.rank == 0 else None
+            return work.finish(seconds=seconds)
+        manifest = work.finish(seconds=seconds) if self.rank == 0 else None
         self.wait()
         return manifest if self.rank == 0 else work.finish()
 
