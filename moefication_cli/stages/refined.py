@@ -31,8 +31,8 @@ from moefication_cli.tasks.examples import Batch, Examples
 _STEP_TOKENS = 2048
 _HELDOUT_TOKENS = 12288
 # Multiply-adds x 2 that refinement may cost by default, and the steps that are worth it: minutes on two cores.
-_DEFAULT_FLOPS = 2e13
-_FEWEST, _MOST = 60, 160
+_DEFAULT_FLOPS = 1e13
+_FEWEST, _MOST = 60, 300
 _FLOAT = 4
 # Kinds of plans to try on the whole model: what curves choose, more correction, a router of full rank (the first one).
 _SHAPES: dict[str, dict[str, Any]] = {
