@@ -246,12 +246,12 @@ def _same(a: Sequence[LayerPlan], b: Sequence[LayerPlan]) -> bool:
 
 def _batches(examples: Examples, steps: int, size: int, seed: int) -> tuple[list[Batch], list[Batch]]:
     """(training, held-out) batches in random order, from other sequences than the router saw where there are enough."""
-    wanted = steps * _STEP_TOKENS + _HELDOUT_TOKENS
-    found = list(examples.calibration(wanted, seed + 1, size))
+    judged = max(_HELDOUT_TOKENS // 3, min(_HELDOUT_TOKENS, steps * _STEP_TOKENS // 8)) if steps else _HELDOUT_TOKENS
+    found = list(examples.calibration(steps * _STEP_TOKENS + judged, seed + 1, size))
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
     found = [found[i] for i in order]
     tokens, count = 0, 0
-    while count < len(found) // 2 and tokens < _HELDOUT_TOKENS:
+    while count < len(found) // 2 and tokens < judged:
         tokens += found[count].num_tokens
         count += 1
     if count == 0:
