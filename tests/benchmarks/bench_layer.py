@@ -98,6 +98,8 @@ def moe(dense: Dense, case: Case, fraction: float, backend: str) -> tuple[MoEFFN
 
 def bound(case: Case, tokens: int, top_k: int, dtype: torch.dtype) -> float:
     """The best ratio the layer's arithmetic and bytes allow: the larger cost of dense over the larger cost of the MoE."""
+    if top_k == case.experts:
+        return 1.0  # nothing to choose: no router runs
     neuron, router = case.d_model * (3 if case.gated else 2), case.experts * case.d_model
     touched = 1.0 - (1.0 - top_k / case.experts) ** tokens
     arithmetic = case.neurons * neuron / (case.neurons * neuron * top_k / case.experts + router)
