@@ -56,6 +56,8 @@ def make_plans(
     """Every layer as `apply` with this config converts it; `inputs` are the stages it reads. Raises ConfigError."""
     activations = inputs["activations"]
     if not config.refine:
+        if any(layer.curve is not None for layer in layers):
+            control.say("fitted layer by layer; --refine 100 fits routers and corrections to the whole model")
         return plan_layers(model, activations, layers, budget_of(config), control.seed)
     _require_calibrated(layers, activations, config, "--refine")
     assert activations is not None

@@ -214,11 +214,11 @@ def llama(bench: Bench) -> None:
         bench.cli("collect-activations", run, *collect)
         bench.cli("build-graph", run)
         bench.cli("split", run, "--num-experts", experts)
-        bench.cli("train-router", run, "--router", "quadratic")
-        bench.cli("apply", run, "--fraction", 0.75)
+        bench.cli("train-router", run)
+        bench.cli("apply", run, "--fraction", 0.75, "--refine", 60)
         measured = bench.cli("eval", run, "--data", data / "valid.txt", *line, "--fractions", "0.75")
         rows = bench.rows(f"Llama, {experts} experts", measured)
-        mine, chance = rows["quadratic", 0.75], rows["random", 0.75]
+        mine, chance = rows["regression", 0.75], rows["random", 0.75]
         bench.check(
             f"{experts} experts: perplexity at 0.75 of the FLOPs is below that of random experts",
             mine["value"] < chance["value"],
@@ -252,8 +252,8 @@ def again(bench: Bench, run: Path, collect: list[object], data: Path) -> None:
         "collect-activations": collect,
         "build-graph": [],
         "split": ["--num-experts", 4],
-        "train-router": ["--router", "quadratic"],
-        "apply": ["--fraction", 0.75],
+        "train-router": [],
+        "apply": ["--fraction", 0.75, "--refine", 60],
         "eval": ["--data", data / "valid.txt", *line, "--fractions", "0.75"],
     }
     fresh = [name for name, options in stages.items() if bench.cli(name, run, *options)["up_to_date"]]
