@@ -37,6 +37,7 @@ from moefication_cli.store.rundir import RunDir
 
 # The published training (github.com/thunlp/MoEfication), its defects mended as routing/fit.py says.
 _PAPER = {"epochs": 30, "batch_size": 512, "learning_rate": 1e-2, "patience": 30, "published": True}
+_TOKEN_BYTES = 768 * 2**20  # so that a layer of a 7B model fits beside its weights in a few GiB
 # Routers that predict contributions: calibrated thresholds, budgets and compensation go with them.
 CALIBRATED = ("regression", "quadratic", "linear")
 
@@ -70,8 +71,13 @@ def train_router(run: RunDir, config: RouterConfig, control: Control) -> Result:
         for index in control.track(work.pending(), "train-router", len(model.sites)):
             seed = layer_seed(control.seed, index)
             weights = expert_weights(model.read_ffn(index), read_partition(split, index))
-            tokens = read_tokens(activations, index, config.max_tokens, seed)
             where = f"layer {index} ({model.names[index]})"
+            limit = config.max_tokens or tokens_in_memory(weights)
+            tokens = read_tokens(activations, index, limit, seed)
+            if config.max_tokens is None and limit < activations.metrics["layers"][index]["tokens"]:
+                control.say(
+                    f"{where}: trains on {len(tokens)} tokens, which is what memory is meant for (--max-tokens)"
+                )
             try:
                 record = train_layer(config, weights, tokens, fractions, seed)
             except (ConfigError, NonFiniteError) as error:
@@ -81,6 +87,11 @@ def train_router(run: RunDir, config: RouterConfig, control: Control) -> Result:
             work.save(index, record.tensors, record.settings, metrics=record.metrics)
         manifest = control.ranks.finish(work)
     return layered_result("train-router", work, manifest)
+
+
+def tokens_in_memory(weights: ExpertWeights) -> int:
+    """Tokens whose inputs and targets, and one copy of both, fit the working memory: 131,072 up to D + E = 768."""
+    return _TOKEN_BYTES // (2 * 4 * (weights.ffn.d_model + weights.num_experts))
 
 
 @dataclass(frozen=True)
