@@ -62,6 +62,7 @@ def make_plans(
     _require_calibrated(layers, activations, config, "--refine")
     assert activations is not None
     name = f"refined/{config.router}-{config.fraction:g}"
+    config = replace(config, embed_code=False)  # what is written beside the plans does not change them
     with run.begin(name, **begin_options(config, control, model, inputs)) as work:
         if not work.up_to_date:
             subject = Subject(run, model, layers, activations, config, control)
@@ -91,7 +92,7 @@ def fraction_for(
     _require_calibrated(layers, activations, config, "--target-kl")
     assert activations is not None
     name = f"refined/{config.router}-kl{target:g}"
-    asked = replace(config, fraction=1.0)  # what a search does not depend on
+    asked = replace(config, fraction=1.0, embed_code=False)  # what a search does not depend on
     with run.begin(name, **begin_options(asked, control, model, inputs)) as work:
         manifest = work.manifest
         if not work.up_to_date:
