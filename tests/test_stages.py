@@ -14,6 +14,7 @@ from tiny_models import save_tiny, tiny_inputs
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from moefication_cli import load
+from moefication_cli.config import RouterConfig
 from moefication_cli.store.layerfile import read_layer
 
 WORDS = [f"w{i}" for i in range(40)]
@@ -210,7 +211,7 @@ def test_run_makes_what_the_separate_commands_make(world: Any, run_cli: Runner) 
     )  # fmt: skip
     assert {row["fraction"] for row in whole["rows"]} == {0.25, 0.5}
     trained = json.loads((run / "router" / "mlp" / "manifest.json").read_text())["config"]
-    assert (trained["batch_size"]["value"], trained["max_tokens"]["value"]) == (1024, None)
+    assert (trained["batch_size"]["value"], trained["max_tokens"]["value"]) == (RouterConfig().batch_size, None)
     assert trained["batch_size"]["source"] == trained["max_tokens"]["source"] == "default"
     assert (trained["epochs"]["value"], trained["epochs"]["source"]) == (2, "command line")
     again = {
