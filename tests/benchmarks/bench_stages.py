@@ -170,7 +170,7 @@ def worker(args: argparse.Namespace) -> None:
         for name, stage in stages.items():
             joined.wait()
             _, seconds, cpu = timed(stage)
-            spent[name] = [seconds, max(joined.exchange(cpu))]
+            spent[name] = [seconds, max(joined.exchange(cpu)) if joined.size > 1 else cpu]
         if joined.rank == 0:
             print(json.dumps(spent))
 
