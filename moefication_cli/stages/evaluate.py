@@ -13,7 +13,7 @@ import torch
 
 from moefication_cli.config import ApplyConfig, EvalConfig, options_of
 from moefication_cli.errors import ConfigError
-from moefication_cli.models.loading import LoadedModel, load_model
+from moefication_cli.models.loading import LoadedModel
 from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.surgery import install, live_weights, permute_in_place
 from moefication_cli.runtime.layer import MoEFFN
@@ -21,7 +21,7 @@ from moefication_cli.stages.baseline import paper_variant, static_variant
 from moefication_cli.stages.contract import Control, Result, parse_fractions
 from moefication_cli.stages.estimate import estimate
 from moefication_cli.stages.eval_rows import compare_with, lost_to, row_of
-from moefication_cli.stages.examples import open_examples
+from moefication_cli.stages.examples import load_whole, open_examples
 from moefication_cli.stages.inputs import RunModel, begin_options, open_model
 from moefication_cli.stages.plan import routed_layers
 from moefication_cli.stages.planned import read_plans
@@ -126,7 +126,7 @@ def _measure(
     config: EvalConfig,
     control: Control,
 ) -> dict[str, Any]:
-    dense, converted = (_load(run, model, config) for _ in range(2))
+    dense, converted = (load_whole(run, model, config.task, config.dtype) for _ in range(2))
     examples = open_examples(run, dense, config, control)
     variants = _variants(
         run, model, converted, split, routers, applied, activations, selections, fractions, config, control
@@ -159,17 +159,6 @@ def _measure(
         "dense": reference,
         "rows": rows,
     }
-
-
-def _load(run: RunDir, model: RunModel, config: EvalConfig) -> LoadedModel:
-    return load_model(
-        model.checkpoint.folder,
-        task=config.task or run.info.task,
-        device=model.device,
-        dtype=config.dtype,
-        trust_remote_code=bool(run.info.trust_remote_code),
-        quiet=True,
-    )
 
 
 def _variants(

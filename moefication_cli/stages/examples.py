@@ -4,11 +4,13 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from moefication_cli.config import CollectConfig, EvalConfig
+from moefication_cli.config import CollectConfig, EvalConfig, options_of
 from moefication_cli.errors import ConfigError
-from moefication_cli.models.loading import LoadedModel, guess_task
+from moefication_cli.models.loading import LoadedModel, guess_task, load_model
 from moefication_cli.stages.contract import Control
+from moefication_cli.stages.inputs import RunModel
 from moefication_cli.store.rundir import RunDir
+from moefication_cli.store.stage import Stage
 from moefication_cli.tasks.data import load_rows
 from moefication_cli.tasks.examples import Batch, Examples, TaskOptions
 from moefication_cli.tasks.task import prepare
@@ -63,6 +65,31 @@ def predictions(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
         return logits, None if mask is None else mask.bool()
     mask = batch.inputs.get("attention_mask")
     return logits[:, :-1], None if mask is None else mask[:, 1:].bool()
+
+
+def flat_predictions(logits: Tensor, batch: Batch) -> Tensor:
+    """The real predictions of a batch in one row each, [P, C], float32."""
+    found, real = predictions(logits, batch)
+    flat_PC = found.flatten(0, -2).float()
+    return flat_PC if real is None else flat_PC[real.flatten().to(flat_PC.device)]
+
+
+def load_whole(run: RunDir, model: RunModel, task: str | None = None, dtype: str | None = None) -> LoadedModel:
+    """The run's dense model in memory, for the stages that run it as a whole."""
+    return load_model(
+        model.checkpoint.folder,
+        task=task or run.info.task,
+        device=model.device,
+        dtype=dtype,
+        trust_remote_code=bool(run.info.trust_remote_code),
+        quiet=True,
+    )
+
+
+def calibration_data(activations: Stage) -> CollectConfig:
+    """The options the activations were collected with: the same data, read again."""
+    made = activations.config
+    return CollectConfig(**{entry.name: made[entry.name] for entry in options_of(CollectConfig)})
 
 
 def tokens_of_stacks(batch: Batch) -> dict[str, int]:

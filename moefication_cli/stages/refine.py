@@ -22,7 +22,7 @@ from moefication_cli.routing.plan import overhead_flops
 from moefication_cli.routing.router import Rule
 from moefication_cli.runtime.soft import SoftMoEFFN
 from moefication_cli.stages.contract import Control
-from moefication_cli.stages.examples import predictions, tokens_of_stacks
+from moefication_cli.stages.examples import flat_predictions, tokens_of_stacks
 from moefication_cli.stages.plan import Budget, LayerPlan
 from moefication_cli.tasks.examples import Batch
 
@@ -76,9 +76,7 @@ class Conversion:
             layer.as_dense = dense
         self.tokens = tokens_of_stacks(batch)
         found = self.loaded.model(**batch.to(self.loaded.device).inputs).logits
-        logits, real = predictions(found, batch)
-        flat_PC = logits.flatten(0, -2).float()
-        return flat_PC if real is None else flat_PC[real.flatten().to(flat_PC.device)]
+        return flat_predictions(found, batch)
 
     def kl(self, batch: Batch) -> Tensor:
         """Mean KL(dense || converted) over this batch's predictions, in nats; differentiable."""

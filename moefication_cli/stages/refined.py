@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from moefication_cli.config import ApplyConfig, CollectConfig, options_of
+from moefication_cli.config import ApplyConfig
 from moefication_cli.errors import ConfigError
-from moefication_cli.models.loading import load_model, total_memory
+from moefication_cli.models.loading import total_memory
 from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.moe_folder import write_moe_settings
 from moefication_cli.models.surgery import permute_in_place
 from moefication_cli.stages.contract import Control
-from moefication_cli.stages.examples import open_examples
+from moefication_cli.stages.examples import calibration_data, load_whole, open_examples
 from moefication_cli.stages.inputs import RunModel, begin_options
 from moefication_cli.stages.plan import LayerPlan, RoutedLayer, plan_layers
 from moefication_cli.stages.planned import budget_of, read_plans, router_tensors, settings
@@ -182,19 +182,13 @@ class Subject:
         control: Control,
     ) -> None:
         self.model, self.layers, self.activations, self.control = model, layers, activations, control
-        self.loaded = load_model(
-            model.checkpoint.folder,
-            task=run.info.task,
-            device=model.device,
-            trust_remote_code=bool(run.info.trust_remote_code),
-            quiet=True,
-        )
+        self.loaded = load_whole(run, model)
         for layer in layers:
             permute_in_place(self.loaded.model, layer.site, layer.partition.order_F())
         self.mask = TokenMask(self.loaded.model)
-        collected = activations.config
-        data = CollectConfig(**{entry.name: collected[entry.name] for entry in options_of(CollectConfig)})
-        examples = open_examples(run, self.loaded, data, replace(control, say=lambda message: None))
+        examples = open_examples(
+            run, self.loaded, calibration_data(activations), replace(control, say=lambda message: None)
+        )
         first = activations.metrics["layers"][0]
         size = max(1, round(_STEP_TOKENS * min(1.0, first["sequences"] / first["tokens"])))
         size = min(size, max(1, first["sequences"] // _FEWEST_BATCHES))

@@ -8,19 +8,19 @@ and resume like any others. Judged on sequences that neither split nor router sa
 import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moefication_cli.config import ApplyConfig, CollectConfig, RouterConfig, SplitConfig, TuneConfig, options_of
+from moefication_cli.config import ApplyConfig, RouterConfig, SplitConfig, TuneConfig
 from moefication_cli.errors import ConfigError
-from moefication_cli.models.loading import LoadedModel, load_model
+from moefication_cli.models.loading import LoadedModel
 from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.surgery import install, permute_in_place
 from moefication_cli.stages.contract import Control, Result, parse_fractions
-from moefication_cli.stages.examples import open_examples, predictions
+from moefication_cli.stages.examples import calibration_data, flat_predictions, load_whole, open_examples
 from moefication_cli.stages.inputs import RunModel, begin_options, open_model
 from moefication_cli.stages.plan import check_budget, plan_layers, routed_layers
 from moefication_cli.stages.planned import budget_of
@@ -88,11 +88,11 @@ def _sweep(
     compensations = _words(config.compensations, "--compensations", ("auto", "mean", "none"))
     fractions = parse_fractions(config.fractions)
     sizes = _words(config.expert_sizes, "--expert-sizes", [str(n) for n in range(1, 4097)])
-    dense, converted = (_load(run, model) for _ in range(2))
+    dense, converted = (load_whole(run, model) for _ in range(2))
     batches = _heldout(run, dense, activations, config, control)
     mask = TokenMask(converted.model)
     rows: list[dict[str, Any]] = []
-    quiet = replace(control, dry_run=False, layers=None, force=False, track=_untracked)
+    quiet = Control(device=control.device, seed=control.seed, say=control.say)
     for method, size in control.track(list(itertools.product(methods, map(int, sizes))), "tune"):
         splitting = SplitConfig(method=method, expert_size=size)  # type: ignore[arg-type]
         try:
@@ -101,7 +101,7 @@ def _sweep(
         except ConfigError as error:
             control.say(f"experts of {size} neurons are left out: {error.message}")
             continue
-        trial = _trial_run(run, f"{method}-{size}")
+        trial = run.branch(f"trials/{method}-{size}", share=["activations"])
         split(trial, splitting, quiet)
         trials: list[Trial] = []
         for router in routers:
@@ -130,29 +130,8 @@ def _sweep(
     return rows
 
 
-def _untracked(items: Any, description: str, total: int | None = None) -> Any:
-    return iter(items)
-
-
-def _trial_run(run: RunDir, name: str) -> RunDir:
-    """A run directory of the same model and the same activations."""
-    return run.branch(f"trials/{name}", share=["activations"])
-
-
-def _load(run: RunDir, model: RunModel) -> LoadedModel:
-    return load_model(
-        model.checkpoint.folder,
-        task=run.info.task,
-        device=model.device,
-        trust_remote_code=bool(run.info.trust_remote_code),
-        quiet=True,
-    )
-
-
 def _heldout(run: RunDir, loaded: LoadedModel, activations: Stage, config: TuneConfig, control: Control) -> list[Batch]:
-    made = activations.config
-    data = CollectConfig(**{entry.name: made[entry.name] for entry in options_of(CollectConfig)})
-    examples = open_examples(run, loaded, data, control)
+    examples = open_examples(run, loaded, calibration_data(activations), control)
     return list(examples.calibration(config.heldout_tokens, control.seed + 1, config.batch_size))
 
 
@@ -190,11 +169,7 @@ def _timed(loaded: LoadedModel, batch: Batch) -> tuple[Tensor, float]:
     if loaded.device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    found, real = predictions(logits, batch)
-    flat_PC = found.flatten(0, -2).float()
-    if real is not None:
-        flat_PC = flat_PC[real.flatten().to(flat_PC.device)]
-    return flat_PC.log_softmax(-1), seconds
+    return flat_predictions(logits, batch).log_softmax(-1), seconds
 
 
 def _row(trial: Trial, model: RunModel, num_batches: int) -> dict[str, Any]:
