@@ -85,7 +85,8 @@ class _Ear:
     def _real(self, x: Tensor) -> Tensor:
         flat = x.detach().reshape(-1, x.shape[-1])
         real_T = self.mask.mask_for(self.site.stack, x.shape[:-1])
-        return flat if real_T is None else flat[real_T.to(flat.device)]
+        # index_select: several times faster than indexing with the mask
+        return flat if real_T is None else flat.index_select(0, real_T.to(flat.device).nonzero().squeeze(1))
 
     def _check(self, seen_TF: Tensor) -> None:
         self.verify = False

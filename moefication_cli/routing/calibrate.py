@@ -20,10 +20,13 @@ from torch import Tensor
 
 from moefication_cli.ffn import Compensation, ExpertWeights
 from moefication_cli.routing.router import Router
+from moefication_cli.routing.scores import token_chunks
 
 QUANTILES = (0.01, 0.02, 0.03, 0.045, 0.065, 0.09, 0.12, 0.16, 0.2, 0.25, 0.31, 0.38, 0.46, 0.56, 0.68, 0.82)
 RANK_COSTS = (0.005, 0.015, 0.04, 0.08)  # of the dense FFN's multiply-adds
+_MOST_RANK = 512  # directions of more are found at a cost that grows with its square: minutes a layer at 7B
 _RIDGE = 1e-2
+_CHUNK_BYTES = 32 * 2**20  # of a copy of the hidden activations
 
 
 @dataclass(frozen=True)
@@ -103,15 +106,20 @@ def _top_right_directions(matrix: Tensor, rank: int, iterations: int = 3) -> Ten
 
 
 def ranks_for(weights: ExpertWeights) -> list[int]:
-    """Ranks worth trying on this FFN: 0, and what RANK_COSTS of its multiply-adds pay for, at most half of D."""
+    """Ranks worth trying on this FFN: 0, and what RANK_COSTS of its multiply-adds pay for, at most half of D and 512."""
     dense, d_model = weights.ffn.num_neurons * weights.ffn.flops_per_neuron, weights.ffn.d_model
-    return sorted({0, *(min(d_model // 2, round(cost * dense / (2 * d_model))) for cost in RANK_COSTS)})
+    most = min(d_model // 2, _MOST_RANK)
+    return sorted({0, *(min(most, round(cost * dense / (2 * d_model))) for cost in RANK_COSTS)})
 
 
 def dropped_output(weights: ExpertWeights, h_TF: Tensor, keep_TE: Tensor) -> Tensor:
     """What the experts that `keep_TE` (bool) leaves out would have written, [T, D], from all hidden activations."""
-    drop_TF = (~keep_TE).repeat_interleave(weights.expert_size, dim=1)
-    return (h_TF[:, weights.num_shared :] * drop_TF) @ weights.ffn.w_down_FD[weights.num_shared :]
+    w_down_FD = weights.ffn.w_down_FD[weights.num_shared :]
+    out_TD = h_TF.new_empty(len(h_TF), w_down_FD.shape[1])
+    for part in token_chunks(len(h_TF), len(w_down_FD), _CHUNK_BYTES):
+        drop_TF = (~keep_TE[part]).repeat_interleave(weights.expert_size, dim=1)
+        out_TD[part] = (h_TF[part, weights.num_shared :] * drop_TF) @ w_down_FD
+    return out_TD
 
 
 def kept_experts(weights: ExpertWeights, router: Router | None, threshold: float, x_TD: Tensor) -> Tensor:

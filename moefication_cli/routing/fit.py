@@ -4,7 +4,7 @@
     linear       closed-form ridge regression of the scores
     mlp          MoEfication, section 3.2 (arXiv 2110.01786), published defects mended: targets are normalised per token
                  and not by the maximum of a mini-batch, the best epoch is kept, training stops when it stops helping.
-                 Starts from the ridge solution and not from the experts' centroids: five epochs then do what thirty did
+                 Starts from the ridge solution and not from the experts' centroids: four epochs then do what thirty did
     regression   low-rank ReLU network that predicts the scores: D2DMoE (arXiv 2310.04361), section 3.2
     quadratic    the same with squared features, for gated FFNs, whose experts depend on products of projections
 
@@ -88,9 +88,10 @@ def mlp_router(weights: ExpertWeights, sample: Sample, training: Training) -> Fi
     solution of the targets, which tanh hardly bends, with biases.
     """
     order_T = torch.randperm(len(sample.x_TD), generator=torch.Generator().manual_seed(training.seed))
-    x_TD = functional.normalize(sample.x_TD[order_T.to(sample.x_TD.device)], dim=1)
-    target_TE = sample.target_TE[order_T.to(sample.x_TD.device)]
-    target_TE = target_TE / target_TE.amax(1, keepdim=True).clamp_min(1e-12)
+    order_T = order_T.to(sample.x_TD.device)
+    x_TD, target_TE = sample.x_TD.index_select(0, order_T), sample.target_TE.index_select(0, order_T)
+    functional.normalize(x_TD, dim=1, out=x_TD)
+    target_TE /= target_TE.amax(1, keepdim=True).clamp_min(1e-12)
     eye_EE = torch.eye(weights.num_experts, device=x_TD.device)
     if training.published:
         start = Router(w_in_RD=expert_centroids(weights), w_out_ER=eye_EE, activation="tanh", normalise=True)

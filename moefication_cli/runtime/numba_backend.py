@@ -37,7 +37,7 @@ ACTIVATION_CODES = {
 DTYPES = (torch.float32, torch.bfloat16)
 SERIAL_WORK = 300_000  # multiply-adds of a call below which a second thread costs more than it brings
 TOKENS_TO_SPLIT = 96  # from here on threads take tokens, below they take experts
-CHUNK_TOKENS = 256
+CHUNK_TOKENS = 512  # at most: a chunk reads the experts of its tokens once, and more of it leaves the cache
 # A thread of the team that another process keeps from its core costs a scheduler's quantum, many times a decode step's work. A
 # call that took as long as only that explains (three times a slow core's time, and a millisecond) is followed by calls on one thread.
 BUSY_SECONDS, BUSY_WORK_PER_SECOND, BUSY_CALLS = 1e-3, 0.7e9, 32
@@ -188,7 +188,8 @@ class CompiledLayer:
         if work >= SERIAL_WORK and self._parallel:
             threads = torch.get_num_threads()
         if num_tokens >= TOKENS_TO_SPLIT:
-            chunk = min(CHUNK_TOKENS, -(-num_tokens // threads))
+            rounds = -(-num_tokens // (CHUNK_TOKENS * threads))
+            chunk = -(-num_tokens // (rounds * threads))  # as many for every thread
         elif threads > 1 and self._serial_calls > 0:
             self._serial_calls -= 1
             threads = 1

@@ -21,7 +21,7 @@ from moefication_cli.stages.inputs import (
     read_tokens,
 )
 from moefication_cli.stages.plan import Budget, LayerPlan, describe_rule, plan_layers, routed_layers
-from moefication_cli.stages.router import train_layer
+from moefication_cli.stages.router import train_layer, training_tokens
 from moefication_cli.stages.split import split_layer
 from moefication_cli.stages.variants import PinnedFFN, Variant, prune
 from moefication_cli.store.rundir import RunDir
@@ -76,7 +76,8 @@ def build_paper(run: RunDir, model: RunModel, control: Control) -> Stage:
             config = SplitConfig(method="kmeans", expert_size=size)
             partition, metrics = split_layer(model, None, None, index, config, control)
             weights = expert_weights(model.read_ffn(index), partition)
-            record = train_layer(router_config, weights, read_tokens(activations, index), [0.2], seed)
+            train, heldout = training_tokens(router_config, weights, activations, index, seed)
+            record = train_layer(router_config, weights, train, heldout, [0.2], seed)
             tensors = {"expert_F": partition.expert_F.to(torch.int32)} | record.tensors
             work.save(index, tensors, record.settings, metrics=metrics | record.metrics)
         work.finish()

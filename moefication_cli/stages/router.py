@@ -24,6 +24,7 @@ from moefication_cli.routing.scores import captured_share, oracle_scores, overla
 from moefication_cli.stages.contract import Control, Result, parse_fractions
 from moefication_cli.stages.estimate import estimate, ffn_bytes, total_ffn_flops
 from moefication_cli.stages.inputs import (
+    RunModel,
     Tokens,
     expert_weights,
     layer_options,
@@ -34,6 +35,7 @@ from moefication_cli.stages.inputs import (
     read_tokens,
 )
 from moefication_cli.store.rundir import RunDir
+from moefication_cli.store.stage import Stage
 
 # The published training (github.com/thunlp/MoEfication), its defects mended as routing/fit.py says.
 _PAPER = {"epochs": 30, "batch_size": 512, "learning_rate": 1e-2, "patience": 30, "published": True}
@@ -69,29 +71,48 @@ def train_router(run: RunDir, config: RouterConfig, control: Control) -> Result:
     options = layer_options(config, control, model, {"activations": activations, "split": split})
     with control.ranks.begin(run, f"router/{config.router}", **options) as work:
         for index in control.track(work.pending(), "train-router", len(model.sites)):
-            seed = layer_seed(control.seed, index)
-            weights = expert_weights(model.read_ffn(index), read_partition(split, index))
-            where = f"layer {index} ({model.names[index]})"
-            limit = config.max_tokens or tokens_in_memory(weights)
-            tokens = read_tokens(activations, index, limit, seed)
-            if config.max_tokens is None and limit < activations.metrics["layers"][index]["tokens"]:
-                control.say(
-                    f"{where}: trains on {len(tokens)} tokens, which is what memory is meant for (--max-tokens)"
-                )
-            try:
-                record = train_layer(config, weights, tokens, fractions, seed)
-            except (ConfigError, NonFiniteError) as error:
-                raise type(error)(f"{where}: {error.message}", error.hint) from None
-            if any(row["router"] <= row["random"] for row in record.metrics["captured"] if row["fraction"] < 1):
-                control.say(f"warning: {where}: the router is no better than random")
+            record = _train_index(model, activations, split, index, config, fractions, control)
             work.save(index, record.tensors, record.settings, metrics=record.metrics)
         manifest = control.ranks.finish(work)
     return layered_result("train-router", work, manifest)
 
 
+def _train_index(
+    model: RunModel,
+    activations: Stage,
+    split: Stage,
+    index: int,
+    config: RouterConfig,
+    fractions: list[float],
+    control: Control,
+) -> "Record":
+    """Reads one layer and trains its routers; a function of its own, so that the layer is gone before the next is read."""
+    where, seed = f"layer {index} ({model.names[index]})", layer_seed(control.seed, index)
+    weights = expert_weights(model.read_ffn(index), read_partition(split, index))
+    train, heldout = training_tokens(config, weights, activations, index, seed)
+    used = len(train) + len(heldout)
+    if config.max_tokens is None and used < activations.metrics["layers"][index]["tokens"]:
+        control.say(f"{where}: trains on {used} tokens, which is what memory is meant for (--max-tokens)")
+    try:
+        record = train_layer(config, weights, train, heldout, fractions, seed)
+    except (ConfigError, NonFiniteError) as error:
+        raise type(error)(f"{where}: {error.message}", error.hint) from None
+    if any(row["router"] <= row["random"] for row in record.metrics["captured"] if row["fraction"] < 1):
+        control.say(f"warning: {where}: the router is no better than random")
+    return record
+
+
 def tokens_in_memory(weights: ExpertWeights) -> int:
     """Tokens whose inputs and targets, and one copy of both, fit the working memory: 131,072 up to D + E = 768."""
     return _TOKEN_BYTES // (2 * 4 * (weights.ffn.d_model + weights.num_experts))
+
+
+def training_tokens(
+    config: RouterConfig, weights: ExpertWeights, activations: Stage, index: int, seed: int
+) -> tuple[Tokens, Tokens]:
+    """(training, held-out) tokens of one layer: `max_tokens` of them, or what fits the working memory."""
+    tokens = read_tokens(activations, index, config.max_tokens or tokens_in_memory(weights), seed)
+    return tokens.split_heldout(config.heldout_fraction, seed)
 
 
 @dataclass(frozen=True)
@@ -104,11 +125,11 @@ class Record:
 
 
 def train_layer(
-    config: RouterConfig, weights: ExpertWeights, tokens: Tokens, fractions: list[float], seed: int
+    config: RouterConfig, weights: ExpertWeights, train: Tokens, heldout: Tokens, fractions: list[float], seed: int
 ) -> Record:
     """Routers of one layer for budgets to choose from, its calibration curve, and what the last of them captures."""
-    device, score = weights.ffn.w_up_FD.device, score_kind(config)
-    train, heldout = (part.to(device) for part in tokens.split_heldout(config.heldout_fraction, seed))
+    device = weights.ffn.w_up_FD.device
+    train, heldout = train.to(device), heldout.to(device)
     needed = 4 * weights.num_experts
     if len(train) < needed and config.router not in ("random", "similarity"):
         raise ConfigError(
@@ -116,7 +137,34 @@ def train_layer(
             f"at least {needed} are needed",
             "collect more with collect-activations --max-tokens, or use fewer experts",
         )
-    calibrated = config.router in CALIBRATED
+    found, metrics = _fit_all(config, weights, train, heldout, fractions, seed)
+    settings: dict[str, Any] = {
+        "kind": config.router,
+        "score": score_kind(config),
+        "num_experts": weights.num_experts,
+        "num_shared": weights.num_shared,
+        "routers": [{"activation": f.router.activation, "normalise": f.router.normalise} for f in found],
+    }
+    tensors: dict[str, Tensor] = {}
+    for number, fitted in enumerate(found):
+        tensors |= {f"{number}.{name}": tensor.float() for name, tensor in fitted.router.tensors().items()}
+    if config.router in CALIBRATED:
+        count = config.calibration_tokens
+        curve = calibration_curve(
+            weights,
+            [fitted.router for fitted in found],
+            train.sample(count, seed).calibration(),
+            heldout.sample(count, seed).calibration(),
+        )
+        tensors |= {f"curve.{name}": value for name, value in vars(curve).items()}
+    return Record(tensors, settings, metrics)
+
+
+def _fit_all(
+    config: RouterConfig, weights: ExpertWeights, train: Tokens, heldout: Tokens, fractions: list[float], seed: int
+) -> tuple[list[Fitted], dict[str, Any]]:
+    """The routers to choose from, the dearest first, and the metrics of the last; their targets are gone afterwards."""
+    score, calibrated = score_kind(config), config.router in CALIBRATED
     scale = train.weight_T.mean().clamp_min(1e-30)
 
     def targets(part: Tokens) -> Tensor:
@@ -128,28 +176,8 @@ def train_layer(
     found = [fit(config, weights, sample, seed, width) for width in router_widths(config, weights)]
     if config.router == "regression" and config.width is None:
         found.insert(0, linear_router(sample))  # dearer, and better where a narrow network cannot tell experts apart
-    settings: dict[str, Any] = {
-        "kind": config.router,
-        "score": score,
-        "num_experts": weights.num_experts,
-        "num_shared": weights.num_shared,
-        "routers": [{"activation": f.router.activation, "normalise": f.router.normalise} for f in found],
-    }
-    tensors: dict[str, Tensor] = {}
-    for number, fitted in enumerate(found):
-        tensors |= {f"{number}.{name}": tensor.float() for name, tensor in fitted.router.tensors().items()}
     metrics = measure(found[-1].router, weights, sample, fractions, seed)
-    metrics |= {"epochs": len(found[-1].history) - 1, "best_epoch": found[-1].best_epoch, "score": score}
-    if calibrated:
-        count = config.calibration_tokens
-        curve = calibration_curve(
-            weights,
-            [fitted.router for fitted in found],
-            train.sample(count, seed).calibration(),
-            heldout.sample(count, seed).calibration(),
-        )
-        tensors |= {f"curve.{name}": value for name, value in vars(curve).items()}
-    return Record(tensors, settings, metrics)
+    return found, metrics | {"epochs": len(found[-1].history) - 1, "best_epoch": found[-1].best_epoch, "score": score}
 
 
 def router_widths(config: RouterConfig, weights: ExpertWeights) -> list[int]:
@@ -171,7 +199,7 @@ def fit(config: RouterConfig, weights: ExpertWeights, sample: Sample, seed: int,
     """The router of one layer, of the kind the config names."""
     mlp = config.router == "mlp"
     options: dict[str, Any] = {"batch_size": config.batch_size or (2048 if mlp else 1024), "patience": config.patience}
-    options["epochs"] = config.epochs or (5 if mlp else 6)
+    options["epochs"] = config.epochs or (4 if mlp else 6)
     options["learning_rate"] = config.learning_rate or (4e-2 if mlp else 1e-2)
     if config.recipe == "paper":
         options |= _PAPER

@@ -1,7 +1,7 @@
 """The stages of construction against their targets: time, peak memory, and two processes against one.
 
     python tests/benchmarks/bench_stages.py router     our router training against the published recipe, MODEL's layers
-    python tests/benchmarks/bench_stages.py collect    collect-activations --no-sensitivity against the plain forward pass
+    python tests/benchmarks/bench_stages.py collect    collect-activations, with and without token weights, against the plain forward pass
     python tests/benchmarks/bench_stages.py ranks      split and train-router with one and two processes of one thread
     python tests/benchmarks/bench_stages.py memory     peak memory of split, train-router and apply at 7B shape
 
@@ -12,11 +12,13 @@ made again. Both sides of a ratio are taken in one run; `cpu` seconds hardly mov
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +99,11 @@ def collect(args: argparse.Namespace) -> Iterator[Row]:
     plain()
     for turn in range(args.turns):
         (_, dense, dense_cpu) = timed(plain)
-        (_, seconds, cpu) = timed(lambda: collect_activations(run, config, Control(force=True)))
-        yield {"what": "collect", "turn": turn, "tokens": count, "plain_seconds": dense, "seconds": seconds,
-               "ratio": seconds / dense, "cpu_ratio": cpu / dense_cpu}  # fmt: skip
+        for sensitivity in (False, True):
+            options = replace(config, sensitivity=sensitivity)
+            (_, seconds, cpu) = timed(lambda: collect_activations(run, options, Control(force=True)))  # noqa: B023
+            yield {"what": "collect", "turn": turn, "tokens": count, "sensitivity": sensitivity, "plain_seconds": dense,
+                   "seconds": seconds, "ratio": seconds / dense, "cpu_ratio": cpu / dense_cpu}  # fmt: skip
 
 
 def bert_base(folder: Path) -> None:
@@ -144,13 +148,14 @@ def ranks(args: argparse.Namespace) -> Iterator[Row]:
     for size in (1, 2) * args.turns:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), "--master-addr"]
         command += ["127.0.0.1", "--master-port", str(29500 + size), __file__, "worker", "--scratch", str(folder)]
+        command += ["--stages", args.stages]
         done = subprocess.run(
             command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True, check=True
         )
         for stage, seconds in json.loads(done.stdout).items():
             best = found.get((stage, size), seconds)
             found[stage, size] = [min(pair) for pair in zip(seconds, best, strict=True)]
-    for stage in ("split", "train-router"):
+    for stage in args.stages.split(","):
         (one, one_cpu), (two, two_cpu) = found[stage, 1], found[stage, 2]
         yield {"what": f"ranks: {stage}", "one_seconds": one, "two_seconds": two, "ratio": one / two,
                "one_cpu": one_cpu, "two_cpu": two_cpu, "cpu_ratio": one_cpu / two_cpu}  # fmt: skip
@@ -160,16 +165,17 @@ def worker(args: argparse.Namespace) -> None:
     """One rank of `ranks`: rank 0 prints each stage's seconds as JSON."""
     run = RunDir(args.scratch / "run")
     spent: dict[str, list[float]] = {}
-    balanced_kmeans(torch.randn(64, 8), 8)  # compile before anything is timed
+    balanced_kmeans(torch.randn(64, 8), 8)  # compile and import before anything is timed
+    open_model(run, None, Control())
     with open_ranks() as joined:
         control = Control(force=True, ranks=joined)
         stages: dict[str, Callable[[], Any]] = {
             "split": lambda: split(run, SplitConfig(method="kmeans", num_experts=96), control),
             "train-router": lambda: train_router(run, RouterConfig(calibration_tokens=512), control),
         }
-        for name, stage in stages.items():
+        for name in args.stages.split(","):
             joined.wait()
-            _, seconds, cpu = timed(stage)
+            _, seconds, cpu = timed(stages[name])
             spent[name] = [seconds, max(joined.exchange(cpu)) if joined.size > 1 else cpu]
         if joined.rank == 0:
             print(json.dumps(spent))
@@ -178,7 +184,11 @@ def worker(args: argparse.Namespace) -> None:
 def memory(args: argparse.Namespace) -> Iterator[Row]:
     """Peak resident memory of each command in a process of its own, and of a process that only imports torch."""
     folder, tokens = args.scratch / "memory", args.tokens or 131_072
-    run = generated(folder, llama_7b, tokens)
+    # A process of its own: children inherit the peak of their parent.
+    maker = multiprocessing.get_context("spawn").Process(target=generated, args=(folder, llama_7b, tokens))
+    maker.start()
+    maker.join()
+    run = RunDir(folder / "run")
     sites = open_model(run, None, Control()).sites
     ffn_gib = max(site.num_parameters for site in sites) * 4 / 2**30
     imports = peak([sys.executable, "-c", "import torch, transformers, numba"])[0]
@@ -212,6 +222,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--layers", help="router: only these")
     parser.add_argument("--turns", type=int, default=1)
+    parser.add_argument("--stages", default="split,train-router", help="ranks: only these")
     parser.add_argument("--model", type=Path, default=SHARED / "models" / "bert-relu-minilm-sst2")
     parser.add_argument("--data", type=Path, default=SHARED / "data" / "sst2" / "train.tsv")
     parser.add_argument("--scratch", type=Path, default=Path("artifacts/bench"))
