@@ -224,7 +224,8 @@ def refine(
     for step in control.track(range(steps), "refine", steps):
         if step == steps // _TRIAL and step:
             settle(conversion, heldout)
-            if not mean_kl(conversion, heldout) < before:  # some plans are as good as they get: a few steps show it
+            after = mean_kl(conversion, heldout)
+            if not after < before:  # some plans are as good as they get: a few steps show it
                 break
         kl = conversion.kl(next(source))
         spent = conversion.spent()
@@ -234,8 +235,9 @@ def refine(
         scheduler.step()
         average += 0.1 * (float(spent.detach()) - average)
         price *= math.exp(max(-0.1, min(0.1, average / target - 1)))
-    settle(conversion, heldout)
-    after = mean_kl(conversion, heldout)
+    else:
+        settle(conversion, heldout)
+        after = mean_kl(conversion, heldout)
     if not after < before:  # NaN too
         conversion.restore(start)
     return Outcome(before, after, after < before)
