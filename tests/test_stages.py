@@ -18,6 +18,7 @@ from moefication_cli.config import RouterConfig
 from moefication_cli.store.layerfile import read_layer
 
 WORDS = [f"w{i}" for i in range(40)]
+HALF = ["--router", "similarity", "--expert-size", 4, "--fraction-of", "neurons", "--fraction", 0.5]
 
 
 def write_data(path: Path, task: str, rows: int, seed: int) -> Path:
@@ -85,19 +86,7 @@ def test_pipeline(name: str, task: str, world: Any, run_cli: Runner) -> None:
 
 def test_converted_folder_is_dense_for_transformers_and_exact_with_all_experts(world: Any, run_cli: Runner) -> None:
     run, model, collect, _ = world("bert", "classification")
-    run_cli.ok(
-        "run",
-        run,
-        *collect,
-        "--router",
-        "similarity",
-        "--expert-size",
-        4,
-        "--fraction-of",
-        "neurons",
-        "--fraction",
-        0.5,
-    )
+    run_cli.ok("run", run, *collect, *HALF)
     ids = torch.randint(3, 60, (4, 9), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         original = AutoModelForSequenceClassification.from_pretrained(model)(ids).logits
@@ -132,18 +121,7 @@ def test_embedded_code_gives_the_moe_to_those_who_trust_it(
 ) -> None:
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     run, _, collect, _ = world(name, task)
-    words = [
-        "--router",
-        "similarity",
-        "--expert-size",
-        4,
-        "--fraction-of",
-        "neurons",
-        "--fraction",
-        0.5,
-        "--embed-code",
-    ]
-    run_cli.ok("run", run, *collect, *words)
+    run_cli.ok("run", run, *collect, *HALF, "--embed-code")
     kind, inputs = getattr(transformers, auto), tiny_inputs(name, padded=False)
     with torch.inference_mode():
         trusted = kind.from_pretrained(run / "model", trust_remote_code=True, dtype=torch.float32)(**inputs).logits
