@@ -56,9 +56,9 @@ def test_every_stage_survives_sigkill(
 ) -> None:
     run, _, source, evaluate = world("bert", "classification")
     monkeypatch.setattr(collect, "_SHARD_BYTES", 20_000)  # several shards
-    shards: list[Path] = []
+    shards: list[int] = []
     make_shard = collect._collect_shard
-    monkeypatch.setattr(collect, "_collect_shard", lambda *a: (shards.append(a[4]), make_shard(*a)))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(collect, "_collect_shard", lambda *a: (shards.append(a[3].number), make_shard(*a)))  # type: ignore[func-returns-value]
     neurons = ["--fraction-of", "neurons"]
     options = {
         "collect-activations": source,

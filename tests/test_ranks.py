@@ -4,6 +4,8 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,16 +29,16 @@ from moefication_cli.stages import collect
 from moefication_cli.store.work import Work
 
 collect._SHARD_BYTES = {SHARD_BYTES}
-save, shard, rank = Work.save, collect._collect_shard, os.environ["RANK"]
+record, shard, rank = Work._record, collect._collect_shard, os.environ["RANK"]
 
 def note(what):
     time.sleep(0.3)  # long enough for the other rank to take something
     with open(os.environ["LOG"], "a") as log:
         log.write(f"{{rank}} {{what}}\\n")
 
-def noted_save(work, index, *rest, **named):
+def noted_record(work, index, *rest):
     note(f"{{work.paths.stage}} {{index}}")
-    save(work, index, *rest, **named)
+    record(work, index, *rest)
     if os.environ.get("DIES") == f"{{rank}} {{work.paths.stage}}":
         os.kill(os.getpid(), signal.SIGKILL)
     if os.environ.get("FAILS") == f"{{rank}} {{work.paths.stage}}":
@@ -46,7 +48,7 @@ def noted_shard(*rest):
     note("shard")
     shard(*rest)
 
-Work.save, collect._collect_shard = noted_save, noted_shard
+Work._record, collect._collect_shard = noted_record, noted_shard
 app.main()
 """
 
@@ -113,17 +115,24 @@ def stage_bytes(run: Path) -> dict[str, bytes]:
     }
 
 
-def one_by_one(world: World, run: Path, run_cli: Runner, seed: int = 0) -> dict[str, bytes]:
-    """The stages in this process, with as many threads as a rank has."""
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """As many threads as a rank has."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def one_by_one(world: World, run: Path, run_cli: Runner, seed: int = 0) -> dict[str, bytes]:
+    """The stages in this process."""
+    with one_thread():
         run_cli.ok("collect-activations", run, *world.options, "--seed", seed)
         run_cli.ok("build-graph", run, "--seed", seed)
         run_cli.ok("split", run, "--method", "graph", "--expert-size", 4, "--seed", seed)
         run_cli.ok("train-router", run, "--router", "linear", "--seed", seed)
-    finally:
-        torch.set_num_threads(threads)
     return stage_bytes(run)
 
 
@@ -162,12 +171,17 @@ def test_after_a_killed_rank_the_stage_fails_and_a_new_run_takes_the_rest(
     assert outcome.code != 0
     assert not outcome.json["ok"]
     assert not (run / "activations").exists()
-    done = {path.name: path.stat().st_mtime_ns for path in (run / ".activations.partial").glob("layer_*")}
+    partial = run / ".activations.partial"
+    names = [f"{path.stem}.safetensors" for path in (partial / ".work").glob("layer_*.json")]
+    done = {name: (partial / name).stat().st_mtime_ns for name in names}
     assert done
-    next((run / ".activations.partial" / ".work" / "scratch").glob("shard_*")).unlink()  # a lost shard is made again
+    next((partial / ".work" / "scratch").glob("shard_*")).unlink()  # a lost shard is made again
     assert run_cli.ok("collect-activations", run, *world.options)["complete"]
     again = {name for name, time in done.items() if (run / "activations" / name).stat().st_mtime_ns != time}
     assert not again
+    with one_thread():
+        run_cli.ok("collect-activations", tmp_path / "alone", *world.options)
+    assert stage_bytes(run) == stage_bytes(tmp_path / "alone")
 
 
 def test_without_a_launcher_the_survivor_does_the_work_and_says_who_is_gone(world: World, tmp_path: Path) -> None:

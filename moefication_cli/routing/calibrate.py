@@ -14,19 +14,19 @@ Axes: T tokens, D model width, F neurons, E experts, R rank or router width, C c
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from moefication_cli.ffn import Compensation, ExpertWeights
 from moefication_cli.routing.router import Router
-from moefication_cli.routing.scores import token_chunks
 
 QUANTILES = (0.01, 0.02, 0.03, 0.045, 0.065, 0.09, 0.12, 0.16, 0.2, 0.25, 0.31, 0.38, 0.46, 0.56, 0.68, 0.82)
 RANK_COSTS = (0.005, 0.015, 0.04, 0.08)  # of the dense FFN's multiply-adds
 _MOST_RANK = 512  # directions of more are found at a cost that grows with its square: minutes a layer at 7B
 _RIDGE = 1e-2
-_CHUNK_BYTES = 32 * 2**20  # of a copy of the hidden activations
+_BLOCK_NEURONS = 64  # computed together at least: smaller products are slower than what they save
 
 
 @dataclass(frozen=True)
@@ -53,23 +53,23 @@ class ReducedRank:
     """Weighted regression from FFN inputs to whatever was dropped; factorises the inputs once for many targets."""
 
     def __init__(self, tokens: Tokens) -> None:
-        self._root_T1 = tokens.weight_T.clamp_min(0).sqrt().unsqueeze(1)
-        self._weight_T1 = tokens.weight_T.unsqueeze(1)
-        self._total = tokens.weight_T.sum().clamp_min(1e-30)
-        self._mean_D = (self._weight_T1 * tokens.x_TD).sum(0) / self._total
-        self._x_TD = (tokens.x_TD - self._mean_D) * self._root_T1
-        gram_DD = self._x_TD.T @ self._x_TD
+        root_T = tokens.weight_T.clamp_min(0).sqrt()
+        self._share_T = tokens.weight_T / tokens.weight_T.sum().clamp_min(1e-30)
+        self._mean_D = self._share_T @ tokens.x_TD
+        x_TD = (tokens.x_TD - self._mean_D) * root_T.unsqueeze(1)
+        gram_DD = x_TD.T @ x_TD
         gram_DD.diagonal().add_(_RIDGE * gram_DD.diagonal().mean() + 1e-12)
         self._cholesky_DD = torch.linalg.cholesky(gram_DD)
+        self._white_DT = torch.linalg.solve_triangular(self._cholesky_DD, x_TD.T, upper=False).mul_(root_T)
+        self._centred_TD = x_TD  # its memory: taking as much anew for every fit costs as much time as filling it
 
     def fit(self, residual_TD: Tensor, max_rank: int) -> "Fit":
         """The best linear map of rank up to `max_rank` (plus a constant) from the inputs to `residual_TD`."""
-        mean_D = (self._weight_T1 * residual_TD).sum(0) / self._total
+        mean_D = self._share_T @ residual_TD
         if max_rank == 0:
             return Fit(mean_D, self._mean_D, None, None)
-        right_DD = self._x_TD.T @ ((residual_TD - mean_D) * self._root_T1)
-        # Coefficients B = C^-1 right with C = L L^T; the fitted values' principal directions are those of L^T B.
-        half_DD = torch.linalg.solve_triangular(self._cholesky_DD, right_DD, upper=False)
+        # Coefficients B = C^-1 X^T R with C = L L^T; the fitted values' principal directions are those of L^T B
+        half_DD = self._white_DT @ torch.sub(residual_TD, mean_D, out=self._centred_TD)
         basis_DR = _top_right_directions(half_DD, max_rank)
         slope_DR = torch.linalg.solve_triangular(self._cholesky_DD.T, half_DD @ basis_DR, upper=True)
         return Fit(mean_D, self._mean_D, slope_DR, basis_DR)
@@ -83,6 +83,12 @@ class Fit:
     x_mean_D: Tensor
     slope_DR: Tensor | None
     basis_DR: Tensor | None
+
+    def subtract(self, left_TD: Tensor, x_TD: Tensor, start: int, stop: int) -> None:
+        """Take from `left_TD` what directions start <= r < stop add for these inputs."""
+        if self.slope_DR is not None and self.basis_DR is not None:
+            slope_DR = self.slope_DR[:, start:stop]
+            left_TD.addmm_(x_TD @ slope_DR - self.x_mean_D @ slope_DR, self.basis_DR[:, start:stop].T, alpha=-1)
 
     def compensation(self, rank: int) -> Compensation:
         """The same as tensors of a converted layer."""
@@ -101,8 +107,8 @@ def _top_right_directions(matrix: Tensor, rank: int, iterations: int = 3) -> Ten
     start = torch.randn(columns, min(columns, rank + 16), generator=generator).to(matrix)
     for _ in range(iterations):
         start = torch.linalg.qr(matrix.T @ (matrix @ start)).Q
-    small = torch.linalg.svd(matrix @ start, full_matrices=False)
-    return (start @ small.Vh.T)[:, :rank]
+    small = matrix @ start
+    return start @ torch.linalg.eigh(small.T @ small).eigenvectors.flip(1)[:, :rank]
 
 
 def ranks_for(weights: ExpertWeights) -> list[int]:
@@ -112,14 +118,39 @@ def ranks_for(weights: ExpertWeights) -> list[int]:
     return sorted({0, *(min(most, round(cost * dense / (2 * d_model))) for cost in RANK_COSTS)})
 
 
-def dropped_output(weights: ExpertWeights, h_TF: Tensor, keep_TE: Tensor) -> Tensor:
-    """What the experts that `keep_TE` (bool) leaves out would have written, [T, D], from all hidden activations."""
-    w_down_FD = weights.ffn.w_down_FD[weights.num_shared :]
-    out_TD = h_TF.new_empty(len(h_TF), w_down_FD.shape[1])
-    for part in token_chunks(len(h_TF), len(w_down_FD), _CHUNK_BYTES):
-        drop_TF = (~keep_TE[part]).repeat_interleave(weights.expert_size, dim=1)
-        out_TD[part] = (h_TF[part, weights.num_shared :] * drop_TF) @ w_down_FD
-    return out_TD
+class Dropped:
+    """What left-out experts would have written, [T, D], while more and more of them are left out.
+
+    Each (token, expert) pair is computed once, when it is first left out: all candidates of one router together cost
+    about one FFN.
+    """
+
+    def __init__(self, weights: ExpertWeights, h_TF: Tensor) -> None:
+        self._weights, self._h_TF = weights, h_TF
+        self._out_TD = h_TF.new_zeros(len(h_TF), weights.ffn.d_model)
+        self._added_TD = torch.empty_like(self._out_TD)
+        self._kept_TE = torch.ones(len(h_TF), weights.num_experts, dtype=torch.bool, device=h_TF.device)
+
+    def output(self, keep_TE: Tensor) -> Tensor:
+        """[T, D] without the experts that `keep_TE` (bool) leaves out; it may keep none that was left out before.
+
+        The next call changes the result in place.
+        """
+        drop_TE = self._kept_TE & ~keep_TE
+        self._kept_TE = keep_TE
+        size, start = self._weights.expert_size, self._weights.num_shared
+        together = max(1, _BLOCK_NEURONS // size)
+        for drop_TB in drop_TE.split(together, dim=1):
+            stop = start + drop_TB.shape[1] * size
+            token_S = drop_TB.any(1).nonzero().squeeze(1)
+            if len(token_S):
+                h_SF = self._h_TF[:, start:stop].index_select(0, token_S)
+                if together > 1:
+                    h_SF *= drop_TB[token_S].repeat_interleave(size, dim=1)
+                w_down_FD = self._weights.ffn.w_down_FD[start:stop]
+                self._out_TD.index_add_(0, token_S, torch.mm(h_SF, w_down_FD, out=self._added_TD[: len(token_S)]))
+            start = stop
+        return self._out_TD
 
 
 def kept_experts(weights: ExpertWeights, router: Router | None, threshold: float, x_TD: Tensor) -> Tensor:
@@ -141,27 +172,28 @@ def calibration_curve(
     ranks = [rank for rank in ranks_for(weights) if rank_limit is None or rank <= rank_limit]
     dense = weights.ffn.num_neurons * weights.ffn.flops_per_neuron
     shared = weights.num_shared / weights.ffn.num_neurons
-    heldout_weight_T1 = (heldout.weight_T / max(1, len(heldout.weight_T))).unsqueeze(1) / (2 * weights.ffn.d_model)
+    heldout_share_T = heldout.weight_T / (2 * weights.ffn.d_model * max(1, len(heldout.weight_T)))
     fit_h_TF, heldout_h_TF = weights.ffn.hidden(fit.x_TD), weights.ffn.hidden(heldout.x_TD)
     rows: list[tuple[float, ...]] = []
     for number, router in [(-1, None), *enumerate(routers)]:
+        dropped, missing = Dropped(weights, fit_h_TF), Dropped(weights, heldout_h_TF)
         scores_TE = None if router is None else router.scores(fit.x_TD)
-        for quantile in (0.0, *QUANTILES) if router is None else QUANTILES:
+        for quantile in reversed((0.0, *QUANTILES) if router is None else QUANTILES):
             if scores_TE is None:
                 threshold = float(round(quantile * weights.num_experts))
             else:
                 threshold = _quantile(scores_TE, 1 - quantile)
-            residual_TD = dropped_output(weights, fit_h_TF, kept_experts(weights, router, threshold, fit.x_TD))
             keep_TE = kept_experts(weights, router, threshold, heldout.x_TD)
-            missing_TD = dropped_output(weights, heldout_h_TF, keep_TE)
+            residual_TD = dropped.output(kept_experts(weights, router, threshold, fit.x_TD))
             solution = regression.fit(residual_TD, ranks[-1])
+            left_TD = missing.output(keep_TE) - solution.mean_D
             active = shared + (1 - shared) * float(keep_TE.float().mean())
-            for rank in ranks:
-                extra = solution.compensation(rank)
-                left_TD = missing_TD - apply_compensation(extra, heldout.x_TD)
-                error = float((left_TD.square() * heldout_weight_T1).sum())
+            for previous, rank in pairwise([0, *ranks]):
+                solution.subtract(left_TD, heldout.x_TD, previous, rank)
+                error = float(heldout_share_T @ torch.linalg.vector_norm(left_TD, dim=1).square())
                 flops = active + ((0 if router is None else router.flops) + 2 * rank * weights.ffn.d_model) / dense
                 rows.append((number, threshold, rank, flops, active, error))
+    rows.sort(key=lambda row: (row[0], row[4]))  # cheapest first: among equals that one is taken
     rows.append((-1, float(weights.num_experts), 0, 1.0, 1.0, 0.0))  # left dense
     table = torch.tensor(rows, dtype=torch.float64)
     return Curve(table[:, 0].long(), table[:, 1], table[:, 2].long(), table[:, 3], table[:, 4], table[:, 5])
@@ -178,7 +210,7 @@ def apply_compensation(compensation: Compensation, x_TD: Tensor) -> Tensor:
 
 def fit_compensation(weights: ExpertWeights, keep_TE: Tensor, rank: int, tokens: Tokens) -> Compensation:
     """What stands in for the experts that `keep_TE` (bool) leaves out at these tokens."""
-    residual_TD = dropped_output(weights, weights.ffn.hidden(tokens.x_TD), keep_TE)
+    residual_TD = Dropped(weights, weights.ffn.hidden(tokens.x_TD)).output(keep_TE)
     return ReducedRank(tokens).fit(residual_TD, rank).compensation(rank)
 
 

@@ -35,8 +35,7 @@ def write_layer(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    if not isinstance(metadata.get("layer"), str):
-        raise ValueError("metadata must name its `layer`")
+    encoded = encoded_metadata(metadata)
     tmp = files.temporary(path) if tmp is None else tmp
     stored = _storable(tensors)
     num_bytes = sum(t.numel() * t.element_size() for t in stored.values())
@@ -46,7 +45,7 @@ def write_layer(
             tmp.unlink(missing_ok=True)
             tmp.touch(mode=0o666)
             mode = tmp.stat().st_mode & 0o777
-            save_file(stored, tmp, metadata={KEY: jsonio.canonical(metadata).decode()})
+            save_file(stored, tmp, metadata=encoded)
             tmp.chmod(mode)
             files.fsync(tmp)
             files.replace(tmp, path)
@@ -56,6 +55,13 @@ def write_layer(
         except BaseException:
             tmp.unlink(missing_ok=True)
             raise
+
+
+def encoded_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata as the header holds it. Raises ValueError unless it names its `layer`."""
+    if not isinstance(metadata.get("layer"), str):
+        raise ValueError("metadata must name its `layer`")
+    return {KEY: jsonio.canonical(metadata).decode()}
 
 
 def _storable(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":

@@ -83,8 +83,9 @@ class Partial:
         self._seen[index] = record
 
     def discard(self, index: int) -> None:
-        """Forget that a layer is finished."""
+        """Forget that a layer is finished, and its file."""
         files.remove(self._record(index))
+        files.remove(self.folder / layer_name(index))
         self._seen.pop(index, None)
 
     def done(self) -> set[int]:

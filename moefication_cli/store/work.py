@@ -38,7 +38,8 @@ _POLL_SECONDS = 0.1
 class Work:
     """What `RunDir.begin` gives to a stage.
 
-    Callers use `up_to_date`, `manifest`, `reason`, `pending`, `save`, `missing`, `hold`, `folder`, `scratch`, `finish`.
+    Callers use `up_to_date`, `manifest`, `reason`, `pending`, `save`, `missing`, `hold`, `folder`, `scratch`, `finish`;
+    a stage that streams its layers to disk also `unfinished`, `adopt`, `reclaim`.
     """
 
     paths: StagePaths
@@ -194,21 +195,43 @@ class Work:
         `metadata` goes into the file (`layer` is added) and so into the digest: nothing that differs from run to run.
         `metrics` go to `manifest.metrics["layers"][index]`. `seconds` defaults to the time since the claim.
         """
-        name = f"layer_{index:03d}"
+        self.on_keep()
+        path = self.folder / layer_name(index)
+        tmp = self.partial.work / f"{path.name}.tmp"
+        write_layer(path, tensors, {**(metadata or {}), "layer": self.layers[index]}, tmp)
+        self._record(index, metrics, seconds)
+
+    def adopt(self, index: int, path: Path, metrics: Mapping[str, Any] | None = None) -> None:
+        """`save` of a layer file that stands whole in `scratch`: it is moved into place."""
+        self.on_keep()
+        target = self.folder / layer_name(index)
+        with files.writing(target):
+            files.replace(path, target)
+        self._record(index, metrics, None)
+
+    def reclaim(self, index: int, path: Path) -> None:
+        """Move back to `path` what `adopt` had moved when the process was killed before the layer was recorded."""
+        target = self.folder / layer_name(index)
+        if not path.exists() and target.exists():
+            files.replace(target, path)
+
+    def _record(self, index: int, metrics: Mapping[str, Any] | None, seconds: float | None) -> None:
+        name, path = f"layer_{index:03d}", self.folder / layer_name(index)
         lock, begun = self._claims[name]
         seconds = time.perf_counter() - begun if seconds is None else seconds
-        self.on_keep()
-        path, layer = self.folder / layer_name(index), self.layers[index]
-        write_layer(path, tensors, {**(metadata or {}), "layer": layer}, self.partial.work / f"{path.name}.tmp")
         entry = {"sha256": self.hashes.sha256(path), "bytes": path.stat().st_size}
-        self.partial.record(index, entry, {**(metrics or {}), "layer": layer, "seconds": seconds})
+        self.partial.record(index, entry, {**(metrics or {}), "layer": self.layers[index], "seconds": seconds})
         del self._claims[name]
         lock.release()
 
+    def unfinished(self) -> list[int]:
+        """Indices of the layers nobody has finished yet."""
+        done = set(range(len(self.layers))) if self.up_to_date else self._done()
+        return [index for index in range(len(self.layers)) if index not in done]
+
     def missing(self) -> list[str]:
         """The layers nobody has finished yet."""
-        done = set(range(len(self.layers))) if self.up_to_date else self._done()
-        return [name for index, name in enumerate(self.layers) if index not in done]
+        return [self.layers[index] for index in self.unfinished()]
 
     @contextmanager
     def hold(self, name: str, wait: bool = True) -> Iterator[bool]:
