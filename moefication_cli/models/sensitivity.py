@@ -16,7 +16,7 @@ from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.sites import FFNSite
 
 _RIDGE = 0.03  # of the mean variance
-_CHUNK = 65536  # tokens in float32 at a time
+_CHUNK = 2048  # tokens in float32 at a time: memory that is had at once and not anew from the system
 
 Deliver = Callable[[FFNSite, Tensor], None]
 
@@ -84,7 +84,7 @@ def token_weights(norm_T: Tensor, sequence_T: Tensor) -> Tensor:
 def predicted_weights(x_TD: Tensor, weight_S: Tensor, sample_S: Tensor) -> Tensor:
     """weight_T of all tokens from those of a sample: ridge regression of sqrt(weight) on the FFN's standardised input.
 
-    `sample_S` are the indices of the tokens whose `weight_S` was measured. A backward pass costs twice a forward one,
+    `sample_S` are the indices of the tokens whose `weight_S` was measured. A backward pass costs as much as a forward one,
     so it runs on few sequences; and the expectation over drawn labels, which the fit is closer to than one draw, is
     what is wanted. The mean is that of the sample.
     """

@@ -20,6 +20,7 @@ from moefication_cli.models.capture import capture
 from moefication_cli.models.loading import LoadedModel, load_model
 from moefication_cli.models.sensitivity import gradient_norms, predicted_weights, sampled_log_likelihood, token_weights
 from moefication_cli.models.sites import FFNSite
+from moefication_cli.split.profile import neuron_sums
 from moefication_cli.stages.contract import Control, Result
 from moefication_cli.stages.estimate import estimate
 from moefication_cli.stages.examples import open_examples, predictions
@@ -31,10 +32,10 @@ from moefication_cli.store.work import Work
 from moefication_cli.tasks.examples import Batch
 
 _SHARD_BYTES = 256 * 2**20  # of stored inputs, over all layers: what is redone after a kill
-# A backward pass costs twice a forward one: it runs on every 16th batch, and on the first so that small data has some.
-_GRADIENT_EVERY, _GRADIENT_FIRST = 16, 2
+# A backward pass costs as much as a forward one: it runs on every 17th batch, and on the first so that small data has
+# some. Batches are sorted by length in blocks of a power of two: an odd step meets all lengths.
+_GRADIENT_EVERY, _GRADIENT_FIRST = 17, 2
 _UNKNOWN = -1.0  # gradient norm of a token of the other batches
-_SUMS = ("active_F", "sum_F", "square_F", "absolute_F")
 
 
 def collect_activations(run: RunDir, config: CollectConfig, control: Control) -> Result:
@@ -162,7 +163,7 @@ def _collect_shard(
     chain, start = _place(work, shard.number, sites, config)
     stop, first_row = list(start), shard.first_row
     sequences: list[list[Tensor]] = [[] for _ in sites]
-    sums = [torch.zeros(len(_SUMS), site.num_neurons, dtype=torch.float64) for site in sites]
+    sums = [torch.zeros(4, site.num_neurons, dtype=torch.float64) for site in sites]
     norms: list[list[Tensor]] = [[] for _ in sites]
     rows = {"encoder": torch.empty(0), "decoder": torch.empty(0)}  # of the batch in progress: its tokens' sequences
 
@@ -176,10 +177,7 @@ def _collect_shard(
         sequences[site.index].append(rows[site.stack])
 
     def on_hidden(site: FFNSite, h_TF: Tensor) -> None:
-        h_TF = h_TF.float()
-        # Counts the positive ones; a sum over bool would take as long as all the rest
-        parts = (h_TF.clamp_min(0).sign_().sum(0), h_TF.sum(0), h_TF.square().sum(0), h_TF.abs().sum(0))
-        sums[site.index] += torch.stack([part.double().cpu() for part in parts])
+        sums[site.index] += neuron_sums(h_TF)
 
     def on_gradient(site: FFNSite, norm_T: Tensor) -> None:
         norms[site.index].append(norm_T)
@@ -241,7 +239,7 @@ def _non_finite(site: FFNSite, x_TD: Tensor, config: CollectConfig) -> MoEficati
 def _join(work: Work, model: RunModel, index: int, num_shards: int, config: CollectConfig) -> None:
     """One layer's file from all shards, and its neurons' statistics."""
     site = model.sites[index]
-    sequences, norms, total, num_tokens = [], [], torch.zeros(len(_SUMS), site.num_neurons, dtype=torch.float64), 0
+    sequences, norms, total, num_tokens = [], [], torch.zeros(4, site.num_neurons, dtype=torch.float64), 0
     with _open_inputs(work, 0, site, config) as file:
         for number in range(num_shards):
             names = [f"{index}.sequence_T", f"{index}.sums", f"{index}.norm_T"]

@@ -14,6 +14,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -97,13 +98,21 @@ def collect(args: argparse.Namespace) -> Iterator[Row]:
             return sum(len(loaded.model(**batch.to(loaded.device).inputs).logits) for batch in batches)
 
     plain()
+    _, before, before_cpu = timed(plain)
+    ratios: dict[str, list[float]] = {}
     for turn in range(args.turns):
-        (_, dense, dense_cpu) = timed(plain)
         for sensitivity in (False, True):
             options = replace(config, sensitivity=sensitivity)
-            (_, seconds, cpu) = timed(lambda: collect_activations(run, options, Control(force=True)))  # noqa: B023
+            _, seconds, cpu = timed(lambda: collect_activations(run, options, Control(force=True)))  # noqa: B023
+            _, after, after_cpu = timed(plain)
+            dense, dense_cpu = (before + after) / 2, (before_cpu + after_cpu) / 2  # the machine's pace changes
+            before, before_cpu = after, after_cpu
+            found = {"ratio": seconds / dense, "cpu_ratio": cpu / dense_cpu}
             yield {"what": "collect", "turn": turn, "tokens": count, "sensitivity": sensitivity, "plain_seconds": dense,
-                   "seconds": seconds, "ratio": seconds / dense, "cpu_ratio": cpu / dense_cpu}  # fmt: skip
+                   "seconds": seconds, **found}  # fmt: skip
+            for name, value in found.items():
+                ratios.setdefault(f"{name} {'with' if sensitivity else 'without'} token weights", []).append(value)
+    yield {"what": "collect, median", **{name: statistics.median(values) for name, values in ratios.items()}}
 
 
 def bert_base(folder: Path) -> None:
