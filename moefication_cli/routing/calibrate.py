@@ -14,6 +14,7 @@ Axes: T tokens, D model width, F neurons, E experts, R rank or router width, C c
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -21,11 +22,13 @@ from torch import Tensor
 
 from moefication_cli.ffn import Compensation, ExpertWeights
 from moefication_cli.routing.router import Router
+from moefication_cli.routing.scores import token_chunks
 
 QUANTILES = (0.01, 0.02, 0.03, 0.045, 0.065, 0.09, 0.12, 0.16, 0.2, 0.25, 0.31, 0.38, 0.46, 0.56, 0.68, 0.82)
 RANK_COSTS = (0.005, 0.015, 0.04, 0.08)  # of the dense FFN's multiply-adds
 _MOST_RANK = 512  # directions of more are found at a cost that grows with its square: minutes a layer at 7B
 _RIDGE = 1e-2
+_CHUNK_BYTES = 64 * 2**20  # of hidden activations, where not all are needed at once
 _BLOCK_NEURONS = 64  # computed together at least: smaller products are slower than what they save
 
 
@@ -53,25 +56,30 @@ class ReducedRank:
     """Weighted regression from FFN inputs to whatever was dropped; factorises the inputs once for many targets."""
 
     def __init__(self, tokens: Tokens) -> None:
-        root_T = tokens.weight_T.clamp_min(0).sqrt()
+        self._x_TD, self._root_T = tokens.x_TD, tokens.weight_T.clamp_min(0).sqrt()
         self._share_T = tokens.weight_T / tokens.weight_T.sum().clamp_min(1e-30)
         self._mean_D = self._share_T @ tokens.x_TD
-        x_TD = (tokens.x_TD - self._mean_D) * root_T.unsqueeze(1)
+
+    @cached_property
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(L of C = X^T X = L L^T, weighted L^-1 X^T, memory of one residual)."""
+        x_TD = (self._x_TD - self._mean_D) * self._root_T.unsqueeze(1)
         gram_DD = x_TD.T @ x_TD
         gram_DD.diagonal().add_(_RIDGE * gram_DD.diagonal().mean() + 1e-12)
-        self._cholesky_DD = torch.linalg.cholesky(gram_DD)
-        self._white_DT = torch.linalg.solve_triangular(self._cholesky_DD, x_TD.T, upper=False).mul_(root_T)
-        self._centred_TD = x_TD  # its memory: taking as much anew for every fit costs as much time as filling it
+        cholesky_DD = torch.linalg.cholesky(gram_DD)
+        white_DT = torch.linalg.solve_triangular(cholesky_DD, x_TD.T, upper=False).mul_(self._root_T)
+        return cholesky_DD, white_DT, x_TD  # taking as much memory anew for every fit takes as long as filling it
 
     def fit(self, residual_TD: Tensor, max_rank: int) -> "Fit":
         """The best linear map of rank up to `max_rank` (plus a constant) from the inputs to `residual_TD`."""
         mean_D = self._share_T @ residual_TD
         if max_rank == 0:
             return Fit(mean_D, self._mean_D, None, None)
+        cholesky_DD, white_DT, centred_TD = self._factors
         # Coefficients B = C^-1 X^T R with C = L L^T; the fitted values' principal directions are those of L^T B
-        half_DD = self._white_DT @ torch.sub(residual_TD, mean_D, out=self._centred_TD)
+        half_DD = white_DT @ torch.sub(residual_TD, mean_D, out=centred_TD)
         basis_DR = _top_right_directions(half_DD, max_rank)
-        slope_DR = torch.linalg.solve_triangular(self._cholesky_DD.T, half_DD @ basis_DR, upper=True)
+        slope_DR = torch.linalg.solve_triangular(cholesky_DD.T, half_DD @ basis_DR, upper=True)
         return Fit(mean_D, self._mean_D, slope_DR, basis_DR)
 
 
@@ -210,7 +218,9 @@ def apply_compensation(compensation: Compensation, x_TD: Tensor) -> Tensor:
 
 def fit_compensation(weights: ExpertWeights, keep_TE: Tensor, rank: int, tokens: Tokens) -> Compensation:
     """What stands in for the experts that `keep_TE` (bool) leaves out at these tokens."""
-    residual_TD = Dropped(weights, weights.ffn.hidden(tokens.x_TD)).output(keep_TE)
+    residual_TD = torch.empty_like(tokens.x_TD)
+    for part in token_chunks(len(residual_TD), weights.ffn.num_neurons, _CHUNK_BYTES):
+        residual_TD[part] = Dropped(weights, weights.ffn.hidden(tokens.x_TD[part])).output(keep_TE[part])
     return ReducedRank(tokens).fit(residual_TD, rank).compensation(rank)
 
 

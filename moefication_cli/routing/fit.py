@@ -142,11 +142,8 @@ def regression_router(sample: Sample, width: int, training: Training, activation
 
 def _ridge_start(z_TD: Tensor, target_TE: Tensor, width: int, activation: str, generator: torch.Generator) -> Router:
     w_ED = _ridge(z_TD, target_TE, 1e-2)[0]
-    centred_TD = z_TD - z_TD.mean(0)
-    covariance_DD = centred_TD.T @ centred_TD / len(z_TD)
-    covariance_DD.diagonal().add_(1e-4 * covariance_DD.diagonal().mean() + 1e-9)
     # Directions of the input that the linear prediction varies along most.
-    left_ER = torch.linalg.svd(w_ED @ torch.linalg.cholesky(covariance_DD), full_matrices=False).U[:, :width]
+    left_ER = torch.linalg.svd(w_ED @ _covariance_root(z_TD), full_matrices=False).U[:, :width]
     directions_RD = left_ER.T @ w_ED
     noise_RD = torch.randn(width, z_TD.shape[1], generator=generator).to(z_TD)
     if len(directions_RD) < width:
@@ -161,6 +158,14 @@ def _ridge_start(z_TD: Tensor, target_TE: Tensor, width: int, activation: str, g
     hidden_TR = ROUTER_ACTIVATIONS[activation](functional.linear(z_TD, directions_RD, b_in_R))
     w_out_ER, b_out_E = _ridge(hidden_TR, target_TE, 1e-3)
     return Router(directions_RD.contiguous(), b_in_R, w_out_ER, b_out_E, activation=activation)
+
+
+def _covariance_root(x_TD: Tensor) -> Tensor:
+    """[D, D] lower triangular; a function of its own, so that the centred inputs are gone before anything else is made."""
+    centred_TD = x_TD - x_TD.mean(0)
+    covariance_DD = centred_TD.T @ centred_TD / len(x_TD)
+    covariance_DD.diagonal().add_(1e-4 * covariance_DD.diagonal().mean() + 1e-9)
+    return torch.linalg.cholesky(covariance_DD)
 
 
 def _ridge(x_TD: Tensor, y_TE: Tensor, damping: float) -> tuple[Tensor, Tensor]:
