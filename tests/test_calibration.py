@@ -12,6 +12,7 @@ from moefication_cli.routing import calibrate
 from moefication_cli.routing.budget import allocate, best_within, lower_hull
 from moefication_cli.routing.calibrate import (
     QUANTILES,
+    Dropped,
     ReducedRank,
     Tokens,
     apply_compensation,
@@ -87,6 +88,19 @@ def test_wide_models_find_the_same_directions() -> None:
     exact = torch.linalg.svd(matrix).Vh[:3].T
     assert torch.allclose(found @ found.T, exact @ exact.T, atol=1e-4)
     assert not torch.allclose(found @ found.T, torch.eye(600), atol=0.5)
+
+
+@pytest.mark.parametrize("block", [1, 2 * N, 1000])  # experts one by one, in pairs, all together
+def test_dropped_output_grows_by_what_is_newly_left_out(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "_BLOCK_NEURONS", block)
+    weights, x_TD = layer(), rand(40, D, seed=20)
+    dense_TD, scores_TE = weights.ffn.forward(x_TD), rand(40, E, seed=21)
+    dropped = Dropped(weights, weights.ffn.hidden(x_TD))
+    assert not dropped.output(torch.ones(40, E, dtype=torch.bool)).any()
+    for threshold in (-1.0, 0.0, 0.0, 0.7, 9.0):
+        found_TD = dropped.output(scores_TE >= threshold)
+        assert torch.allclose(found_TD, dense_TD - masked(x_TD, scores_TE >= threshold, weights), atol=1e-4)
+    assert not torch.allclose(found_TD, dense_TD - masked(x_TD, scores_TE >= 0, weights), atol=1e-2)
 
 
 def test_curve_rows_are_what_the_reference_computes() -> None:

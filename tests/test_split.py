@@ -20,6 +20,7 @@ from moefication_cli.split.partition import (
     random_partition,
     with_shared,
 )
+from moefication_cli.split.profile import neuron_sums
 
 
 def planted(num_rows=192, width=48, num_experts=12, spread=1.5, seed=0):
@@ -389,3 +390,19 @@ def test_cuda_is_as_good_as_the_cpu_and_repeats_itself():
     cpu, cuda = balanced_kmeans(x, 32), balanced_kmeans(x.cuda(), 32)
     assert cuda.inertia == pytest.approx(cpu.inertia, rel=5e-3)
     assert torch.equal(cuda.expert_F, balanced_kmeans(x.cuda(), 32).expert_F)
+
+
+@pytest.mark.parametrize("shape", [(7, 1100), (1, 3), (0, 5)])  # more neurons than a block, and fewer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neuron_sums_equal_plain_ones(shape, dtype):
+    h_TF = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    h_TF[:, ::3] = 0  # neither positive nor negative
+    exact_TF = h_TF.double()
+    expected_4F = torch.stack([(exact_TF > 0).sum(0), exact_TF.sum(0), exact_TF.square().sum(0), exact_TF.abs().sum(0)])
+    found_4F = neuron_sums(h_TF)
+    assert found_4F.dtype == torch.float64
+    assert torch.allclose(found_4F, expected_4F, rtol=1e-5, atol=1e-5)
+    strided_TF = torch.stack([h_TF, torch.full_like(h_TF, 9)], dim=-1)[..., 0]
+    assert torch.equal(neuron_sums(strided_TF), found_4F)
+    if len(h_TF):
+        assert not torch.allclose(neuron_sums(-h_TF), expected_4F)  # negative control
