@@ -129,8 +129,8 @@ def ranks_for(weights: ExpertWeights) -> list[int]:
 class Dropped:
     """What left-out experts would have written, [T, D], while more and more of them are left out.
 
-    Each (token, expert) pair is computed once, when it is first left out: all candidates of one router together cost
-    about one FFN.
+    Each (token, expert) pair is computed once, when it is first left out, so that all candidates of one router together
+    cost about one FFN; experts of fewer than _BLOCK_NEURONS are computed in blocks of so many, which saves less.
     """
 
     def __init__(self, weights: ExpertWeights, h_TF: Tensor) -> None:
@@ -163,10 +163,13 @@ class Dropped:
 
 def kept_experts(weights: ExpertWeights, router: Router | None, threshold: float, x_TD: Tensor) -> Tensor:
     """keep_TE of one candidate: scores at or above the threshold, or the first `threshold` experts without a router."""
-    if router is None:
-        keep_E = torch.arange(weights.num_experts, device=x_TD.device) < round(threshold)
-        return keep_E.expand(len(x_TD), -1)
-    return router.scores(x_TD) >= threshold
+    return _kept(weights, None if router is None else router.scores(x_TD), threshold, x_TD)
+
+
+def _kept(weights: ExpertWeights, scores_TE: Tensor | None, threshold: float, x_TD: Tensor) -> Tensor:
+    if scores_TE is not None:
+        return scores_TE >= threshold
+    return (torch.arange(weights.num_experts, device=x_TD.device) < round(threshold)).expand(len(x_TD), -1)
 
 
 def calibration_curve(
@@ -185,14 +188,14 @@ def calibration_curve(
     rows: list[tuple[float, ...]] = []
     for number, router in [(-1, None), *enumerate(routers)]:
         dropped, missing = Dropped(weights, fit_h_TF), Dropped(weights, heldout_h_TF)
-        scores_TE = None if router is None else router.scores(fit.x_TD)
+        scores_TE, heldout_TE = (None if router is None else router.scores(part.x_TD) for part in (fit, heldout))
         for quantile in reversed((0.0, *QUANTILES) if router is None else QUANTILES):
             if scores_TE is None:
                 threshold = float(round(quantile * weights.num_experts))
             else:
                 threshold = _quantile(scores_TE, 1 - quantile)
-            keep_TE = kept_experts(weights, router, threshold, heldout.x_TD)
-            residual_TD = dropped.output(kept_experts(weights, router, threshold, fit.x_TD))
+            keep_TE = _kept(weights, heldout_TE, threshold, heldout.x_TD)
+            residual_TD = dropped.output(_kept(weights, scores_TE, threshold, fit.x_TD))
             solution = regression.fit(residual_TD, ranks[-1])
             left_TD = missing.output(keep_TE) - solution.mean_D
             active = shared + (1 - shared) * float(keep_TE.float().mean())

@@ -11,9 +11,9 @@ from moefication_cli.models.checkpoint import Checkpoint
 from moefication_cli.models.embedded import embed_code
 from moefication_cli.models.moe_folder import write_moe_settings
 from moefication_cli.stages.contract import Control, Result
-from moefication_cli.stages.estimate import estimate, ffn_bytes
+from moefication_cli.stages.estimate import estimate, ffn_bytes, total_ffn_flops
 from moefication_cli.stages.inputs import RunModel, begin_options, layer_seed, open_model, read_tokens
-from moefication_cli.stages.plan import LayerPlan, check_budget, choose_router, describe_rule, routed_layers
+from moefication_cli.stages.plan import FIT_TOKENS, LayerPlan, check_budget, choose_router, describe_rule, routed_layers
 from moefication_cli.stages.planned import budget_of, router_tensors, settings
 from moefication_cli.stages.refined import fraction_for, make_plans
 from moefication_cli.store.rundir import RunDir
@@ -43,6 +43,7 @@ def apply(run: RunDir, config: ApplyConfig, control: Control) -> Result:
         config = replace(config, fraction=fraction_for(run, model, layers, inputs, config, control))
     check_budget(layers, activations, budget_of(config))
     if control.dry_run:
+        d_model = max(site.d_model for site in model.sites)
         size = float(sum(path.stat().st_size for path in model.checkpoint.files))
         return estimate(
             "apply",
@@ -50,8 +51,8 @@ def apply(run: RunDir, config: ApplyConfig, control: Control) -> Result:
             model,
             writes=run.path("model"),
             num_bytes=size,
-            flops=0.0,
-            memory=2 * ffn_bytes(model),
+            flops=0.0 if activations is None else total_ffn_flops(model, FIT_TOKENS),
+            memory=2 * ffn_bytes(model) + (0 if activations is None else 16.0 * FIT_TOKENS * d_model),
             reads={"split": split, "router": router},
         )
     with run.begin("model", **begin_options(config, control, model, inputs)) as work:

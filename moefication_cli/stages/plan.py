@@ -21,7 +21,7 @@ from moefication_cli.store.stage import Stage
 
 SAFETY = 0.97  # of the budget: thresholds are calibrated on other tokens than those they meet
 RELATIVE = ("max_ratio", "cumulative")
-_FIT_TOKENS = 16384
+FIT_TOKENS = 16384
 _HALVINGS = 20
 
 FractionOf = Literal["flops", "neurons"]
@@ -225,7 +225,7 @@ def _relative(model: RunModel, activations: Stage, layer: RoutedLayer, budget: B
     """A rule that compares a token's scores with each other, set to the budget's mean number of experts."""
     router, cost = layer.routers[-1], layer.cost()
     target = cost.experts_within(budget.fraction * SAFETY, budget.fraction_of)
-    tokens = read_tokens(activations, layer.index, _FIT_TOKENS, layer_seed(seed, layer.index)).to(model.device)
+    tokens = read_tokens(activations, layer.index, FIT_TOKENS, layer_seed(seed, layer.index)).to(model.device)
     scores_TE = router.scores(tokens.x_TD)
 
     def at(value: float) -> Rule:
@@ -258,7 +258,7 @@ def _calibrated(
         return LayerPlan(layer, None, 1.0)
     router = None if number < 0 else layer.routers[number]
     weights = expert_weights(model.read_ffn(layer.index), layer.partition)
-    tokens = read_tokens(activations, layer.index, _FIT_TOKENS, layer_seed(seed, layer.index)).to(model.device)
+    tokens = read_tokens(activations, layer.index, FIT_TOKENS, layer_seed(seed, layer.index)).to(model.device)
     compensation = None
     if budget.compensation != "none":
         keep_TE = kept_experts(weights, router, threshold, tokens.x_TD)

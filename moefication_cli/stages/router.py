@@ -40,6 +40,7 @@ from moefication_cli.store.stage import Stage
 # The published training (github.com/thunlp/MoEfication), its defects mended as routing/fit.py says.
 _PAPER = {"epochs": 30, "batch_size": 512, "learning_rate": 1e-2, "patience": 30, "published": True}
 _TOKEN_BYTES = 768 * 2**20  # so that a layer of a 7B model fits beside its weights in a few GiB
+_CANDIDATES = 65  # of a calibration curve with three routers
 # Routers that predict contributions: calibrated thresholds, budgets and compensation go with them.
 CALIBRATED = ("regression", "quadratic", "linear")
 
@@ -53,10 +54,13 @@ def train_router(run: RunDir, config: RouterConfig, control: Control) -> Result:
     fractions = parse_fractions(config.fractions)
     activations, split = run.require("activations"), run.require("split")
     if control.dry_run:
-        tokens = config.max_tokens or max(layer["tokens"] for layer in activations.metrics["layers"])
-        d_model = max(site.d_model for site in model.sites)
+        d_model, neurons = (max(getattr(site, name) for site in model.sites) for name in ("d_model", "num_neurons"))
         experts = max(layer["num_experts"] for layer in split.metrics["layers"])
+        collected = max(layer["tokens"] for layer in activations.metrics["layers"])
+        tokens = min(collected, config.max_tokens or tokens_in_memory(d_model, experts))
         width = config.width or d_model // 8
+        # Every candidate of the calibration curve: what it drops, and a regression on the FFN's inputs
+        calibrating = 2.0 * _CANDIDATES * config.calibration_tokens * d_model * (d_model + neurons)
         return estimate(
             "train-router",
             run,
@@ -64,8 +68,9 @@ def train_router(run: RunDir, config: RouterConfig, control: Control) -> Result:
             writes=run.path(f"router/{config.router}"),
             num_bytes=4.0 * width * (d_model + experts) * len(model.sites),
             flops=total_ffn_flops(model, tokens)
-            + 6.0 * tokens * width * (d_model + experts) * (config.epochs or 6) * len(model.sites),
-            memory=ffn_bytes(model) + 8.0 * tokens * (d_model + experts),
+            + 6.0 * tokens * width * (d_model + experts) * (config.epochs or 6) * len(model.sites)
+            + (calibrating * len(model.sites) if config.router in CALIBRATED else 0.0),
+            memory=2 * ffn_bytes(model) + 8.0 * tokens * (d_model + experts),
             reads={"activations": activations, "split": split},
         )
     options = layer_options(config, control, model, {"activations": activations, "split": split})
@@ -102,16 +107,17 @@ def _train_index(
     return record
 
 
-def tokens_in_memory(weights: ExpertWeights) -> int:
+def tokens_in_memory(d_model: int, num_experts: int) -> int:
     """Tokens whose inputs and targets, and one copy of both, fit the working memory: 131,072 up to D + E = 768."""
-    return _TOKEN_BYTES // (2 * 4 * (weights.ffn.d_model + weights.num_experts))
+    return _TOKEN_BYTES // (2 * 4 * (d_model + num_experts))
 
 
 def training_tokens(
     config: RouterConfig, weights: ExpertWeights, activations: Stage, index: int, seed: int
 ) -> tuple[Tokens, Tokens]:
     """(training, held-out) tokens of one layer: `max_tokens` of them, or what fits the working memory."""
-    tokens = read_tokens(activations, index, config.max_tokens or tokens_in_memory(weights), seed)
+    count = config.max_tokens or tokens_in_memory(weights.ffn.d_model, weights.num_experts)
+    tokens = read_tokens(activations, index, count, seed)
     return tokens.split_heldout(config.heldout_fraction, seed)
 
 
