@@ -6,6 +6,7 @@ whatever else is there: a piece that was cut short is simply written again. `com
 """
 
 import json
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +33,7 @@ class GrowingLayer:
         self.path, self._width, self._dtype = path, width, dtype
         with files.writing(path):
             path.touch(mode=0o666)
-            self._file = path.open("r+b")
+            self._file = path.open("r+b", buffering=0)  # a full disk is met where rows are written, not when it closes
 
     def __enter__(self) -> "GrowingLayer":
         return self
@@ -44,20 +45,17 @@ class GrowingLayer:
         """Put rows (on the CPU) at row number `start`. Raises `MoEficationError` when the disk does not take them."""
         data = _bytes(rows.to(self._dtype))
         with files.writing(self.path, len(data)):
-            self._file.seek(_START + start * self._row_bytes)
-            self._file.write(data)
+            self._put(_START + start * self._row_bytes, data)
 
     def sync(self) -> None:
         """Make what was written durable."""
         with files.writing(self.path):
-            self._file.flush()
             files.fsync(self.path)
 
     def rows(self, start: int, count: int) -> "Tensor":
         """These rows, mapped from the file: read when used. Raises `CorruptArtifactError` if it is too short."""
         import torch
 
-        self._file.flush()
         if self.path.stat().st_size < _START + (start + count) * self._row_bytes:
             raise CorruptArtifactError(f"{self.path} is truncated", "run the same command again, with --force")
         if count == 0:
@@ -84,13 +82,18 @@ class GrowingLayer:
         if len(header) > _START - 8:
             raise ValueError(f"the header of {self.path} takes {len(header)} bytes, more than {_START - 8}")
         with files.writing(self.path, end):
-            self._file.truncate(_START + count * self._row_bytes)
-            self._file.seek(_START + count * self._row_bytes)
+            at = _START + count * self._row_bytes
+            self._file.truncate(at)
             for piece in pieces:
-                self._file.write(piece)
-            self._file.seek(0)
-            self._file.write(struct.pack("<Q", _START - 8) + header.ljust(_START - 8))
+                self._put(at, piece)
+                at += len(piece)
+            self._put(0, memoryview(struct.pack("<Q", _START - 8) + header.ljust(_START - 8)))
         self.sync()
+
+    def _put(self, at: int, data: memoryview) -> None:
+        while len(data):  # a call may take only a part
+            written = os.pwrite(self._file.fileno(), data, at)
+            at, data = at + written, data[written:]
 
     @property
     def _row_bytes(self) -> int:
