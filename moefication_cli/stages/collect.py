@@ -32,9 +32,10 @@ from moefication_cli.store.work import Work
 from moefication_cli.tasks.examples import Batch
 
 _SHARD_BYTES = 256 * 2**20  # of stored inputs, over all layers: what is redone after a kill
-# A backward pass costs as much as a forward one: it runs on every 17th batch, and on the first so that small data has
-# some. Batches are sorted by length in blocks of a power of two: an odd step meets all lengths.
-_GRADIENT_EVERY, _GRADIENT_FIRST = 17, 2
+# A backward pass costs as much as a forward one: it runs on every 32nd batch, and on the first so that small data has some.
+# By default these are the longest of each block of sequences sorted by length: token weights learnt from sequences of all
+# lengths in equal number kept less of the model's quality.
+_GRADIENT_EVERY, _GRADIENT_FIRST = 32, 2
 _UNKNOWN = -1.0  # gradient norm of a token of the other batches
 
 
