@@ -27,6 +27,7 @@ from moefication_cli.stages.examples import open_examples, predictions
 from moefication_cli.stages.inputs import RunModel, as_before, layer_options, layer_seed, layered_result, open_model
 from moefication_cli.store.growing import GrowingLayer
 from moefication_cli.store.layerfile import read_layer, read_metadata, write_layer
+from moefication_cli.store.partial import GROWING
 from moefication_cli.store.rundir import RunDir
 from moefication_cli.store.work import Work
 from moefication_cli.tasks.examples import Batch
@@ -142,7 +143,7 @@ def _shard_path(work: Work, number: int, config: CollectConfig) -> Path:
 
 def _open_inputs(work: Work, chain: int, site: FFNSite, config: CollectConfig) -> GrowingLayer:
     """The inputs of one FFN in the shards of a chain, which is named after its first."""
-    path = work.scratch / f"inputs_{chain:05d}_batch_{config.batch_size}_layer_{site.index:03d}.safetensors"
+    path = work.scratch / f"inputs_{chain:05d}_batch_{config.batch_size}_layer_{site.index:03d}{GROWING}"
     if chain == 0:
         work.reclaim(site.index, path)
     return GrowingLayer(path, site.d_model, getattr(torch, config.storage_dtype))

@@ -18,6 +18,8 @@ from moefication_cli.store import files, jsonio
 from moefication_cli.store.hashes import HashCache
 from moefication_cli.store.manifest import Manifest, layer_name
 
+GROWING = ".growing"  # suffix of files in scratch that others there give a meaning to
+
 
 @dataclass
 class Partial:
@@ -94,9 +96,12 @@ class Partial:
         return {i for i in range(self.num_layers) if self._record(i).name in present and self._read(i) is not None}
 
     def worth_keeping(self) -> bool:
-        """Whether a later run of the same work could go on from here: finished layers, or files in `scratch`."""
+        """Whether a later run of the same work could go on from here: finished layers, or files in `scratch`.
+
+        What still grows there does not count: other files say how far it has come.
+        """
         scratch = self.work / "scratch"
-        return bool(self.done()) or any(path.is_file() for path in scratch.rglob("*"))
+        return bool(self.done()) or any(path.is_file() and path.suffix != GROWING for path in scratch.rglob("*"))
 
     def _record(self, index: int) -> Path:
         return self.work / f"layer_{index:03d}.json"
