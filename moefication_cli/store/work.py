@@ -164,10 +164,13 @@ class Work:
                 if index in finished or name in self._claims:
                     continue
                 with self._stage_lock():
+                    lock = locks.try_acquire(self.paths.locks / f"{name}.lock")
+                    # Looked at with the lock in hand: its holder may have finished the layer a moment ago
                     if index in self._done():
                         finished.add(index)
+                        if lock is not None:
+                            lock.release()
                         continue
-                    lock = locks.try_acquire(self.paths.locks / f"{name}.lock")
                 if lock is None:
                     busy = index
                     continue
