@@ -2,28 +2,20 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from cli_runner import Runner
 from tiny_models import D, F, save_tiny, tiny_inputs, tiny_model
 from torch import nn
 
-from moefication_cli.config import BenchConfig
-from moefication_cli.errors import ConfigError
-from moefication_cli.ffn import ExpertWeights, FFNWeights
-from moefication_cli.models import shapes
-from moefication_cli.models.shapes import Shape, find_shape, set_firing, shape_model, share, without_ffns
-from moefication_cli.models.sites import find_sites
-from moefication_cli.models.surgery import installed_layers, live_weights
-from moefication_cli.routing.router import Router, Rule
-from moefication_cli.runtime.always import AlwaysFFN
-from moefication_cli.runtime.layer import MoEFFN
-from moefication_cli.stages.bench_calls import Decoder
-from moefication_cli.stages.bench_layers import (
+from moefication_cli.benchmark import shapes
+from moefication_cli.benchmark.bounds import FFNCost, Rates, ffn_bound, whole_bound
+from moefication_cli.benchmark.calls import Decoder
+from moefication_cli.benchmark.layers import (
     FFN,
     Recorder,
     cost_of,
@@ -35,9 +27,17 @@ from moefication_cli.stages.bench_layers import (
     sample_inputs,
     to_moe,
 )
-from moefication_cli.stages.bench_rows import _measured
-from moefication_cli.stages.bounds import FFNCost, Rates, ffn_bound, whole_bound
-from moefication_cli.stages.timing import Call, Paired, alternate
+from moefication_cli.benchmark.rows import _measured
+from moefication_cli.benchmark.shapes import find_shape, set_firing, shape_model, share, without_ffns
+from moefication_cli.benchmark.timing import Call, Paired, alternate
+from moefication_cli.config import BenchConfig
+from moefication_cli.errors import ConfigError
+from moefication_cli.ffn import ExpertWeights, FFNWeights
+from moefication_cli.models.sites import find_sites
+from moefication_cli.models.surgery import installed_layers, live_weights
+from moefication_cli.routing.router import Router, Rule
+from moefication_cli.runtime.layer import MoEFFN
+from moefication_cli.runtime.pruned import AlwaysFFN
 
 CPU = torch.device("cpu")
 QUICK = [
@@ -63,9 +63,9 @@ FIELDS = {
 
 @pytest.fixture(autouse=True)
 def small_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moefication_cli.stages.bench_subjects._COLD_BYTES", 1 << 15)
-    monkeypatch.setattr("moefication_cli.stages.bench_subjects._CACHES", 0)
-    monkeypatch.setattr("moefication_cli.stages.timing._READ_BYTES", 1 << 20)
+    monkeypatch.setattr("moefication_cli.benchmark.subjects._COLD_BYTES", 1 << 15)
+    monkeypatch.setattr("moefication_cli.benchmark.subjects._CACHES", 0)
+    monkeypatch.setattr("moefication_cli.benchmark.timing._READ_BYTES", 1 << 20)
 
 
 def saved(name: str, folder: Path) -> Path:
@@ -329,13 +329,9 @@ def test_a_converted_run(run_cli: Runner, tmp_path: Path) -> None:
 
 @pytest.fixture
 def tiny_shape(monkeypatch: pytest.MonkeyPatch) -> str:
-    def config(layers: int, activation: str) -> Any:
-        return transformers.T5Config(
-            vocab_size=64, d_model=D, d_kv=8, d_ff=F, num_layers=layers, num_decoder_layers=layers, num_heads=2,
-            feed_forward_proj=activation, decoder_start_token_id=0,
-        )  # fmt: skip
-
-    shape = Shape(transformers.AutoModelForSeq2SeqLM, config, 2, "relu", D, F, False, 8, ("ffn", "prefill", "decode"))
+    settings = {"vocab_size": 64, "d_model": D, "d_kv": 8, "d_ff": F, "num_heads": 2, "decoder_start_token_id": 0}
+    like = shapes.SHAPES["t5-base"]
+    shape = replace(like, settings=settings, layers=2, d_model=D, num_neurons=F, expert_size=8)
     monkeypatch.setitem(shapes.SHAPES, "t5-base", shape)
     return "t5-base"
 
@@ -353,9 +349,8 @@ def test_a_shape(run_cli: Runner, tiny_shape: str) -> None:
 def test_the_sizes_of_shapes_are_those_of_their_configurations() -> None:
     for name, shape in shapes.SHAPES.items():
         with torch.device("meta"):
-            config = shape.config(1, shape.activation)
-            config.vocab_size = 8
-            sites = find_sites(shape.auto.from_config(config))
+            model = shape_model(name, dtype=torch.float32, device=torch.device("meta"), seed=0, ffn_layers=1)
+            sites = find_sites(model)
         assert {(s.d_model, s.num_neurons, s.gated) for s in sites} == {(shape.d_model, shape.num_neurons, shape.gated)}
         assert shape.num_neurons % shape.expert_size == 0, name
     with pytest.raises(ConfigError, match="t5-huge") as caught:

@@ -11,8 +11,8 @@ from tiny_models import TINY, save_tiny, tiny_inputs, tiny_model
 from moefication_cli.errors import ConfigError, UnsupportedModelError
 from moefication_cli.ffn import ACTIVATIONS, ExpertWeights
 from moefication_cli.models.capture import capture
-from moefication_cli.models.checkpoint import Checkpoint
 from moefication_cli.models.families import FAMILIES
+from moefication_cli.models.folder.checkpoint import Checkpoint
 from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.sites import find_sites
 from moefication_cli.models.surgery import (

@@ -12,7 +12,7 @@ import pytest
 from cli_runner import Runner
 from test_stages import world  # noqa: F401  a fixture
 
-from moefication_cli.stages import collect
+from moefication_cli.stages import collect_activations
 
 # Runs a command and dies right after the first call of what the first word names: module:attribute.
 KILLER = """
@@ -32,13 +32,13 @@ if module.endswith("collect"):
     owner._SHARD_BYTES = 20_000
 main()
 """
-SAVE = "moefication_cli.store.work:Work.save"
+SAVE = "moefication_cli.store.writer:Work.save"
 STAGES = {
-    "collect-activations": ("activations", "moefication_cli.stages.collect:_collect_shard"),
+    "collect-activations": ("activations", "moefication_cli.stages.collect_activations:_collect_shard"),
     "build-graph": ("graph", SAVE),
     "split": ("split", SAVE),
     "train-router": ("router/mlp", SAVE),
-    "apply": ("model", "moefication_cli.models.checkpoint:Checkpoint.write_permuted"),
+    "apply": ("model", "moefication_cli.models.folder.checkpoint:Checkpoint.write_permuted"),
     "eval": ("eval/default", "moefication_cli.stages.evaluate:plot_quality"),
 }
 
@@ -55,10 +55,10 @@ def test_every_stage_survives_sigkill(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run, _, source, evaluate = world("bert", "classification")
-    monkeypatch.setattr(collect, "_SHARD_BYTES", 20_000)  # several shards
+    monkeypatch.setattr(collect_activations, "_SHARD_BYTES", 20_000)  # several shards
     shards: list[int] = []
-    make_shard = collect._collect_shard
-    monkeypatch.setattr(collect, "_collect_shard", lambda *a: (shards.append(a[3].number), make_shard(*a)))  # type: ignore[func-returns-value]
+    make_shard = collect_activations._collect_shard
+    monkeypatch.setattr(collect_activations, "_collect_shard", lambda *a: (shards.append(a[3].number), make_shard(*a)))  # type: ignore[func-returns-value]
     neurons = ["--fraction-of", "neurons"]
     options = {
         "collect-activations": source,

@@ -20,9 +20,9 @@ from moefication_cli.errors import (
     UnsupportedModelError,
 )
 from moefication_cli.ffn import Compensation
-from moefication_cli.models.checkpoint import Checkpoint
+from moefication_cli.models.folder.checkpoint import Checkpoint
+from moefication_cli.models.folder.moe_folder import layer_tensors, read_moe_folder, write_moe_settings
 from moefication_cli.models.loading import guess_task, load_model, load_moe, resolve_device, resolve_dtype
-from moefication_cli.models.moe_folder import layer_tensors, read_moe_folder, write_moe_settings
 from moefication_cli.models.sites import find_sites
 from moefication_cli.models.surgery import installed_layers, live_weights
 from moefication_cli.routing.router import Router

@@ -7,14 +7,14 @@ import pytest
 import torch
 from cli_runner import Runner
 
+from moefication_cli.conversion.straight_through import SoftMoEFFN
 from moefication_cli.ffn import Compensation, ExpertWeights, FFNWeights
+from moefication_cli.models.folder.moe_folder import read_moe_folder
 from moefication_cli.models.loading import load_model
-from moefication_cli.models.moe_folder import read_moe_folder
 from moefication_cli.models.sites import find_sites
 from moefication_cli.models.surgery import live_weights
 from moefication_cli.routing.router import Router, Rule
 from moefication_cli.runtime.layer import MoEFFN
-from moefication_cli.runtime.soft import SoftMoEFFN
 
 D, F, E, S, T = 8, 26, 6, 2, 11
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cli_runner import Runner
 
-from moefication_cli.models.moe_folder import read_moe_folder
+from moefication_cli.models.folder.moe_folder import read_moe_folder
 from moefication_cli.routing.router import Router, Rule
 
 SCORES_TE = torch.tensor([[4.0, 1.0, 3.0, 0.0], [1.0, 1.1, -2.0, 0.2], [0.0, 0.0, 0.0, 0.0]])

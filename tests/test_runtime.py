@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from moefication_cli.errors import ConfigError, UnavailableError
 from moefication_cli.ffn import ACTIVATIONS, Compensation, ExpertWeights, FFNWeights
 from moefication_cli.routing.router import Router, Rule
-from moefication_cli.runtime import backends, portable, reference
-from moefication_cli.runtime.always import AlwaysFFN
+from moefication_cli.runtime import backends, reference
+from moefication_cli.runtime import torch_backends as portable
 from moefication_cli.runtime.backends import ALL_ON_TOKENS, BACKENDS, available, choose
 from moefication_cli.runtime.layer import MoEFFN
+from moefication_cli.runtime.pruned import AlwaysFFN
 from moefication_cli.runtime.reference import masked
 
 SPARSE = ["torch", "grouped", "numba"]
@@ -523,7 +524,7 @@ def _triton(monkeypatch: pytest.MonkeyPatch) -> object:
     """The triton backend on the CPU, by Triton's interpreter; skips where triton is not installed."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     pytest.importorskip("triton", reason="triton is not installed (it comes with CUDA builds of torch)")
-    from moefication_cli.runtime import triton_kernels
+    from moefication_cli.runtime.cuda import triton_kernels
 
     return triton_kernels.compute
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moefication_cli.errors import ConfigError, NonFiniteError
-from moefication_cli.split import kmeans, swaps, swaps_torch
+from moefication_cli.split import kmeans, kmeans_cpu, kmeans_cuda
 from moefication_cli.split.kmeans import balanced_kmeans, constrained_kmeans, inertia, normalised_rows
 from moefication_cli.split.partition import (
     Partition,
@@ -20,7 +20,7 @@ from moefication_cli.split.partition import (
     random_partition,
     with_shared,
 )
-from moefication_cli.split.profile import neuron_sums
+from moefication_cli.split.profiles import neuron_sums
 
 
 def planted(num_rows=192, width=48, num_experts=12, spread=1.5, seed=0):
@@ -184,9 +184,9 @@ def test_every_swap_gains_what_it_says_and_the_objective_never_increases(weighte
     while steps < 10_000:
         if weighted:
             args = gram_FF.numpy(), w.numpy(), labels, 8, order, 1, 1, 1e-6
-            count, gain = swaps.weighted_swap_sweeps(*args)
+            count, gain = kmeans_cpu.weighted_swap_sweeps(*args)
         else:
-            count, gain = swaps.swap_sweeps(gram_FF.numpy(), labels, 8, order, 1, 1, 1e-6)
+            count, gain = kmeans_cpu.swap_sweeps(gram_FF.numpy(), labels, 8, order, 1, 1, 1e-6)
         if count == 0:
             break
         after = naive_inertia(x, torch.from_numpy(labels), w)
@@ -211,11 +211,11 @@ def test_long_runs_claim_the_gain_that_is_recomputed():
     for num_experts in (5, 160):  # columns of the sums read directly, and small clusters
         labels = (order.argsort() % num_experts).astype(np.int32)
         before = inertia(x, torch.from_numpy(labels).long(), num_experts)
-        count, gain = swaps.swap_sweeps(gram_FF.numpy(), labels, num_experts, order, 200, 2**62, 1e-5)
+        count, gain = kmeans_cpu.swap_sweeps(gram_FF.numpy(), labels, num_experts, order, 200, 2**62, 1e-5)
         after = inertia(x, torch.from_numpy(labels).long(), num_experts)
         assert count > 300
         assert before - after == pytest.approx(gain * scale**2, rel=1e-4)
-        again, _ = swaps.swap_sweeps(gram_FF.numpy(), labels, num_experts, order, 200, 2**62, 1e-5)
+        again, _ = kmeans_cpu.swap_sweeps(gram_FF.numpy(), labels, num_experts, order, 200, 2**62, 1e-5)
         assert again == 0  # skipping rows did not hide a swap
 
 
@@ -228,7 +228,7 @@ def test_long_weighted_runs_claim_the_gain_that_is_recomputed():
     labels = (order.argsort() % 40).astype(np.int32)
     before = naive_inertia(x, torch.from_numpy(labels), w)
     args = gram_FF.numpy(), w.numpy(), labels, 40, order, 200, 2**62, 1e-6
-    count, gain = swaps.weighted_swap_sweeps(*args)
+    count, gain = kmeans_cpu.weighted_swap_sweeps(*args)
     after = naive_inertia(x, torch.from_numpy(labels), w)
     assert count > 150
     assert before - after == pytest.approx(gain * scale**2, rel=1e-4)
@@ -344,12 +344,12 @@ def test_torch_rounds_lower_the_objective_every_time_and_end_where_no_swap_helps
     w = w / w.mean()
     gram_FF, _ = kmeans.gram(x)
     order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
-    labels = swaps_torch.grow_clusters(gram_FF, 8, order, 8)
+    labels = kmeans_cuda.grow_clusters(gram_FF, 8, order, 8)
     assert Partition(labels).num_experts == 8
     labels = order % 8
     values = [naive_inertia(x, labels, w)]
     for _ in range(200):
-        labels, count = swaps_torch.swap_rounds(gram_FF, labels, 8, w if weighted else None, 1, 1e-6)
+        labels, count = kmeans_cuda.swap_rounds(gram_FF, labels, 8, w if weighted else None, 1, 1e-6)
         if count == 0:
             break
         values.append(naive_inertia(x, labels, w))
@@ -357,7 +357,7 @@ def test_torch_rounds_lower_the_objective_every_time_and_end_where_no_swap_helps
     assert all(later < earlier for earlier, later in pairwise(values))
     compiled = labels.numpy().astype(np.int32)
     args = (gram_FF.numpy(), w.numpy(), compiled, 8, order.numpy(), 50, 2**62, 1e-5)
-    assert swaps.weighted_swap_sweeps(*args)[0] == 0  # the compiled kernel agrees that nothing is left to gain
+    assert kmeans_cpu.weighted_swap_sweeps(*args)[0] == 0  # the compiled kernel agrees that nothing is left to gain
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -367,7 +367,7 @@ def test_torch_gains_equal_the_recomputed_decrease(weighted):
     w = w / w.mean()
     gram_FF, scale = kmeans.gram(x)
     labels = torch.arange(48) % 6
-    gain_F, partner_F = swaps_torch._State(gram_FF, labels, 6, w if weighted else None).best_partners()
+    gain_F, partner_F = kmeans_cuda._State(gram_FF, labels, 6, w if weighted else None).best_partners()
     now = naive_inertia(x, labels, w)
     for i, (gain, j) in enumerate(zip(gain_F.tolist(), partner_F.tolist(), strict=True)):
         trial = labels.clone()

@@ -131,7 +131,7 @@ def test_embedded_code_gives_the_moe_to_those_who_trust_it(
     assert torch.allclose(trusted, ours, atol=1e-5)
     assert torch.allclose(plain, dense, atol=1e-4)
     assert (trusted - plain).abs().max() > 0.05  # negative control
-    monkeypatch.setitem(sys.modules, "moefication_cli.models.embedded", None)
+    monkeypatch.setitem(sys.modules, "moefication_cli.models.folder.embedded", None)
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "others"))
     for module in [m for m in sys.modules if "modeling_moefication" in m]:
         monkeypatch.delitem(sys.modules, module)

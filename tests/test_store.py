@@ -31,11 +31,11 @@ from moefication_cli.errors import (
     StaleArtifactError,
 )
 from moefication_cli.store import files, jsonio, locks
+from moefication_cli.store.artifact import StagePaths
 from moefication_cli.store.layerfile import expect, open_layer, read_layer, read_metadata, write_layer
 from moefication_cli.store.manifest import Manifest
 from moefication_cli.store.rundir import RunDir
-from moefication_cli.store.stage import StagePaths
-from moefication_cli.store.work import Work
+from moefication_cli.store.writer import Work
 
 LAYERS = ["encoder.layer.0", "encoder.layer.1", "encoder.layer.2", "encoder.layer.3"]
 FORK = multiprocessing.get_context("fork")

@@ -24,10 +24,10 @@ from transformers import (
 
 from moefication_cli.errors import ConfigError, NonFiniteError
 from moefication_cli.tasks import stats
-from moefication_cli.tasks.data import load_rows, rows_from_texts
 from moefication_cli.tasks.examples import Scores, TaskOptions, compare, length_limit, summarise
 from moefication_cli.tasks.fields import class_labels
 from moefication_cli.tasks.language import sample_windows
+from moefication_cli.tasks.reading import load_rows, rows_from_texts
 from moefication_cli.tasks.task import prepare
 from moefication_cli.tasks.text2text import PRESETS
 from moefication_cli.tasks.textstream import TextStream

@@ -9,16 +9,16 @@ from tiny_models import tiny_model
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from moefication_cli.conversion.plan import LayerPlan, RoutedLayer
+from moefication_cli.evaluation.selections import DenseFFN, NeuronOracleFFN, Variant, flops_fractions, prune
 from moefication_cli.ffn import Compensation, ExpertWeights, FFNWeights
 from moefication_cli.models.sites import find_sites
 from moefication_cli.models.surgery import live_weights
 from moefication_cli.routing.router import Router, Rule
-from moefication_cli.runtime.always import AlwaysFFN
 from moefication_cli.runtime.backends import BACKENDS
 from moefication_cli.runtime.layer import MoEFFN
+from moefication_cli.runtime.pruned import AlwaysFFN
 from moefication_cli.split.partition import random_partition, with_shared
-from moefication_cli.stages.plan import LayerPlan, RoutedLayer
-from moefication_cli.stages.variants import DenseFFN, NeuronOracleFFN, Variant, flops_fractions, prune
 
 
 def hand_made() -> tuple[FFNWeights, dict[str, Tensor], Tensor]:

@@ -31,8 +31,8 @@ from moefication_cli.config import (
     TuneConfig,
 )
 from moefication_cli.errors import MoEficationError
-from moefication_cli.stages.contract import Control, Result
-from moefication_cli.stages.ranks import Ranks, local_device, open_ranks, rank_and_size
+from moefication_cli.runs.control import Control, Result
+from moefication_cli.runs.ranks import Ranks, local_device, open_ranks, rank_and_size
 
 app = typer.Typer(
     name="moefication",
@@ -99,7 +99,7 @@ def _run(
 
 def _collect(run: str, config: CollectConfig, control: ControlConfig, sources: Sources) -> None:
     """Run the model over data; store every FFN's inputs and its neurons' statistics."""
-    from moefication_cli.stages.collect import collect_activations
+    from moefication_cli.stages.collect_activations import collect_activations
     from moefication_cli.store.rundir import RunDir
 
     _run(control, sources, lambda c: collect_activations(RunDir(run), config, c), shared=True)
@@ -107,7 +107,7 @@ def _collect(run: str, config: CollectConfig, control: ControlConfig, sources: S
 
 def _graph(run: str, config: GraphConfig, control: ControlConfig, sources: Sources) -> None:
     """Build the co-activation graph of every FFN from the collected inputs."""
-    from moefication_cli.stages.graph import build_graph
+    from moefication_cli.stages.build_graph import build_graph
     from moefication_cli.store.rundir import RunDir
 
     _run(control, sources, lambda c: build_graph(RunDir(run), config, c), shared=True, by_layer=True)
@@ -115,15 +115,15 @@ def _graph(run: str, config: GraphConfig, control: ControlConfig, sources: Sourc
 
 def _split(run: str, config: SplitConfig, control: ControlConfig, sources: Sources) -> None:
     """Assign every FFN neuron to an expert; experts are always exactly balanced."""
-    from moefication_cli.stages.split import split
+    from moefication_cli.stages.split_neurons import split_neurons
     from moefication_cli.store.rundir import RunDir
 
-    _run(control, sources, lambda c: split(RunDir(run), config, c), shared=True, by_layer=True)
+    _run(control, sources, lambda c: split_neurons(RunDir(run), config, c), shared=True, by_layer=True)
 
 
 def _router(run: str, config: RouterConfig, control: ControlConfig, sources: Sources) -> None:
     """Train the routers that pick the experts each token needs."""
-    from moefication_cli.stages.router import train_router
+    from moefication_cli.stages.train_router import train_router
     from moefication_cli.store.rundir import RunDir
 
     _run(control, sources, lambda c: train_router(RunDir(run), config, c), shared=True, by_layer=True)
@@ -131,10 +131,10 @@ def _router(run: str, config: RouterConfig, control: ControlConfig, sources: Sou
 
 def _apply(run: str, config: ApplyConfig, control: ControlConfig, sources: Sources) -> None:
     """Write RUN/model: a normal Hugging Face folder that loads dense with transformers and as the MoE with `load`."""
-    from moefication_cli.stages.apply import apply
+    from moefication_cli.stages.apply_experts import apply_experts
     from moefication_cli.store.rundir import RunDir
 
-    _run(control, sources, lambda c: apply(RunDir(run), config, c))
+    _run(control, sources, lambda c: apply_experts(RunDir(run), config, c))
 
 
 def _eval(run: str, config: EvalConfig, control: ControlConfig, sources: Sources) -> None:
@@ -147,7 +147,7 @@ def _eval(run: str, config: EvalConfig, control: ControlConfig, sources: Sources
 
 def _inspect(model: str, config: ModelConfig, control: ControlConfig, sources: Sources) -> None:
     """List the FFNs found in a model, the expert counts that divide them, and their share of the parameters."""
-    from moefication_cli.stages.inspect import inspect_model
+    from moefication_cli.stages.inspect_model import inspect_model
 
     _run(control, sources, lambda c: inspect_model(model, config, c))
 
@@ -164,7 +164,7 @@ def _pipeline(
     sources: Sources,
 ) -> None:
     """All stages in order for any model, skipping what is up to date."""
-    from moefication_cli.stages.pipeline import run_all
+    from moefication_cli.stages.convert import run_all
     from moefication_cli.store.rundir import RunDir
 
     _run(

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moefication_cli.errors import MoEficationError
-from moefication_cli.stages.contract import Result
+from moefication_cli.runs.control import Result
 
 T = TypeVar("T")
 _TITLES = {

@@ -19,14 +19,14 @@ from torch import nn
 
 from moefication_cli.errors import ConfigError, CorruptArtifactError, UnavailableError
 from moefication_cli.ffn import ExpertWeights
+from moefication_cli.models.folder.moe_folder import MoEFolder, MoELayer, read_moe_folder
+from moefication_cli.models.folder.source import LOAD_ERRORS, Source, first_line, load_config, resolve_source
 from moefication_cli.models.masking import TokenMask
-from moefication_cli.models.moe_folder import MoEFolder, MoELayer, read_moe_folder
 from moefication_cli.models.sites import FFNSite, find_sites, refuse_quantised
-from moefication_cli.models.source import LOAD_ERRORS, Source, first_line, load_config, resolve_source
 from moefication_cli.models.surgery import FFNLayer, install, live_weights, pack
 from moefication_cli.routing.router import Rule
-from moefication_cli.runtime.always import AlwaysFFN
 from moefication_cli.runtime.layer import MoEFFN
+from moefication_cli.runtime.pruned import AlwaysFFN
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from moefication_cli.errors import UnavailableError
 from moefication_cli.ffn import ACTIVATIONS, ExpertWeights
-from moefication_cli.runtime import portable, reference
+from moefication_cli.runtime import reference
+from moefication_cli.runtime import torch_backends as portable
 
 log = logging.getLogger(__name__)
 Backend = Callable[[Tensor, Tensor, ExpertWeights], Tensor]
@@ -22,19 +23,19 @@ ALL_ON_TOKENS = 96  # below, the compiled kernel is faster than torch's matmuls 
 
 
 def _numba(x_TD: Tensor, selected: Tensor, weights: ExpertWeights) -> Tensor:
-    from moefication_cli.runtime.numba_backend import compute
+    from moefication_cli.runtime.cpu.numba_backend import compute
 
     return compute(x_TD, selected, weights)
 
 
 def _triton(x_TD: Tensor, selected: Tensor, weights: ExpertWeights) -> Tensor:
-    from moefication_cli.runtime.triton_kernels import compute
+    from moefication_cli.runtime.cuda.triton_kernels import compute
 
     return compute(x_TD, selected, weights)
 
 
 def _fastmoe(x_TD: Tensor, selected: Tensor, weights: ExpertWeights) -> Tensor:
-    from moefication_cli.runtime.fastmoe import compute
+    from moefication_cli.runtime.cuda.fastmoe import compute
 
     return compute(x_TD, selected, weights)
 

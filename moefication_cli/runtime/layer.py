@@ -17,7 +17,7 @@ from moefication_cli.routing.router import Router, Rule
 from moefication_cli.runtime.backends import ALL_ON_TOKENS, BACKENDS, available, choose
 
 if TYPE_CHECKING:
-    from moefication_cli.runtime.numba_backend import CompiledLayer
+    from moefication_cli.runtime.cpu.numba_backend import CompiledLayer
 
 Selection = Callable[[Tensor, ExpertWeights], Tensor]
 _SETTINGS = frozenset({"weights", "router", "rule", "select", "backend", "may_go_dense"})
@@ -143,7 +143,7 @@ class MoEFFN:
 
     def _compile(self) -> "CompiledLayer":
         if self._prepared is None:
-            from moefication_cli.runtime.numba_backend import CompiledLayer
+            from moefication_cli.runtime.cpu.numba_backend import CompiledLayer
 
             if self._all_on:  # no selection to make, no experts to keep apart: every neuron is a shared one
                 ffn = self.weights.ffn

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from moefication_cli.split.swaps import compiled
+from moefication_cli.split.kmeans_cpu import compiled
 
 Array = np.ndarray[Any, Any]
 

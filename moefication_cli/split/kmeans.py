@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moefication_cli.errors import ConfigError, NonFiniteError
-from moefication_cli.split import swaps, swaps_torch
+from moefication_cli.split import kmeans_cpu, kmeans_cuda
 from moefication_cli.split.partition import check_divides
 
 Track = Callable[[int, int], None]
@@ -167,14 +167,14 @@ def _solve_compiled(
     gram_FF: Tensor, num_experts: int, start: Tensor | str, order: np.ndarray, weights_F: Tensor | None
 ) -> Tensor:
     g = gram_FF.numpy()
-    expert_F = _start(start, order, num_experts, lambda: swaps.grow_clusters(g, num_experts, order, _GROW_ROUNDS))
+    expert_F = _start(start, order, num_experts, lambda: kmeans_cpu.grow_clusters(g, num_experts, order, _GROW_ROUNDS))
     m = g.shape[0] // num_experts
     tolerance = _tolerance(gram_FF.diagonal()) * max(1.0, m**0.5)
     if weights_F is None:
-        swaps.swap_sweeps(g, expert_F, num_experts, order, _MAX_SWEEPS, 2**62, tolerance)
+        kmeans_cpu.swap_sweeps(g, expert_F, num_experts, order, _MAX_SWEEPS, 2**62, tolerance)
     else:
         w = weights_F.numpy()
-        swaps.weighted_swap_sweeps(g, w, expert_F, num_experts, order, _MAX_SWEEPS, 2**62, 2 * tolerance / m)
+        kmeans_cpu.weighted_swap_sweeps(g, w, expert_F, num_experts, order, _MAX_SWEEPS, 2**62, 2 * tolerance / m)
     return torch.from_numpy(expert_F.astype(np.int64))
 
 
@@ -182,13 +182,13 @@ def _solve_torch(
     gram_FF: Tensor, num_experts: int, start: Tensor | str, order: np.ndarray, weights_F: Tensor | None
 ) -> Tensor:
     def grow() -> np.ndarray:
-        grown = swaps_torch.grow_clusters(gram_FF, num_experts, torch.from_numpy(order), _GROW_ROUNDS)
+        grown = kmeans_cuda.grow_clusters(gram_FF, num_experts, torch.from_numpy(order), _GROW_ROUNDS)
         return grown.cpu().numpy()
 
     expert_F = torch.from_numpy(_start(start, order, num_experts, grow)).to(gram_FF.device, torch.int64)
     m = gram_FF.shape[0] // num_experts
     tolerance = _tolerance(gram_FF.diagonal()) * max(1.0, m**0.5) * 2 / m
-    return swaps_torch.swap_rounds(gram_FF, expert_F, num_experts, weights_F, _MAX_ROUNDS, tolerance)[0].cpu()
+    return kmeans_cuda.swap_rounds(gram_FF, expert_F, num_experts, weights_F, _MAX_ROUNDS, tolerance)[0].cpu()
 
 
 def _start(start: Tensor | str, order: np.ndarray, num_experts: int, grow: Callable[[], np.ndarray]) -> np.ndarray:

@@ -14,8 +14,8 @@ from torch import Tensor
 from moefication_cli.errors import ConfigError
 from moefication_cli.split.graph import Graph, integer_weights
 from moefication_cli.split.graph_kernels import balance_parts
+from moefication_cli.split.kmeans_cpu import swap_sweeps
 from moefication_cli.split.partition import Partition, check_divides
-from moefication_cli.split.swaps import swap_sweeps
 
 _REFINE_SWEEPS = 50
 

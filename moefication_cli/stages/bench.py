@@ -6,14 +6,14 @@ and shapes, not quality. Writes no files.
 
 import torch
 
+from moefication_cli.benchmark.rows import rows_of
+from moefication_cli.benchmark.subjects import MODES, Setting, subjects
+from moefication_cli.benchmark.timing import hardware, measure_rates, threads
 from moefication_cli.config import BenchConfig
 from moefication_cli.errors import ConfigError
 from moefication_cli.models.loading import resolve_device
+from moefication_cli.runs.control import Control, Result, parse_fractions
 from moefication_cli.runtime.backends import BACKENDS
-from moefication_cli.stages.bench_rows import rows_of
-from moefication_cli.stages.bench_subjects import MODES, Setting, subjects
-from moefication_cli.stages.contract import Control, Result, parse_fractions
-from moefication_cli.stages.timing import hardware, measure_rates, threads
 
 
 def bench(target: str | None, config: BenchConfig, control: Control) -> Result:

@@ -13,9 +13,9 @@ from moefication_cli.config import (
     SplitConfig,
 )
 from moefication_cli.errors import MissingArtifactError
-from moefication_cli.stages.contract import Control, Result
-from moefication_cli.stages.pipeline import run_all
-from moefication_cli.stages.plots import text_chart
+from moefication_cli.evaluation.plots import text_chart
+from moefication_cli.runs.control import Control, Result
+from moefication_cli.stages.convert import run_all
 from moefication_cli.store import jsonio
 from moefication_cli.store.files import atomic_write
 from moefication_cli.store.rundir import RunDir

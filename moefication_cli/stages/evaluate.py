@@ -12,31 +12,31 @@ from typing import Any
 import torch
 
 from moefication_cli.config import ApplyConfig, EvalConfig, options_of
+from moefication_cli.conversion.plan import routed_layers
+from moefication_cli.conversion.plan_files import read_plans
+from moefication_cli.conversion.search import make_plans
 from moefication_cli.errors import ConfigError
-from moefication_cli.models.loading import LoadedModel
-from moefication_cli.models.masking import TokenMask
-from moefication_cli.models.surgery import install, live_weights, permute_in_place
-from moefication_cli.runtime.layer import MoEFFN
-from moefication_cli.stages.baseline import paper_variant, static_variant
-from moefication_cli.stages.contract import Control, Result, parse_fractions
-from moefication_cli.stages.estimate import estimate
-from moefication_cli.stages.eval_rows import compare_with, lost_to, row_of
-from moefication_cli.stages.examples import load_whole, open_examples
-from moefication_cli.stages.inputs import RunModel, begin_options, open_model
-from moefication_cli.stages.plan import routed_layers
-from moefication_cli.stages.planned import read_plans
-from moefication_cli.stages.plots import plot_quality
-from moefication_cli.stages.refined import make_plans
-from moefication_cli.stages.variants import (
+from moefication_cli.evaluation.baselines import paper_variant, static_variant
+from moefication_cli.evaluation.plots import plot_quality
+from moefication_cli.evaluation.rows import compare_with, lost_to, row_of
+from moefication_cli.evaluation.selections import (
     NeuronOracleFFN,
     Variant,
     count_selections,
     routed_variant,
     selected_variant,
 )
+from moefication_cli.models.loading import LoadedModel
+from moefication_cli.models.masking import TokenMask
+from moefication_cli.models.surgery import install, live_weights, permute_in_place
+from moefication_cli.runs.control import Control, Result, parse_fractions
+from moefication_cli.runs.data import load_whole, open_examples
+from moefication_cli.runs.estimate import estimate
+from moefication_cli.runs.inputs import RunModel, begin_options, open_model
+from moefication_cli.runtime.layer import MoEFFN
 from moefication_cli.store import jsonio
+from moefication_cli.store.artifact import Stage
 from moefication_cli.store.rundir import RunDir
-from moefication_cli.store.stage import Stage
 from moefication_cli.tasks.examples import Batch, Examples, Scores, Summary, compare, summarise
 
 BASELINES = ("static", "paper")  # what a router must beat

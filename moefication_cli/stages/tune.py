@@ -15,21 +15,21 @@ import torch
 from torch import Tensor
 
 from moefication_cli.config import ApplyConfig, RouterConfig, SplitConfig, TuneConfig
+from moefication_cli.conversion.plan import check_budget, plan_layers, routed_layers
+from moefication_cli.conversion.plan_files import budget_of
 from moefication_cli.errors import ConfigError
+from moefication_cli.evaluation.selections import Variant, count_selections, flops_fractions, routed_variant
 from moefication_cli.models.loading import LoadedModel
 from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.surgery import install, permute_in_place
-from moefication_cli.stages.contract import Control, Result, parse_fractions
-from moefication_cli.stages.examples import calibration_data, flat_predictions, load_whole, open_examples
-from moefication_cli.stages.inputs import RunModel, begin_options, open_model
-from moefication_cli.stages.plan import check_budget, plan_layers, routed_layers
-from moefication_cli.stages.planned import budget_of
-from moefication_cli.stages.router import train_router
-from moefication_cli.stages.split import expert_counts, split
-from moefication_cli.stages.variants import Variant, count_selections, flops_fractions, routed_variant
+from moefication_cli.runs.control import Control, Result, parse_fractions
+from moefication_cli.runs.data import calibration_data, flat_predictions, load_whole, open_examples
+from moefication_cli.runs.inputs import RunModel, begin_options, open_model
+from moefication_cli.stages.split_neurons import expert_counts, split_neurons
+from moefication_cli.stages.train_router import train_router
 from moefication_cli.store import jsonio
+from moefication_cli.store.artifact import Stage
 from moefication_cli.store.rundir import RunDir
-from moefication_cli.store.stage import Stage
 from moefication_cli.tasks.examples import Batch
 
 _KEYS = ("method", "expert_size", "router", "budget", "compensation", "fraction")
@@ -102,7 +102,7 @@ def _sweep(
             control.say(f"experts of {size} neurons are left out: {error.message}")
             continue
         trial = run.branch(f"trials/{method}-{size}", share=["activations"])
-        split(trial, splitting, quiet)
+        split_neurons(trial, splitting, quiet)
         trials: list[Trial] = []
         for router in routers:
             training = RouterConfig(router=router, max_tokens=config.max_tokens)  # type: ignore[arg-type]

@@ -22,10 +22,10 @@ from typing import Any
 
 from moefication_cli.errors import ConfigError, CorruptArtifactError, MissingArtifactError, StaleArtifactError
 from moefication_cli.store import files, jsonio, locks
+from moefication_cli.store.artifact import COMMANDS, Check, Stage, StagePaths, check_stage, verified
 from moefication_cli.store.hashes import HashCache
 from moefication_cli.store.manifest import BASE_MODEL, SCHEMA_VERSION, Manifest, check_fields, check_schema, differences
-from moefication_cli.store.stage import COMMANDS, Check, Stage, StagePaths, check_stage, verified
-from moefication_cli.store.work import Work
+from moefication_cli.store.writer import Work
 
 LOCK_TIMEOUT = 5.0
 

@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from moefication_cli.errors import ConfigError
-from moefication_cli.tasks.data import Rows
 from moefication_cli.tasks.examples import (
     Batch,
     Encoded,
@@ -30,6 +29,7 @@ from moefication_cli.tasks.examples import (
     sorted_blocks,
 )
 from moefication_cli.tasks.fields import class_labels
+from moefication_cli.tasks.reading import Rows
 
 
 class ClassificationExamples:

@@ -13,7 +13,6 @@ import numpy as np
 from torch import Tensor
 
 from moefication_cli.errors import ConfigError, NonFiniteError
-from moefication_cli.tasks.data import Rows
 from moefication_cli.tasks.examples import (
     Batch,
     Metric,
@@ -27,6 +26,7 @@ from moefication_cli.tasks.examples import (
     padding_of,
     real_tokens,
 )
+from moefication_cli.tasks.reading import Rows
 from moefication_cli.tasks.textstream import TextStream
 
 Window = list[int]

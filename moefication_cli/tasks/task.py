@@ -4,9 +4,9 @@ from typing import Any
 
 from moefication_cli.config import TaskName
 from moefication_cli.tasks.classification import ClassificationExamples
-from moefication_cli.tasks.data import Rows
 from moefication_cli.tasks.examples import Examples, TaskOptions
 from moefication_cli.tasks.language import LanguageExamples
+from moefication_cli.tasks.reading import Rows
 from moefication_cli.tasks.text2text import Text2TextExamples
 
 

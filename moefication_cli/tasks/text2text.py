@@ -18,7 +18,6 @@ from torch import Tensor
 
 from moefication_cli.errors import ConfigError
 from moefication_cli.tasks.classification import read_labels
-from moefication_cli.tasks.data import Rows
 from moefication_cli.tasks.examples import (
     Batch,
     Encoded,
@@ -37,6 +36,7 @@ from moefication_cli.tasks.examples import (
     score_classes,
     sorted_blocks,
 )
+from moefication_cli.tasks.reading import Rows
 
 # (prompt, label words in label order)
 PRESETS: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 
 from moefication_cli.errors import ConfigError
-from moefication_cli.tasks.data import Rows
+from moefication_cli.tasks.reading import Rows
 
 PIECE = 1 << 20  # characters tokenised at once
 _SNAP = 64  # characters within which a start in mid-text moves to the next word

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moefication_cli.benchmark.timing import Call, Paired, alternate
 from moefication_cli.ffn import ACTIVATIONS, ExpertWeights, FFNWeights
 from moefication_cli.routing.router import Router, Rule
 from moefication_cli.runtime.layer import MoEFFN
-from moefication_cli.stages.timing import Call, Paired, alternate
 
 CACHE_BYTES = 128 << 20
 

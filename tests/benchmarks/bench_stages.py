@@ -30,14 +30,14 @@ from moefication_cli.config import CollectConfig, RouterConfig, SplitConfig
 from moefication_cli.models.loading import load_model
 from moefication_cli.routing.fit import Sample
 from moefication_cli.routing.scores import oracle_scores
+from moefication_cli.runs.control import Control, parse_layers
+from moefication_cli.runs.data import open_examples
+from moefication_cli.runs.inputs import expert_weights, layer_options, open_model, read_partition, read_tokens
+from moefication_cli.runs.ranks import open_ranks
 from moefication_cli.split.kmeans import balanced_kmeans
-from moefication_cli.stages.collect import collect_activations
-from moefication_cli.stages.contract import Control, parse_layers
-from moefication_cli.stages.examples import open_examples
-from moefication_cli.stages.inputs import expert_weights, layer_options, open_model, read_partition, read_tokens
-from moefication_cli.stages.ranks import open_ranks
-from moefication_cli.stages.router import fit, measure, train_router
-from moefication_cli.stages.split import split
+from moefication_cli.stages.collect_activations import collect_activations
+from moefication_cli.stages.split_neurons import split
+from moefication_cli.stages.train_router import fit, measure, train_router
 from moefication_cli.store.rundir import RunDir
 
 SHARED = Path(__file__).parents[3] / "shared"

@@ -1,0 +1,177 @@
+"""The rows of `bench`: dense and MoE in turns, with the bound of each row.
+
+Modes: `ffn`, one FFN alone, different layers in turn so that weights come from memory; `prefill`, the whole model over
+batch x seq (the encoder of an encoder-decoder); `decode`, one generated token per sequence with a KV cache. Axes: T
+tokens, D model width. Prompts are random ids without padding.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from moefication_cli.benchmark.bounds import FFNCost, ffn_bound, whole_bound
+from moefication_cli.benchmark.calls import Decoder, ffn_call, prefill_call, random_ids
+from moefication_cli.benchmark.layers import (
+    Layers,
+    Recorder,
+    cost_of,
+    firing_share,
+    fixed_cost,
+    held_bytes,
+    rotation,
+)
+from moefication_cli.benchmark.shapes import without_ffns
+from moefication_cli.benchmark.subjects import Setting, Subject, cold_bytes
+from moefication_cli.benchmark.timing import Call, Paired, alternate
+from moefication_cli.models.sites import find_sites
+from moefication_cli.runtime.layer import MoEFFN
+from moefication_cli.runtime.pruned import AlwaysFFN
+
+
+def _fractions(state: Setting, subject: Subject) -> list[float | None]:
+    if state.fractions is not None:
+        return [*state.fractions]
+    return [None] if subject.moe is not None and subject.fraction is not None else [0.2]
+
+
+def rows_of(state: Setting, subject: Subject) -> Iterator[dict[str, Any]]:
+    """Every row of one subject, as JSON has it; memory goes to `state.memory` after the last."""
+    if "ffn" in subject.modes:
+        yield from _ffn_rows(state, subject)
+    whole = [mode for mode in subject.modes if mode != "ffn"]
+    if not whole:
+        return
+    firing = firing_share(subject.dense, subject.sites, subject.inputs_TD)
+    other = without_ffns(subject.dense, find_sites(subject.dense, state.config.ffn))
+    for fraction in _fractions(state, subject):
+        for site, recipe in zip(subject.sites, subject.recipes, strict=True):
+            subject.experts[site.name].rule = recipe.rule_at(fraction)
+        for mode in whole:
+            for batch in state.batches:
+                for seq in state.seqs if mode == "prefill" else [state.config.prompt_tokens]:
+                    with torch.inference_mode():
+                        row = _whole_row(state, subject, other, mode, batch, seq)
+                    shown = subject.fraction if fraction is None else fraction
+                    yield _complete(state, subject, row | {"fraction": shown, "firing": firing})
+    _remember(state, "model", held_bytes(subject.dense), held_bytes(subject.moe, subject.installed.values()))
+
+
+def _ffn_rows(state: Setting, subject: Subject) -> Iterator[dict[str, Any]]:
+    layers = rotation(
+        subject.dense, subject.sites, subject.recipes, subject.inputs_TD, state.config.backend, cold_bytes(state)
+    )
+    firing = firing_share(subject.dense, subject.sites, subject.inputs_TD)
+    for fraction in _fractions(state, subject):
+        for layer, recipe in zip(layers.experts, layers.recipes, strict=True):
+            layer.rule = recipe.rule_at(fraction)
+        for tokens in state.tokens:
+            with torch.inference_mode():
+                row = _ffn_row(state, layers, tokens)
+            shown = subject.fraction if fraction is None else fraction
+            yield _complete(state, subject, row | {"fraction": shown, "firing": firing})
+    sizes = [
+        held_bytes(nn.ModuleList(modules), held) for modules, held in ((layers.dense, ()), (layers.moe, layers.experts))
+    ]
+    _remember(state, "ffn", *sizes)
+
+
+def _ffn_row(state: Setting, layers: Layers, tokens: int) -> dict[str, Any]:
+    """One FFN; the MoE runs half a rotation behind the dense FFN, whose weights it partly shares."""
+    assert state.rates is not None
+    count = len(layers.dense)
+    costs = []
+    for layer, x_TD in zip(layers.experts[:4], layers.inputs_TD, strict=False):
+        assert layer.router is not None and layer.rule is not None
+        x_TD = x_TD.repeat(-(-tokens // len(x_TD)), 1)[:tokens]
+        costs.append(cost_of(layer, layer.rule.select(layer.router.scores(x_TD))))
+    calls = [
+        ffn_call(layers.dense, layers.inputs_TD, tokens, 0),
+        ffn_call(layers.moe, layers.inputs_TD, tokens, count // 2),
+    ]
+    dense, moe = _alternate(state, calls, warmup=count)
+    names = {layer.last_backend for layer in layers.experts}
+    row = {"mode": "ffn", "tokens": tokens, "batch": None, "seq": None, "layers": count, "other_seconds": None}
+    return row | _measured(costs, [], names) | Paired(dense, moe).summary() | {"bound": ffn_bound(costs, state.rates)}
+
+
+def _whole_row(state: Setting, subject: Subject, other: Any, mode: str, batch: int, seq: int) -> dict[str, Any]:
+    assert state.rates is not None
+    longest = seq + (0 if mode == "prefill" else state.config.new_tokens)
+    random_ids(subject.dense.config, 1, longest, 0, state.device)  # too long is said before anything is timed
+    ids_BS = random_ids(subject.dense.config, batch, seq, state.control.seed, state.device)
+
+    def call(model: Any) -> Call:
+        return (
+            prefill_call(model, ids_BS) if mode == "prefill" else Decoder(model, ids_BS, state.config.new_tokens).call()
+        )
+
+    recorder, watched = Recorder(), call(subject.moe)
+    watched.prepare()
+    with recorder.watch(subject.experts):
+        watched.run()
+    taken = _alternate(state, [call(subject.dense), call(subject.moe), call(other)], warmup=2)
+    paired = Paired(taken[0], taken[1]).summary()
+    other_seconds = sorted(taken[2])[len(taken[2]) // 2]
+    tokens = batch * seq if mode == "prefill" else batch
+    costs = list(recorder.costs.values())
+    fixed, names = _fixed(state, subject, mode, tokens)
+    names |= {subject.experts[name].last_backend for name in recorder.costs}
+    of_ffns = ffn_bound([*costs, *fixed], state.rates)
+    row = {"mode": mode, "tokens": tokens, "batch": batch, "seq": seq, "layers": len(costs) + len(fixed)}
+    row |= {"other_seconds": other_seconds, "bound": whole_bound(paired["dense_seconds"], other_seconds, of_ffns)}
+    return row | _measured(costs, fixed, names) | paired
+
+
+def _fixed(state: Setting, subject: Subject, mode: str, tokens: int) -> tuple[list[FFNCost], set[str]]:
+    """FFNs of the timed stack without a router, left dense or pruned to their shared neurons, and the paths they took."""
+    encoder_decoder = bool(getattr(subject.dense.config, "is_encoder_decoder", False))
+    stack = "decoder" if encoder_decoder and mode == "decode" else "encoder"
+    costs, names = [], set()
+    for site in find_sites(subject.dense, state.config.ffn):
+        layer = subject.installed.get(site.name)
+        if site.stack == stack and not isinstance(layer, MoEFFN):
+            always = layer if isinstance(layer, AlwaysFFN) else None
+            costs.append(fixed_cost(site, always, tokens, subject.dense.dtype.itemsize))
+            names.add("dense" if always is None else always.last_backend)
+    return costs, names
+
+
+def _alternate(state: Setting, calls: list[Call], warmup: int) -> list[list[float]]:
+    config = state.config
+    return alternate(
+        calls, repeats=config.repeats, seconds=config.seconds, warmup=warmup, device=state.device, clock=config.clock
+    )
+
+
+def _measured(routed: Sequence[FFNCost], fixed: Sequence[FFNCost], backends: set[str]) -> dict[str, Any]:
+    """Means over the FFNs; `top_k` over those with a router, None without any."""
+    costs = [*routed, *fixed]
+    first = costs[0]
+    mean = lambda values: sum(values) / len(values)  # noqa: E731
+    return {
+        "backend": "+".join(sorted(backends - {""})),
+        "top_k": mean([cost.experts_per_token for cost in routed]) if routed else None,
+        "active_fraction": mean([cost.active_share for cost in costs]),
+        "touched_fraction": mean([cost.touched_share for cost in costs]),
+        "num_experts": first.num_experts,
+        "expert_size": (first.num_neurons - first.num_shared) // first.num_experts,
+        "d_model": first.d_model,
+        "num_neurons": first.num_neurons,
+        "gated": first.projections == 3,
+        "router_flops_fraction": first.overhead / (first.num_neurons * first.d_model * first.projections),
+    }
+
+
+def _complete(state: Setting, subject: Subject, row: dict[str, Any]) -> dict[str, Any]:
+    """What all rows of a subject share."""
+    row["dtype"] = str(subject.dense.dtype).removeprefix("torch.")
+    row["activation"] = subject.sites[0].activation
+    row["device"], row["threads"], row["clock"] = str(state.device), torch.get_num_threads(), state.config.clock
+    row["of_bound"] = row["speedup"] / row["bound"]
+    return row
+
+
+def _remember(state: Setting, what: str, dense: int, moe: int) -> None:
+    state.memory.append({"of": what, "dense_bytes": dense, "moe_bytes": moe, "ratio": moe / dense})

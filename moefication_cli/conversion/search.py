@@ -1,0 +1,256 @@
+"""A router's plans at one budget as `apply` writes and `eval` measures them: fitted to the whole model where asked for.
+
+Refined plans are kept in RUN/refined/<router>-<fraction>, a stage like any other, because making them runs the whole
+model on calibration data: a killed `apply` finds them again, and `eval` need not make them anew.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from moefication_cli.config import ApplyConfig
+from moefication_cli.conversion.plan import LayerPlan, RoutedLayer, plan_layers
+from moefication_cli.conversion.plan_files import budget_of, read_plans, router_tensors, settings
+from moefication_cli.conversion.refine import Conversion, mean_kl, refine, settle
+from moefication_cli.errors import ConfigError
+from moefication_cli.models.folder.moe_folder import write_moe_settings
+from moefication_cli.models.loading import total_memory
+from moefication_cli.models.masking import TokenMask
+from moefication_cli.models.surgery import permute_in_place
+from moefication_cli.runs.control import Control
+from moefication_cli.runs.data import calibration_data, load_whole, open_examples
+from moefication_cli.runs.inputs import RunModel, begin_options
+from moefication_cli.stages.train_router import CALIBRATED
+from moefication_cli.store import jsonio
+from moefication_cli.store.artifact import Stage
+from moefication_cli.store.rundir import RunDir
+from moefication_cli.tasks.examples import Batch, Examples
+
+_STEP_TOKENS = 2048
+_HELDOUT_TOKENS = 12288
+# Multiply-adds x 2 that refinement may cost by default, and the steps that are worth it: minutes on two cores.
+_DEFAULT_FLOPS = 1e13
+_FEWEST, _MOST = 60, 300
+_FLOAT = 4
+# Kinds of plans to try on the whole model: what curves choose, more correction, a router of full rank (the first one).
+_SHAPES: dict[str, dict[str, Any]] = {
+    "curves": {},
+    "corrected": {"least_rank_cost": 0.035},
+    "first router": {"least_rank_cost": 0.035, "only_router": 0},
+}
+_FEWEST_BATCHES = 8  # that the calibration data is cut into, however small it is
+_HALVINGS = 7  # of the interval in which --target-kl looks for the fraction
+_STEP_DOWN = 0.8  # from one refined fraction to the next lower one
+
+
+def make_plans(
+    run: RunDir,
+    model: RunModel,
+    layers: Sequence[RoutedLayer],
+    inputs: Mapping[str, Stage | None],
+    config: ApplyConfig,
+    control: Control,
+) -> list[LayerPlan]:
+    """Every layer as `apply` with this config converts it; `inputs` are the stages it reads. Raises ConfigError."""
+    activations = inputs["activations"]
+    if not config.refine:
+        if any(layer.curve is not None for layer in layers):
+            control.say("fitted layer by layer; --refine 100 fits routers and corrections to the whole model")
+        return plan_layers(model, activations, layers, budget_of(config), control.seed)
+    _require_calibrated(layers, activations, config, "--refine")
+    assert activations is not None
+    name = f"refined/{config.router}-{config.fraction:g}"
+    config = replace(config, embed_code=False)  # what is written beside the plans does not change them
+    with run.begin(name, **begin_options(config, control, model, inputs)) as work:
+        if not work.up_to_date:
+            subject = Subject(run, model, layers, activations, config, control)
+            plans, metrics = subject.refined(config)
+            write_moe_settings(
+                work.folder, settings(plans, str(config.router), config, run.info.ffn), router_tensors(plans)
+            )
+            work.finish(metrics)
+    return read_plans(run.path(name), layers, model.device)
+
+
+def fraction_for(
+    run: RunDir,
+    model: RunModel,
+    layers: Sequence[RoutedLayer],
+    inputs: Mapping[str, Stage | None],
+    config: ApplyConfig,
+    control: Control,
+) -> float:
+    """The least fraction at which the converted model's KL on held-out calibration sequences is at most `target_kl`.
+
+    Bisection over conversions with settled thresholds; with `refine` then downwards in steps, refining each. Kept in
+    RUN/refined/<router>-kl<target>. Raises ConfigError where only the dense model holds the target.
+    """
+    activations, target = inputs["activations"], config.target_kl
+    assert target is not None
+    _require_calibrated(layers, activations, config, "--target-kl")
+    assert activations is not None
+    name = f"refined/{config.router}-kl{target:g}"
+    asked = replace(config, fraction=1.0, embed_code=False)  # what a search does not depend on
+    with run.begin(name, **begin_options(asked, control, model, inputs)) as work:
+        manifest = work.manifest
+        if not work.up_to_date:
+            subject = Subject(run, model, layers, activations, config, control)
+            trail = _bisect(lambda fraction: subject.kl(replace(config, fraction=fraction)), target, control)
+            good = min(fraction for fraction, kl in trail if kl <= target)
+            while config.refine and good < 1:
+                lower = replace(config, fraction=_tidy(good * _STEP_DOWN))
+                make_plans(run, model, layers, inputs, lower, control)
+                made = run.read_stage(f"refined/{config.router}-{lower.fraction:g}")
+                trail.append((lower.fraction, float(made.metrics["kl_after"])))
+                if trail[-1][1] > target:
+                    break
+                good = lower.fraction
+            jsonio.write(work.folder / "search.json", {"target_kl": target, "trail": [list(step) for step in trail]})
+            manifest = work.finish({"fraction": good})
+    assert manifest is not None
+    found = float(manifest.metrics["fraction"])
+    if found >= 1:
+        raise ConfigError(
+            f"no conversion keeps the KL at or below {target:g} on held-out calibration data: only the dense model does",
+            "raise --target-kl, use smaller experts, or allow --refine",
+        )
+    control.say(f"--target-kl {target:g}: the least fraction that holds it is {found:g}")
+    return found
+
+
+def _bisect(kl_at: Callable[[float], float], target: float, control: Control) -> list[tuple[float, float]]:
+    """(fraction, KL) of everything tried; the dense model holds any target."""
+    trail, low, high = [(1.0, 0.0)], 0.0, 1.0
+    for _ in control.track(range(_HALVINGS), "target-kl", _HALVINGS):
+        middle = _tidy((low + high) / 2)
+        try:
+            trail.append((middle, kl_at(middle)))
+        except ConfigError:  # less than the routers alone cost
+            low = middle
+            continue
+        low, high = (low, middle) if trail[-1][1] <= target else (middle, high)
+    return trail
+
+
+def _tidy(fraction: float) -> float:
+    return round(fraction, 4)
+
+
+def _require_calibrated(
+    layers: Sequence[RoutedLayer], activations: Stage | None, config: ApplyConfig, option: str
+) -> None:
+    fixed = config.top_k is not None or config.rule == "top_k"
+    if activations is None or fixed or any(layer.curve is None for layer in layers):
+        raise ConfigError(
+            f"{option} needs a calibrated router and the threshold rule", "train one with --router regression"
+        )
+
+
+def default_steps(run: RunDir, model: RunModel, config: ApplyConfig, control: Control) -> int:
+    """How many steps `run` refines a model of this size; 0, and said, where there is nothing to refine or no memory."""
+    if config.router not in CALIBRATED or config.top_k is not None or config.rule == "top_k":
+        return 0
+    if run.read_stage("activations").metrics["layers"][0]["sequences"] < _FEWEST_BATCHES:
+        control.say("routers are not fitted to the whole model: there are too few sequences to calibrate on")
+        return 0
+    described = model.checkpoint.describe()
+    parameters = described["parameters"]
+    needed, there = 4.0 * parameters * _FLOAT, total_memory(model.device)
+    if needed > there:
+        control.say(
+            f"routers are not fitted to the whole model: it would take about {needed / 2**30:.1f} GiB of memory and there "
+            f"are {there / 2**30:.1f} (--refine N does it anyway)"
+        )
+        return 0
+    # Dense, converted, and its gradient; what is no FFN is about half as much again, embeddings cost nothing.
+    step_flops = 8.0 * _STEP_TOKENS * 1.5 * described["ffn_parameters"]
+    return max(_FEWEST, min(_MOST, round(_DEFAULT_FLOPS / step_flops)))
+
+
+class Subject:
+    """The whole model in memory, its neurons in the order of the split, with sequences to fit and to judge on."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        model: RunModel,
+        layers: Sequence[RoutedLayer],
+        activations: Stage,
+        config: ApplyConfig,
+        control: Control,
+    ) -> None:
+        self.model, self.layers, self.activations, self.control = model, layers, activations, control
+        self.loaded = load_whole(run, model)
+        for layer in layers:
+            permute_in_place(self.loaded.model, layer.site, layer.partition.order_F())
+        self.mask = TokenMask(self.loaded.model)
+        examples = open_examples(
+            run, self.loaded, calibration_data(activations), replace(control, say=lambda message: None)
+        )
+        first = activations.metrics["layers"][0]
+        size = max(1, round(_STEP_TOKENS * min(1.0, first["sequences"] / first["tokens"])))
+        size = min(size, max(1, first["sequences"] // _FEWEST_BATCHES))
+        self.train, self.heldout = _batches(examples, config.refine or 0, size, control.seed)
+
+    def kl(self, config: ApplyConfig) -> float:
+        """KL on the held-out sequences of the best plans for `config`, thresholds settled."""
+        return self._settled(config)[1]
+
+    def refined(self, config: ApplyConfig) -> tuple[list[LayerPlan], dict[str, Any]]:
+        """The refined plans of `config`, and how they came out."""
+        conversion, _, shape = self._settled(config)
+        outcome = refine(conversion, self.train, self.heldout, config.refine or 0, self.control)
+        shares = settle(conversion, self.heldout)
+        if not outcome.kept:
+            self.control.say("refinement did not lower the KL on held-out calibration data: kept as planned")
+        return conversion.finished(shares), vars(outcome) | {"shape": shape}
+
+    def _settled(self, config: ApplyConfig) -> tuple[Conversion, float, str]:
+        """The conversion of least KL among a few shapes, its KL, and the shape's name.
+
+        Curves of single layers rank routers and corrections by local error, to second order; where much is lost, only
+        the whole model tells which shape it is best lost in.
+        """
+        found: list[tuple[float, str, Conversion]] = []
+        for shape, restriction in _SHAPES.items():
+            if restriction and config.compensation != "auto":
+                continue
+            budget = replace(budget_of(config), **restriction)
+            try:
+                plans = plan_layers(self.model, self.activations, self.layers, budget, self.control.seed)
+            except ConfigError:
+                if not restriction:
+                    raise
+                continue
+            if any(_same(plans, other.plans) for _, _, other in found):
+                continue
+            conversion = Conversion(self.loaded, plans, budget, self.mask)
+            settle(conversion, self.heldout)
+            found.append((mean_kl(conversion, self.heldout), shape, conversion))
+        kl, shape, best = min(found, key=lambda entry: entry[0])
+        best.install()
+        return best, kl, shape
+
+
+def _same(a: Sequence[LayerPlan], b: Sequence[LayerPlan]) -> bool:
+    return all(
+        (x.rule, x.always, x.router is y.router, x.flops_fraction) == (y.rule, y.always, True, y.flops_fraction)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def _batches(examples: Examples, steps: int, size: int, seed: int) -> tuple[list[Batch], list[Batch]]:
+    """(training, held-out) batches in random order, from other sequences than the router saw where there are enough."""
+    judged = max(_HELDOUT_TOKENS // 3, min(_HELDOUT_TOKENS, steps * _STEP_TOKENS // 8)) if steps else _HELDOUT_TOKENS
+    found = list(examples.calibration(steps * _STEP_TOKENS + judged, seed + 1, size))
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
+    found = [found[i] for i in order]
+    tokens, count = 0, 0
+    while count < len(found) // 2 and tokens < judged:
+        tokens += found[count].num_tokens
+        count += 1
+    if count == 0:
+        raise ConfigError("the calibration data is too small to refine on", "collect on more data, or use --refine 0")
+    return found[count:], found[:count]

@@ -1,0 +1,109 @@
+"""A converted layer whose selection can be learned: what end-to-end refinement trains, and nothing runs in production.
+
+Every neuron is computed; an expert's contribution is multiplied by a gate that is 0 or 1 going forward and
+sigmoid(z / temperature) going backward (straight-through, Bengio et al. 2013, arXiv 1308.3432), with z = (score -
+threshold) / spread of the scores. Only the router and the compensation learn; the FFN's weights are never touched.
+Axes as in `ffn`; T is the real tokens of a call.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefication_cli.ffn import Compensation, ExpertWeights
+from moefication_cli.routing.router import Router
+from moefication_cli.runtime.torch_backends import rows
+
+_TEMPERATURE = 0.3
+_NEAR = 0.25  # |z| of the scores that tell how fast the active share moves with the threshold
+
+
+class SoftMoEFFN:
+    """Stands in for an FFN like `layer.MoEFFN`, with a threshold rule, or without a router (its shared neurons run).
+
+    `as_dense` makes a call compute the whole FFN. `shift` raises the threshold, in units of `spread`, the standard
+    deviation of the scores. After a call `active` is the share of the neurons that ran per real token, differentiable
+    where gradients are on, and `density` how much of it one unit of `shift` takes away.
+    """
+
+    def __init__(self, weights: ExpertWeights, router: Router | None, threshold: float) -> None:
+        self.weights = replace(weights, compensation=None)
+        self.form, self.threshold = router, threshold
+        self.as_dense, self.shift, self.density = False, 0.0, 0.0
+        self.spread = 0.0  # measured on the first call
+        self.active: Tensor = torch.full((), weights.num_shared / weights.ffn.num_neurons)
+        extra = weights.compensation or Compensation()
+        named = {} if router is None else dict(router.tensors())
+        named |= {f"extra.{k}": v for k, v in vars(extra).items() if isinstance(v, Tensor)}
+        named.setdefault("extra.constant_D", torch.zeros_like(weights.ffn.w_up_FD[0]))
+        self.parameters = {name: tensor.detach().clone().requires_grad_() for name, tensor in named.items()}
+        self._scale: dict[str, float] = {}
+
+    def __call__(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """y of the shape of x [..., D]; padding gets zeros, but for dense calls."""
+        if self.as_dense:
+            return self.weights.ffn.forward(x)
+        x_TD = x.reshape(-1, self.weights.ffn.d_model)
+        if token_mask is None:
+            return self._compute(x_TD).view(x.shape)
+        real_T = token_mask.reshape(-1)
+        return torch.zeros_like(x_TD).index_put((real_T,), self._compute(x_TD[real_T])).view(x.shape)
+
+    def _compute(self, x_TD: Tensor) -> Tensor:
+        ffn, kept = self.weights.ffn, self.weights.num_shared
+        if self.form is None:
+            head = rows(ffn, 0, kept)
+            y_TD = head.hidden(x_TD) @ head.w_down_FD
+        else:
+            gates_TE = self._gates(x_TD)
+            h_TF = ffn.hidden(x_TD)
+            routed_TF = h_TF[:, kept:].unflatten(1, (-1, self.weights.expert_size)) * gates_TE.unsqueeze(-1)
+            y_TD = routed_TF.flatten(1) @ ffn.w_down_FD[kept:] + h_TF[:, :kept] @ ffn.w_down_FD[:kept]
+        extra = self.learned_compensation()
+        assert extra.constant_D is not None
+        y_TD = y_TD + extra.constant_D
+        if ffn.b_down_D is not None:
+            y_TD = y_TD + ffn.b_down_D
+        if extra.w_in_RD is not None and extra.w_out_RD is not None:
+            y_TD = y_TD + (x_TD @ extra.w_in_RD.T) @ extra.w_out_RD
+        return y_TD
+
+    def _gates(self, x_TD: Tensor) -> Tensor:
+        scores_TE = self.learned_router().scores(x_TD)
+        if not self.spread:
+            self._measure(x_TD, scores_TE)
+        z_TE = (scores_TE - self.threshold) / self.spread - self.shift
+        gates_TE = (z_TE >= 0).to(scores_TE.dtype)
+        routed = 1 - self.weights.num_shared / self.weights.ffn.num_neurons
+        if torch.is_grad_enabled():
+            soft_TE = torch.sigmoid(z_TE / _TEMPERATURE)
+            gates_TE = gates_TE + soft_TE - soft_TE.detach()
+        else:
+            self.density = routed * float((z_TE.abs() < _NEAR).float().mean()) / (2 * _NEAR)
+        self.active = 1 - routed + routed * gates_TE.mean()
+        return gates_TE
+
+    @torch.no_grad()
+    def _measure(self, x_TD: Tensor, scores_TE: Tensor) -> None:
+        """Scales on the first tokens seen: biases start anywhere, so their own size says nothing about a good step."""
+        assert self.form is not None
+        self.spread = float(scores_TE.std()) or 1.0
+        hidden_TR = x_TD.to(self.form.w_in_RD.dtype) @ self.form.w_in_RD.T
+        self._scale = {"b_out_E": self.spread, "b_in_R": float(hidden_TR.std())}
+
+    def step_size(self, name: str) -> float:
+        """The size of a parameter's values, relative to which it should move; known after the first call."""
+        return self._scale.get(name) or float(self.parameters[name].detach().square().mean().sqrt()) or 1e-3
+
+    def learned_router(self) -> Router:
+        """The router as it stands."""
+        assert self.form is not None
+        found: dict[str, Any] = {n: t for n, t in self.parameters.items() if not n.startswith("extra.")}
+        return replace(self.form, **found)
+
+    def learned_compensation(self) -> Compensation:
+        """The compensation as it stands."""
+        found: dict[str, Any] = {n[6:]: t for n, t in self.parameters.items() if n.startswith("extra.")}
+        return Compensation(**found)

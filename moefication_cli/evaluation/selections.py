@@ -1,0 +1,227 @@
+"""The rows of `eval`: for each selection and fraction, what stands in for every FFN of one shared model.
+
+    groundtruth   expert oracle: the experts that score highest for this token, every neuron computed to know
+    neuron        neuron oracle: the neurons that write most, the bound of any split
+    random        random experts of the same split
+    static        pruning by importance, no router (FLAP, arXiv 2312.11983: variance x norm, mean compensation)
+    paper         published split and router (MoEfication), from RUN/baseline/paper
+    <router>      a trained router
+
+Oracles and static pruning get the fraction as a share of the neurons: they have no router to pay for.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moefication_cli.conversion.plan import LayerPlan, RoutedLayer, describe_rule
+from moefication_cli.ffn import ExpertWeights, FFNWeights
+from moefication_cli.models.surgery import FFNLayer, live_weights
+from moefication_cli.routing.cost import overhead_flops
+from moefication_cli.routing.scores import expert_scores
+from moefication_cli.runs.inputs import layer_seed
+from moefication_cli.runtime.layer import MoEFFN
+from moefication_cli.runtime.pruned import AlwaysFFN
+from moefication_cli.tasks.examples import Scores
+
+
+@dataclass
+class Variant:
+    """One row: the layers to install, and what the row says about itself."""
+
+    selection: str
+    kind: str  # oracle | baseline | router
+    fraction: float
+    layers: list[FFNLayer]
+    applied: bool = False
+    meta: dict[str, Any] = field(default_factory=dict)  # top_k, rule, budget, score, seed
+    plans: list[LayerPlan] = field(default_factory=list)  # of rows that route: what their routers cost
+    seconds: float = 0.0
+    measured: list[Scores] = field(default_factory=list)
+
+    @property
+    def backend(self) -> str:
+        names = sorted({getattr(layer, "last_backend", "") for layer in self.layers} - {""})
+        return "+".join(names) or "torch"
+
+
+class PrunedFFN:
+    """A dense FFN of the kept neurons; `bias_D` stands in for the mean output of the dropped ones."""
+
+    def __init__(self, kept: FFNWeights, bias_D: Tensor | None, active_fraction: float) -> None:
+        self.kept, self.bias_D, self.active_fraction = kept, bias_D, active_fraction
+
+    def __call__(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        y = self.kept.hidden(x) @ self.kept.w_down_FD
+        bias_D = self.kept.b_down_D if self.bias_D is None else self.bias_D
+        return y if bias_D is None else y + bias_D
+
+
+class NeuronOracleFFN:
+    """Keeps, per token, the `top_k` neurons with the largest |h_n| * ||w_down_n||."""
+
+    def __init__(self, dense: FFNWeights, top_k: int) -> None:
+        self.dense, self.top_k = dense, top_k
+        self.norm_F = dense.w_down_FD.norm(dim=1)
+        self.active_fraction = top_k / dense.num_neurons
+
+    def __call__(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        h = self.dense.hidden(x)
+        kept = (h.abs() * self.norm_F).topk(self.top_k, dim=-1, sorted=False).indices
+        y = torch.zeros_like(h).scatter_(-1, kept, h.gather(-1, kept)) @ self.dense.w_down_FD
+        return y if self.dense.b_down_D is None else y + self.dense.b_down_D
+
+
+class DenseFFN:
+    """A layer the plan leaves dense."""
+
+    active_fraction = 1.0
+    last_backend = "dense"
+
+    def __init__(self, dense: FFNWeights) -> None:
+        self.dense = dense
+
+    def __call__(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        return self.dense.forward(x)
+
+
+class PinnedFFN:
+    """A MoE layer with weights of its own: installing it does not exchange them for the model's."""
+
+    def __init__(self, layer: MoEFFN) -> None:
+        self.layer = layer
+
+    @property
+    def active_fraction(self) -> float:
+        return self.layer.active_fraction
+
+    @property
+    def last_backend(self) -> str:
+        return self.layer.last_backend
+
+    def __call__(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        return self.layer(x, token_mask)
+
+
+def oracle_selection(top_k: int, score: Any) -> Any:
+    """`(x_TD, weights) -> ids_TK` of the experts that matter most by `score`."""
+
+    def select(x_TD: Tensor, weights: ExpertWeights) -> Tensor:
+        return expert_scores(weights.ffn.hidden(x_TD), weights, score).topk(top_k, dim=-1, sorted=False).indices
+
+    return select
+
+
+def random_selection(top_k: int, seed: int) -> Any:
+    """`(x_TD, weights) -> ids_TK` of experts drawn anew for every token."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def select(x_TD: Tensor, weights: ExpertWeights) -> Tensor:
+        noise_TE = torch.rand(len(x_TD), weights.num_experts, generator=generator)
+        return noise_TE.topk(top_k, dim=-1, sorted=False).indices.to(x_TD.device)
+
+    return select
+
+
+def prune(
+    dense: FFNWeights, statistics: dict[str, Tensor], fraction: float, sample_TD: Tensor
+) -> tuple[PrunedFFN, dict[str, Any]]:
+    """The strongest static pruning we know at this fraction, judged by output error on a calibration sample.
+
+    Tries importance by variance x norm^2 (FLAP) and by mean contribution, each with and without the dropped neurons'
+    mean output as a bias: mean compensation helps GELU and SiLU models and destroys ReLU ones.
+    """
+    num_kept = max(1, round(fraction * dense.num_neurons))
+    norm_F = dense.w_down_FD.norm(dim=1)
+    scores = {
+        "variance": statistics["variance_F"].to(norm_F) * norm_F.square(),
+        "contribution": statistics["contribution_F"].to(norm_F),
+    }
+    h_TF = dense.hidden(sample_TD)
+    full_TD = h_TF @ dense.w_down_FD
+    best: tuple[float, PrunedFFN, dict[str, Any]] | None = None
+    for name, score_F in scores.items():
+        kept_F = score_F.topk(num_kept).indices.sort().values
+        dropped_F = torch.ones_like(score_F).index_fill_(0, kept_F, 0)
+        mean_D = (statistics["mean_F"].to(norm_F) * dropped_F) @ dense.w_down_FD
+        part_TD = h_TF[:, kept_F] @ dense.w_down_FD[kept_F]
+        for compensated in (False, True):
+            error = float((full_TD - part_TD - (mean_D if compensated else 0)).square().sum())
+            if best is None or error < best[0]:
+                bias_D = None
+                if compensated:
+                    bias_D = mean_D if dense.b_down_D is None else mean_D + dense.b_down_D
+                layer = PrunedFFN(dense.permute(kept_F), bias_D, num_kept / dense.num_neurons)
+                best = (error, layer, {"importance": name, "compensated": compensated})
+    assert best is not None
+    return best[1], best[2]
+
+
+def routed_variant(
+    name: str, model: nn.Module, plans: Sequence[LayerPlan], fraction: float, backend: str, applied: bool = False
+) -> Variant:
+    """A trained router at a budget, through the real backend, on a model whose neurons are in expert order."""
+    layers: list[FFNLayer] = []
+    for plan in plans:
+        dense = live_weights(model, plan.layer.site)
+        if plan.rule is None:
+            layers.append(DenseFFN(dense))
+            continue
+        weights = ExpertWeights(dense, plan.num_experts, plan.num_shared, plan.compensation)
+        if plan.router is None:
+            layers.append(AlwaysFFN(weights, backend))
+        else:
+            # Quality is measured: a call that goes dense would compute more than the router selected.
+            layers.append(MoEFFN(weights, plan.router, plan.rule, backend=backend, may_go_dense=False))
+    meta = {"score": plans[0].layer.score} | describe_rule(plans)
+    return Variant(name, "router", fraction, layers, applied, meta=meta, plans=list(plans))
+
+
+def selected_variant(
+    name: str, model: nn.Module, layers: Sequence[RoutedLayer], fraction: float, score: str, seed: int, backend: str
+) -> Variant:
+    """`groundtruth` or `random` at this share of the experts, on the split of the run."""
+    moe: list[FFNLayer] = []
+    ks = []
+    for layer in layers:
+        partition = layer.partition
+        top_k = max(1, round(fraction * partition.num_experts))
+        ks.append(top_k)
+        weights = ExpertWeights(live_weights(model, layer.site), partition.num_experts, partition.num_shared)
+        select = (
+            oracle_selection(top_k, score)
+            if name == "groundtruth"
+            else random_selection(top_k, layer_seed(seed, layer.index))
+        )
+        moe.append(MoEFFN(weights, select=select, backend=backend, may_go_dense=False))
+    kind = "oracle" if name == "groundtruth" else "baseline"
+    meta = {"score": score if name == "groundtruth" else None, "rule": "top_k", "top_k": sum(ks) / len(ks)}
+    return Variant(name, kind, fraction, moe, meta=meta | {"seed": seed})
+
+
+def count_selections(variant: Variant) -> None:
+    """Starts counting, from zero, what each layer of the row selects."""
+    for layer in variant.layers:
+        moe = layer.layer if isinstance(layer, PinnedFFN) else layer
+        if isinstance(moe, MoEFFN):
+            moe.count_selections()
+
+
+def flops_fractions(variant: Variant) -> list[float]:
+    """Per layer, the multiply-adds really spent relative to dense: measured active neurons, router and correction.
+
+    Oracles and pruning have no router to pay for: what they compute is their active share.
+    """
+    found = []
+    for number, layer in enumerate(variant.layers):
+        share = float(layer.active_fraction)  # type: ignore[attr-defined]
+        plan = variant.plans[number] if variant.plans else None
+        if plan is not None and plan.rule is not None and share < 1:
+            site = plan.layer.site
+            extra = overhead_flops(plan.router, plan.compensation)
+            share += extra / (site.num_neurons * site.flops_per_neuron)
+        found.append(share)
+    return found

@@ -1,0 +1,137 @@
+"""Writes a copy of a checkpoint with some tensors' neurons permuted, one tensor in memory at a time.
+
+safetensors files are an 8-byte header length, a JSON header and the tensors' bytes; a permutation changes neither
+shapes nor dtypes, so the copy keeps the source's layout and all other bytes are copied without being interpreted
+(https://huggingface.co/docs/safetensors, "Format"). `safetensors.save_file` would need all tensors of a file at once,
+writes mode 0600 and does not sync. Knows nothing of models: `checkpoint` says what is permuted along which axis.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from moefication_cli.errors import ConfigError
+from moefication_cli.models.folder.source import TensorFile
+from moefication_cli.store import files, jsonio
+
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "normalizer.json",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "*processor_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+_CHUNK = 16 * 2**20
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """Reorder a tensor along `axis`: position i of the copy is position order_F[i] of the source."""
+
+    axis: int
+    order_F: Tensor
+
+
+def copy_side_files(folder: Path, out_dir: Path, code: bool) -> list[Path]:
+    """Copies configuration, tokenizer, processor and licence files; `*.py` only if `code`."""
+    written = []
+    for source in sorted(folder.iterdir()):
+        wanted = any(source.match(pattern) for pattern in SIDE_FILES) or (code and source.suffix == ".py")
+        if wanted and source.is_file() and source.suffix not in (".safetensors", ".bin"):
+            target = out_dir / source.name
+            files.atomic_write(target, source.read_bytes())
+            written.append(target)
+    return written
+
+
+def write_shards(shards: list[TensorFile], out_dir: Path, plan: Mapping[tuple[Path, str], TensorPlan]) -> list[Path]:
+    """Writes every weight file, and the index if there are several. `x.bin` becomes `x.safetensors`."""
+    written, weight_map, total = [], {}, 0
+    for shard in shards:
+        name = shard.path.name.replace("pytorch_model", "model").removesuffix(".bin").removesuffix(".safetensors")
+        target = out_dir / f"{name}.safetensors"
+        mine = {key: plan[shard.path, key] for key in shard.keys if (shard.path, key) in plan}
+        with files.writing(target):
+            total += _write_file(shard, target, mine)
+        weight_map.update(dict.fromkeys(shard.keys, target.name))
+        written.append(target)
+    if len(shards) > 1:
+        index = out_dir / "model.safetensors.index.json"
+        jsonio.write(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        written.append(index)
+    return written
+
+
+def _write_file(shard: TensorFile, target: Path, plan: Mapping[str, TensorPlan]) -> int:
+    """Writes one file, synced, with the permissions the umask gives; returns the bytes of its tensors."""
+    pickled = shard.path.suffix == ".bin"
+    entries, stored, start = (_layout(shard), {}, 0) if pickled else shard.header()
+    metadata = {"format": "pt", **stored}
+    header = json.dumps({"__metadata__": dict(sorted(metadata.items())), **entries}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    size = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    with target.open("wb") as out, shard.path.open("rb") as raw:
+        out.write(struct.pack("<Q", len(header)) + header)
+        for key, entry in entries.items():
+            begin, end = entry["data_offsets"]
+            if key in plan or pickled:
+                tensor = shard.get(key)
+                if key in plan:
+                    tensor = tensor.index_select(plan[key].axis, plan[key].order_F)
+                out.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            else:
+                _copy_range(raw, out, start + begin, end - begin)
+        out.flush()
+        os.fsync(out.fileno())
+    return int(size)
+
+
+def _layout(shard: TensorFile) -> dict[str, dict[str, Any]]:
+    """The safetensors header entries for a `.bin` file."""
+    entries, offset = {}, 0
+    for key in shard.keys:
+        tensor = shard.get(key)
+        if tensor.dtype not in _DTYPES:
+            raise ConfigError(f"{shard.path}: {key} has dtype {tensor.dtype}, which cannot be written")
+        end = offset + tensor.numel() * tensor.element_size()
+        entries[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    return entries
+
+
+def _copy_range(raw: BinaryIO, out: BinaryIO, start: int, size: int) -> None:
+    raw.seek(start)
+    while size > 0:
+        chunk = raw.read(min(size, _CHUNK))
+        if not chunk:
+            raise ConfigError(f"{raw.name} ends early", "download the model again")
+        out.write(chunk)
+        size -= len(chunk)

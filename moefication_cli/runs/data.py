@@ -1,0 +1,109 @@
+"""From a run's data and task options to `Examples`; what the user said once is remembered in run.json."""
+
+from typing import Any, Literal
+
+from torch import Tensor
+
+from moefication_cli.config import CollectConfig, EvalConfig, options_of
+from moefication_cli.errors import ConfigError
+from moefication_cli.models.loading import LoadedModel, guess_task, load_model
+from moefication_cli.runs.control import Control
+from moefication_cli.runs.inputs import RunModel
+from moefication_cli.store.artifact import Stage
+from moefication_cli.store.rundir import RunDir
+from moefication_cli.tasks.examples import Batch, Examples, TaskOptions
+from moefication_cli.tasks.reading import load_rows
+from moefication_cli.tasks.task import prepare
+
+_TASKS = ("classification", "text2text", "lm")
+
+
+def open_examples(run: RunDir, loaded: LoadedModel, config: CollectConfig | EvalConfig, control: Control) -> Examples:
+    """The rows `config.data` names, as examples of the run's task. Says on stderr what was guessed.
+
+    Raises ConfigError: no data, no such field, a task the model cannot do.
+    """
+    purpose: Literal["calibrate", "evaluate"] = "calibrate" if isinstance(config, CollectConfig) else "evaluate"
+    if config.data is None:
+        raise ConfigError("no data was named", "name a file or hub dataset with --data")
+    info = run.info
+    known = dict(info.fields or {})
+    task = config.task or info.task
+    if task is None:
+        task = guess_task(loaded.config)
+        control.say(f"task: {task} (guessed from {', '.join(loaded.config.architectures or ['the model'])})")
+    if task not in _TASKS:
+        raise ConfigError(
+            "the task cannot be guessed from this model", "name it with --task classification|text2text|lm"
+        )
+    prompt, words = config.prompt or info.prompt, config.label_words or info.label_words
+    fields = {name: getattr(config, name) or known.get(name) for name in ("text_field", "label_field", "max_length")}
+    rows = load_rows(
+        config.data,
+        split=config.split,
+        text_field=fields["text_field"],
+        label_field=fields["label_field"],
+        header=config.header,
+        documents=config.documents,
+        purpose=purpose,
+    )
+    options = TaskOptions(fields["max_length"], prompt, words, config.limit, control.seed)
+    labelled = purpose == "evaluate"
+    examples = prepare(task, loaded.tokenizer, loaded.config, rows, options, require_labels=labelled)  # type: ignore[arg-type]
+    for note in [*rows.notes, *examples.notes]:
+        control.say(note)
+    _remember(run, task, prompt, words, fields)
+    return examples
+
+
+def predictions(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """The logits that are predictions, and which of them are real: per sequence, or per token but the last."""
+    if logits.dim() == 2:
+        return logits, None
+    if "decoder_input_ids" in batch.inputs:
+        mask = batch.inputs.get("decoder_attention_mask")
+        return logits, None if mask is None else mask.bool()
+    mask = batch.inputs.get("attention_mask")
+    return logits[:, :-1], None if mask is None else mask[:, 1:].bool()
+
+
+def flat_predictions(logits: Tensor, batch: Batch) -> Tensor:
+    """The real predictions of a batch in one row each, [P, C], float32."""
+    found, real = predictions(logits, batch)
+    flat_PC = found.flatten(0, -2).float()
+    return flat_PC if real is None else flat_PC[real.flatten().to(flat_PC.device)]
+
+
+def load_whole(run: RunDir, model: RunModel, task: str | None = None, dtype: str | None = None) -> LoadedModel:
+    """The run's dense model in memory, for the stages that run it as a whole."""
+    return load_model(
+        model.checkpoint.folder,
+        task=task or run.info.task,
+        device=model.device,
+        dtype=dtype,
+        trust_remote_code=bool(run.info.trust_remote_code),
+        quiet=True,
+    )
+
+
+def calibration_data(activations: Stage) -> CollectConfig:
+    """The options the activations were collected with: the same data, read again."""
+    made = activations.config
+    return CollectConfig(**{entry.name: made[entry.name] for entry in options_of(CollectConfig)})
+
+
+def tokens_of_stacks(batch: Batch) -> dict[str, int]:
+    """Real tokens each stack reads, under the names `FFNSite.stack` has."""
+    counts = {}
+    for stack, mask, ids in (
+        ("encoder", "attention_mask", "input_ids"),
+        ("decoder", "decoder_attention_mask", "decoder_input_ids"),
+    ):
+        found = batch.inputs.get(mask)
+        counts[stack] = int(found.sum()) if found is not None else getattr(batch.inputs.get(ids), "numel", int)()
+    return counts
+
+
+def _remember(run: RunDir, task: str, prompt: str | None, words: str | None, fields: dict[str, Any]) -> None:
+    said = {name: value for name, value in fields.items() if value is not None}
+    run.note(task=task, prompt=prompt, label_words=words, fields=said or None)

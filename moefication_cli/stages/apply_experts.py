@@ -1,0 +1,127 @@
+"""apply: write RUN/model, a normal Hugging Face folder that is also the MoE. Reads `split`, a router and the model."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from moefication_cli.config import ApplyConfig
+from moefication_cli.conversion.plan import (
+    FIT_TOKENS,
+    LayerPlan,
+    check_budget,
+    choose_router,
+    describe_rule,
+    routed_layers,
+)
+from moefication_cli.conversion.plan_files import budget_of, router_tensors, settings
+from moefication_cli.conversion.search import fraction_for, make_plans
+from moefication_cli.errors import MoEficationError
+from moefication_cli.models.folder.checkpoint import Checkpoint
+from moefication_cli.models.folder.embedded import embed_code
+from moefication_cli.models.folder.moe_folder import write_moe_settings
+from moefication_cli.runs.control import Control, Result
+from moefication_cli.runs.estimate import estimate, ffn_bytes, total_ffn_flops
+from moefication_cli.runs.inputs import RunModel, begin_options, layer_seed, open_model, read_tokens
+from moefication_cli.store.artifact import Stage
+from moefication_cli.store.rundir import RunDir
+
+_CHECK_TOKENS = 16
+_COUNTED_TOKENS = 2048
+_TOLERANCE = 1e-3  # of the largest output; float16 weights round, a wrong permutation is off by orders of magnitude
+
+
+def apply_experts(run: RunDir, config: ApplyConfig, control: Control) -> Result:
+    """Write the permuted checkpoint, the routers and the settings; check every FFN against the dense original.
+
+    Plain `from_pretrained` of RUN/model gives the dense model, `moefication_cli.load` the MoE (DESIGN, decision 4).
+    Raises ConfigError when the budget cannot be met, MissingArtifactError, StaleArtifactError.
+    """
+    model = open_model(run, None, control)
+    name = choose_router(run, config.router)
+    split, router = run.require("split"), run.require(f"router/{name}")
+    # A calibrated router's compensation is fitted on activations; the published kind needs none.
+    activations = run.require("activations") if run.manifest("activations") is not None else None
+    tokens = None if activations is None else [layer["tokens"] for layer in activations.metrics["layers"]]
+    layers = routed_layers(model, split, router, tokens)
+    config = replace(config, router=name)
+    inputs = {"split": split, f"router/{name}": router, "activations": activations}
+    if config.target_kl is not None and not control.dry_run:
+        config = replace(config, fraction=fraction_for(run, model, layers, inputs, config, control))
+    check_budget(layers, activations, budget_of(config))
+    if control.dry_run:
+        d_model = max(site.d_model for site in model.sites)
+        size = float(sum(path.stat().st_size for path in model.checkpoint.files))
+        return estimate(
+            "apply",
+            run,
+            model,
+            writes=run.path("model"),
+            num_bytes=size,
+            flops=0.0 if activations is None else total_ffn_flops(model, FIT_TOKENS),
+            memory=2 * ffn_bytes(model) + (0 if activations is None else 16.0 * FIT_TOKENS * d_model),
+            reads={"split": split, "router": router},
+        )
+    with run.begin("model", **begin_options(config, control, model, inputs)) as work:
+        manifest = work.manifest
+        if not work.up_to_date:
+            plans = make_plans(run, model, layers, inputs, config, control)
+            orders = {plan.layer.name: plan.layer.partition.order_F() for plan in plans if plan.rule is not None}
+            model.checkpoint.write_permuted(work.folder, orders)
+            write_moe_settings(work.folder, settings(plans, name, config, run.info.ffn), router_tensors(plans))
+            if config.embed_code:
+                embed_code(work.folder)
+            written = Checkpoint(work.folder, ffn=run.info.ffn)
+            for index in control.track(range(len(plans)), "check", len(plans)):
+                check_layer(model, written, index, control.seed)
+            rows = [_row(plan) | _experts_per_token(plan, activations, control.seed) for plan in plans]
+            manifest = work.finish({"layers": rows, "router": name} | describe_rule(plans))
+    assert manifest is not None
+    path = run.path("model")
+    notes = [
+        f"{path} loads dense with transformers, and as the MoE with moefication_cli.load({str(path)!r})",
+    ]
+    payload = {"path": str(path), "digest": manifest.digest, "metrics": manifest.metrics}
+    return Result("apply", manifest.metrics["layers"], payload, up_to_date=work.reason is None, notes=notes)
+
+
+def check_layer(model: RunModel, written: Checkpoint, index: int, seed: int) -> None:
+    """The written FFN computes what the dense one does. Raises MoEficationError: a folder that fails is never committed."""
+    dense, permuted = model.read_ffn(index), written.read_ffn(written.sites[index]).to(model.device)
+    generator = torch.Generator().manual_seed(layer_seed(seed, index))
+    x_TD = torch.randn(_CHECK_TOKENS, dense.d_model, generator=generator).to(model.device)
+    expected_TD, found_TD = dense.forward(x_TD), permuted.forward(x_TD)
+    error = float((expected_TD - found_TD).abs().max() / expected_TD.abs().max().clamp_min(1e-12))
+    if not error < _TOLERANCE:
+        raise MoEficationError(f"self-check failed: the written {model.names[index]} differs from dense by {error:.2e}")
+
+
+def _row(plan: LayerPlan) -> dict[str, Any]:
+    rule = plan.rule
+    return {
+        "layer": plan.layer.index,
+        "name": plan.layer.name,
+        "num_experts": plan.num_experts,
+        "expert_size": plan.layer.partition.expert_size,
+        "always_on": plan.num_shared,
+        "rule": "dense" if rule is None else "always on" if plan.router is None else next(iter(rule.setting())),
+        "top_k": None if rule is None or plan.router is None else rule.top_k,
+        "router_width": None if plan.router is None else plan.router.w_in_RD.shape[0],
+        "correction_rank": _rank(plan),
+        "ffn_flops_fraction": plan.flops_fraction,
+    }
+
+
+def _experts_per_token(plan: LayerPlan, activations: Stage | None, seed: int) -> dict[str, float]:
+    """Mean and 10 % and 90 % quantiles of the experts that calibration tokens select, where their number varies."""
+    if activations is None or plan.router is None or plan.rule is None or plan.rule.top_k is not None:
+        return {}
+    x_TD = read_tokens(activations, plan.layer.index, _COUNTED_TOKENS, seed).x_TD.to(plan.router.w_in_RD.device)
+    count_T = plan.rule.select(plan.router.scores(x_TD)).sum(1).float()
+    low, high = count_T.quantile(torch.tensor([0.1, 0.9]).to(count_T)).tolist()
+    return {"experts_mean": float(count_T.mean()), "experts_p10": low, "experts_p90": high}
+
+
+def _rank(plan: LayerPlan) -> int | None:
+    extra = plan.compensation
+    return None if extra is None else 0 if extra.w_in_RD is None else len(extra.w_in_RD)

@@ -1,0 +1,269 @@
+"""Rows to run a model on: a hub dataset or local files, read through `datasets` and memory-mapped.
+
+Local files never touch the network; what `datasets` writes for them lies in a temporary folder that lives as long as
+the `Rows`. Every field of a .tsv/.csv is text. In a .tsv quotes are ordinary characters, as in the GLUE files.
+Does not tokenise (`language`, `classification`, `text2text` do) and does not choose the task.
+"""
+
+import logging
+import os
+import re
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+from urllib.parse import urlparse
+
+import datasets
+import huggingface_hub
+import numpy as np
+import numpy.typing as npt
+from datasets.exceptions import DatasetGenerationError
+
+from moefication_cli.errors import ConfigError
+from moefication_cli.tasks.fields import guess_fields, split_fields
+from moefication_cli.tasks.local_files import Documents, find_files, guess_documents, read_rows
+
+Purpose = Literal["calibrate", "evaluate"]
+
+# The first of these splits a dataset has is taken when none is named
+_PREFERRED: dict[Purpose, tuple[str, ...]] = {
+    "calibrate": ("train", "validation", "dev", "test"),
+    "evaluate": ("validation", "dev", "test", "train"),
+}
+# Datasets of several configurations that users name as NAME/CONFIG, without the owner
+_COLLECTIONS = {
+    "glue": "nyu-mll/glue",
+    "super_glue": "aps/super_glue",
+    "wikitext": "Salesforce/wikitext",
+    "tweet_eval": "cardiffnlp/tweet_eval",
+    "c4": "allenai/c4",
+}
+_FILE_SUFFIX = re.compile(r"\.(tsv|csv|jsonl|json|parquet|txt|gz|zip|arrow)$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of text, with the fields that matter.
+
+    `text_fields` is empty when nothing was named and nothing could be guessed (see `require_text`). `document_starts`
+    are the rows where a document starts, for data whose rows are lines of longer documents (line ends kept); None:
+    every row is a document. `notes` are sentences for the user about what was guessed. `files` are the local files
+    read, none for hub data; `fingerprint` identifies hub data.
+    """
+
+    dataset: datasets.Dataset
+    text_fields: tuple[str, ...]
+    label_field: str | None = None
+    notes: list[str] = field(default_factory=list)
+    source: str = "data"
+    files: tuple[Path, ...] = ()
+    fingerprint: str | None = None
+    document_starts: npt.NDArray[np.int64] | None = None
+    _cache: Any = None
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.dataset.num_rows)
+
+    @property
+    def fields(self) -> list[str]:
+        """Names of all fields."""
+        return list(self.dataset.column_names)
+
+    def require_text(self) -> tuple[str, ...]:
+        """The text fields, or ConfigError listing the fields there are."""
+        if not self.text_fields:
+            raise ConfigError(
+                f"{self.source}: no field looks like the text; fields: {_listed(self.fields)}",
+                "name it with --text-field (a,b for a pair); a file without a header needs --no-header",
+            )
+        return self.text_fields
+
+    def require_fields(self, names: Sequence[str]) -> None:
+        """ConfigError unless every name is a field of text."""
+        for name in names:
+            if name not in self.dataset.features:
+                hint = f"fields: {_listed(self.fields)}"
+                if name.isdigit():
+                    hint += "; column numbers need --no-header"
+                raise ConfigError(f"{self.source}: there is no field {name!r}", hint)
+            kind = getattr(self.dataset.features[name], "dtype", "a structure")
+            if kind not in ("string", "large_string", "string_view"):
+                raise ConfigError(f"{self.source}: field {name!r} holds {kind}, not text", "name another --text-field")
+
+    def take(self, names: Sequence[str], indices: npt.NDArray[np.int64]) -> list[tuple[Any, ...]]:
+        """The values of some fields in the given rows, in that order."""
+        order = np.argsort(indices, kind="stable")  # ascending access is what memory maps are good at
+        block = self.dataset.select_columns(list(dict.fromkeys(names)))[indices[order]]
+        found: list[tuple[Any, ...]] = [()] * len(indices)
+        for place, values in zip(order, zip(*(block[name] for name in names), strict=True), strict=True):
+            found[place] = values
+        return found
+
+
+def rows_from_texts(texts: Sequence[str], source: str = "data") -> Rows:
+    """Rows in memory, one document each; for data a program already holds."""
+    if not texts:
+        raise ConfigError(f"{source} is empty")
+    return Rows(datasets.Dataset.from_dict({"text": list(texts)}), ("text",), source=source)
+
+
+def load_rows(
+    ref: str | Path,
+    *,
+    split: str | None = None,
+    text_field: str | None = None,
+    label_field: str | None = None,
+    header: bool = True,
+    revision: str | None = None,
+    documents: Documents = "auto",
+    purpose: Purpose = "calibrate",
+) -> Rows:
+    """Rows of a hub dataset (`glue/sst2` is configuration sst2 of glue), a local file or a folder of files.
+
+    `split` picks a hub split, or the files of a folder that carry its name (train, dev, valid, ...); None picks by
+    `purpose` and says so in the notes. `text_field` is `a` or `a,b`; with `header=False` fields are column numbers,
+    from 0.
+    `documents`: whether each line of a .txt is a document or each file (auto looks at the first file).
+    Raises ConfigError: not found, empty, unreadable, offline, wrong field.
+    """
+    name = str(ref)
+    path = Path(ref).expanduser()
+    notes: list[str] = []
+    if path.exists():
+        files = find_files(path, split, _PREFERRED[purpose], notes)
+        mode = guess_documents(files, documents, notes)
+        cache = TemporaryDirectory(prefix="moefication-data-")
+        with _quiet(), _readable(name):
+            dataset, starts = read_rows(files, header, mode, cache.name)
+        rows = Rows(dataset, (), None, notes, name, tuple(files), None, starts, cache)
+    elif _FILE_SUFFIX.search(name) or name.startswith((".", "/", "~")):
+        raise ConfigError(f"data {name} not found", "check the path given with --data")
+    else:
+        with _quiet(), _readable(name):
+            dataset = _load_hub(name, split, revision, purpose, notes)
+        starts = _joined_lines(dataset, text_field, documents, notes)
+        rows = Rows(dataset, (), None, notes, name, (), dataset._fingerprint, starts)
+    if rows.num_rows == 0:
+        raise ConfigError(f"{name} is empty", "name data with at least one row")
+    return _with_fields(rows, text_field, label_field)
+
+
+def _with_fields(rows: Rows, text_field: str | None, label_field: str | None) -> Rows:
+    guessed_text, guessed_label = guess_fields(rows.fields)
+    text = split_fields(text_field, rows.fields) if text_field is not None else guessed_text
+    rows.require_fields(text)
+    if label_field is not None and label_field not in rows.fields:
+        hint = f"fields: {_listed(rows.fields)}"
+        raise ConfigError(f"{rows.source}: there is no label field {label_field!r}", hint)
+    said = []
+    if text and text_field is None and len(rows.fields) > 1:
+        said.append("text " + " and ".join(map(repr, text)))
+    label = label_field if label_field is not None else guessed_label
+    if label is not None and label in text:
+        label = None
+    if label is not None and label_field is None:
+        said.append(f"label {label!r}")
+    notes = [*rows.notes, f"{rows.source}: guessed fields: {', '.join(said)}"] if said else rows.notes
+    return Rows(
+        rows.dataset, text, label, notes, rows.source, rows.files, rows.fingerprint, rows.document_starts, rows._cache
+    )
+
+
+def _load_hub(name: str, split: str | None, revision: str | None, purpose: Purpose, notes: list[str]) -> Any:
+    first, *rest = name.split("/")
+    path, config = name, None
+    if first in _COLLECTIONS and len(rest) == 1:
+        path, config = _COLLECTIONS[first], rest[0]
+    elif len(rest) == 2:
+        path, config = f"{first}/{rest[0]}", rest[1]
+    elif len(rest) > 2:
+        raise ConfigError(f"{name} is neither a local file nor a hub dataset", "use NAME, OWNER/NAME or NAME/CONFIG")
+    with _offline_if_unreachable():
+        loaded = datasets.load_dataset(path, config, split=split, revision=revision)
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    chosen = next((s for p in _PREFERRED[purpose] for s in loaded if s.startswith(p)), next(iter(loaded)))
+    if len(loaded) > 1:
+        notes.append(f"{name}: reading split {chosen!r} of {', '.join(loaded)} (--split)")
+    return loaded[chosen]
+
+
+def _joined_lines(
+    dataset: Any, text_field: str | None, documents: Documents, notes: list[str]
+) -> npt.NDArray[np.int64] | None:
+    """Hub language-modelling data is often one text cut into lines (WikiText); such rows are one document."""
+    text = text_field or "text"
+    if text not in dataset.column_names or len(dataset.column_names) > 1 or documents == "line":
+        return None
+    sample = [row for row in dataset[:1000][text] if row]
+    if documents == "file" or (sample and sum(row.endswith("\n") for row in sample) > 0.9 * len(sample)):
+        notes.append("rows are taken as the lines of one text (--documents line: each row a document)")
+        return np.zeros(1, np.int64)
+    return None
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Whatever a reader trips over is a ConfigError with its first cause."""
+    try:
+        yield
+    except (DatasetGenerationError, ConnectionError) as error:
+        cause: BaseException = error
+        while isinstance(cause, DatasetGenerationError) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(error, ConnectionError):
+            hint = "check the spelling of a local path; hub data needs a network the first time"
+            raise ConfigError(f"{name} is no local file, and the hub cannot be reached", hint) from error
+        raise ConfigError(f"{name} cannot be read: {_first_line(cause)}", "check the file's format") from error
+    except (OSError, ValueError, KeyError) as error:  # datasets' own errors, pandas', pyarrow's and UnicodeDecodeError
+        if "corresponds to no data" in str(error):  # how the builders say that there is no row
+            raise ConfigError(f"{name} is empty", "name data with at least one row") from error
+        hint = "check --data, --split and --revision"
+        raise ConfigError(f"{name} cannot be read: {_first_line(error)}", hint) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The libraries' progress bars and log lines off, as they were afterwards: progress belongs to the caller."""
+    bars, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    hub = logging.getLogger("huggingface_hub")
+    hub_level = hub.level
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    hub.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        if not bars:
+            datasets.enable_progress_bars()
+        datasets.logging.set_verbosity(level)
+        hub.setLevel(hub_level)
+
+
+@contextmanager
+def _offline_if_unreachable() -> Iterator[None]:
+    """Without a network, use the cache at once: the hub client would retry for half a minute first."""
+    proxied = any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
+    was = (datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE)
+    if not proxied and not was[0]:
+        try:
+            socket.getaddrinfo(urlparse(huggingface_hub.constants.ENDPOINT).hostname, 443)
+        except OSError:
+            datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE = was
