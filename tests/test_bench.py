@@ -22,7 +22,7 @@ from moefication_cli.benchmark.layers import (
     firing_share,
     fixed_cost,
     held_bytes,
-    random_recipe,
+    random_setup,
     rotation,
     sample_inputs,
     to_moe,
@@ -37,7 +37,7 @@ from moefication_cli.models.sites import find_sites
 from moefication_cli.models.surgery import installed_layers, live_weights
 from moefication_cli.routing.router import Router, Rule
 from moefication_cli.runtime.layer import MoEFFN
-from moefication_cli.runtime.pruned import AlwaysFFN
+from moefication_cli.runtime.pruned import PrunedFFN
 
 CPU = torch.device("cpu")
 QUICK = [
@@ -175,8 +175,8 @@ def test_twins_leave_the_dense_model_as_it_was(name: str) -> None:
         expected = model(**inputs)[0]
         sites = find_sites(model)
         x_TD = sample_inputs(model, sites, lambda: model(**inputs), None)
-        recipes = [random_recipe(s, BenchConfig(), 8, x, 0) for s, x in zip(sites, x_TD, strict=True)]
-        moe, other = to_moe(model, sites, recipes, "torch"), without_ffns(model, sites)
+        setups = [random_setup(s, BenchConfig(), 8, x, 0) for s, x in zip(sites, x_TD, strict=True)]
+        moe, other = to_moe(model, sites, setups, "torch"), without_ffns(model, sites)
         for layer in installed_layers(moe).values():
             layer.rule = Rule(top_k=6)  # all experts: the MoE is the dense model
         torch.testing.assert_close(moe(**inputs)[0], expected, rtol=1e-4, atol=1e-4)
@@ -191,9 +191,9 @@ def test_memory_counts_shared_storage_once_and_routers() -> None:
     model = tiny_model("opt")
     sites = find_sites(model)
     x_TD = [torch.randn(20, D) for _ in sites]
-    recipes = [random_recipe(s, BenchConfig(), 8, x, 0) for s, x in zip(sites, x_TD, strict=True)]
-    moe = to_moe(model, sites, recipes, "torch")
-    routers = sum(4 * tensor.numel() for recipe in recipes for tensor in recipe.router.tensors().values())
+    setups = [random_setup(s, BenchConfig(), 8, x, 0) for s, x in zip(sites, x_TD, strict=True)]
+    moe = to_moe(model, sites, setups, "torch")
+    routers = sum(4 * tensor.numel() for recipe in setups for tensor in recipe.router.tensors().values())
     assert held_bytes(moe, installed_layers(moe).values()) == held_bytes(model) + routers
     assert held_bytes(share(model)) == held_bytes(model)
     unique = {p.data_ptr(): p.nbytes for p in [*model.parameters(), *model.buffers()]}
@@ -204,9 +204,9 @@ def test_rotation_has_as_many_layers_as_exceed_the_cache() -> None:
     model = tiny_model("llama")
     sites = find_sites(model)
     x_TD = [torch.randn(20, D) for _ in sites]
-    recipes = [random_recipe(s, BenchConfig(), 8, x, 0) for s, x in zip(sites, x_TD, strict=True)]
+    setups = [random_setup(s, BenchConfig(), 8, x, 0) for s, x in zip(sites, x_TD, strict=True)]
     one = 3 * D * F * 4
-    layers = rotation(model, sites, recipes, x_TD, "torch", 5 * one)
+    layers = rotation(model, sites, setups, x_TD, "torch", 5 * one)
     assert len(layers.dense) == len(layers.moe) == 5
     assert len({ffn.up.weight.data_ptr() for ffn in layers.dense}) == 5
     for layer in layers.experts:
@@ -222,7 +222,7 @@ def test_random_routers_have_no_favourite() -> None:
     site = find_sites(tiny_model("opt"))[0]
     x_TD = torch.randn(256, D) + 3  # inputs with much in common
     for width in (None, 0):
-        recipe = random_recipe(site, BenchConfig(router_width=width), 8, x_TD, 0)
+        recipe = random_setup(site, BenchConfig(router_width=width), 8, x_TD, 0)
         ids_TK = Rule(top_k=1).select(recipe.router.scores(x_TD))
         assert int(torch.bincount(ids_TK.reshape(-1), minlength=6).max()) < 128
 
@@ -243,8 +243,8 @@ def test_recorder_sees_the_union_and_leaves_no_trace() -> None:
     model = tiny_model("opt")
     sites, inputs = find_sites(model), tiny_inputs("opt", padded=False)
     x_TD = [torch.randn(20, D) for _ in sites]
-    recipes = [random_recipe(s, BenchConfig(), 8, x, 0) for s, x in zip(sites, x_TD, strict=True)]
-    moe = to_moe(model, sites, recipes, "dense")
+    setups = [random_setup(s, BenchConfig(), 8, x, 0) for s, x in zip(sites, x_TD, strict=True)]
+    moe = to_moe(model, sites, setups, "dense")
     recorder, layers = Recorder(), installed_layers(moe)
     with torch.no_grad(), recorder.watch(layers):
         moe(**inputs)
@@ -276,7 +276,7 @@ def test_decoder_generates_what_generate_does(name: str) -> None:
 def test_a_stack_without_a_router_has_its_row() -> None:
     model = tiny_model("opt")
     site = find_sites(model)[0]
-    always = AlwaysFFN(ExpertWeights(live_weights(model, site), num_experts=5, num_shared=8))
+    always = PrunedFFN(ExpertWeights(live_weights(model, site), num_experts=5, num_shared=8))
     costs = [fixed_cost(site, always, 3, 4), fixed_cost(site, None, 3, 4)]
     found = _measured([], costs, {"numba", "dense"})
     assert (found["top_k"], found["backend"], found["num_neurons"]) == (None, "dense+numba", F)

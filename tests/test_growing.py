@@ -92,12 +92,12 @@ def make(run: RunDir, seed: int = 0) -> Manifest | None:
     with run.begin("activations", config={"seed": seed}, inputs={}, layers=["l.0", "l.1"]) as work:
         for index in work.pending():
             path, rows_TD = work.scratch / f"rows_{index}", rows_of(4, seed + index)
-            work.reclaim(index, path)
+            work.move_back(index, path)
             if not path.exists():
                 grow(path, rows_TD, slice(0, 3), slice(3, 7))
             with GrowingLayer(path, 4, torch.float16) as file:
                 file.complete("inputs_TD", 7, {"rate_F": torch.ones(5)}, {"layer": work.layers[index]})
-            work.adopt(index, path, {"tokens": 7})
+            work.move_in(index, path, {"tokens": 7})
         return work.finish()
 
 
@@ -129,7 +129,7 @@ def test_redoing_a_layer_leaves_the_finished_stage_alone(tmp_path: Path) -> None
     with run.begin("activations", config={"seed": 0}, inputs={}, layers=["l.0", "l.1"], force=True) as work:
         for index in work.pending():
             path = work.scratch / f"rows_{index}"
-            work.reclaim(index, path)
+            work.move_back(index, path)
             assert not path.exists()
             grow(path, rows_of(4, seed=9), slice(0, 7))
     assert (run.path("activations") / "layer_000.safetensors").read_bytes() == before

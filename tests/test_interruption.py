@@ -28,11 +28,11 @@ def last_breath(*args, **kwargs):
     whole(*args, **kwargs)
     os.kill(os.getpid(), signal.SIGKILL)
 setattr(owner, name, last_breath)
-if module.endswith("collect"):
+if module.endswith("collect_activations"):
     owner._SHARD_BYTES = 20_000
 main()
 """
-SAVE = "moefication_cli.store.writer:Work.save"
+SAVE = "moefication_cli.store.writer:StageWriter.save"
 STAGES = {
     "collect-activations": ("activations", "moefication_cli.stages.collect_activations:_collect_shard"),
     "build-graph": ("graph", SAVE),

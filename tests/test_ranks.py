@@ -26,10 +26,10 @@ import os, signal, sys, time
 from moefication_cli.cli import app
 from moefication_cli.errors import MoEficationError
 from moefication_cli.stages import collect_activations
-from moefication_cli.store.writer import Work
+from moefication_cli.store.writer import StageWriter
 
 collect_activations._SHARD_BYTES = {SHARD_BYTES}
-record, shard, rank = Work._record, collect_activations._collect_shard, os.environ["RANK"]
+record, shard, rank = StageWriter._record, collect_activations._collect_shard, os.environ["RANK"]
 
 def note(what):
     time.sleep(0.3)  # long enough for the other rank to take something
@@ -48,7 +48,7 @@ def noted_shard(*rest):
     note("shard")
     shard(*rest)
 
-Work._record, collect_activations._collect_shard = noted_record, noted_shard
+StageWriter._record, collect_activations._collect_shard = noted_record, noted_shard
 app.main()
 """
 

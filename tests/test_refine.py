@@ -7,7 +7,7 @@ import pytest
 import torch
 from cli_runner import Runner
 
-from moefication_cli.conversion.straight_through import SoftMoEFFN
+from moefication_cli.conversion.straight_through import StraightThroughMoEFFN
 from moefication_cli.ffn import Compensation, ExpertWeights, FFNWeights
 from moefication_cli.models.folder.moe_folder import read_moe_folder
 from moefication_cli.models.loading import load_model
@@ -35,7 +35,7 @@ def random_layer(seed: int = 0, gated: bool = False) -> tuple[ExpertWeights, Rou
 def test_learnable_layer_computes_what_the_product_does(gated: bool) -> None:
     weights, router, x_TD = random_layer(gated=gated)
     threshold = float(router.scores(x_TD).median())
-    soft = SoftMoEFFN(weights, router, threshold)
+    soft = StraightThroughMoEFFN(weights, router, threshold)
     product = MoEFFN(weights, router, Rule(threshold=threshold), backend="reference")
     with torch.no_grad():
         expected_TD, found_TD = product(x_TD), soft(x_TD)
@@ -49,7 +49,7 @@ def test_learnable_layer_computes_what_the_product_does(gated: bool) -> None:
 
 def test_padding_is_left_out() -> None:
     weights, router, x_TD = random_layer()
-    soft = SoftMoEFFN(weights, router, float(router.scores(x_TD).median()))
+    soft = StraightThroughMoEFFN(weights, router, float(router.scores(x_TD).median()))
     real_T = torch.arange(T) < 7
     with torch.no_grad():
         alone = soft(x_TD[:7])
@@ -62,7 +62,7 @@ def test_padding_is_left_out() -> None:
 
 def test_gradients_reach_router_and_correction_and_nothing_else() -> None:
     weights, router, x_TD = random_layer()
-    soft = SoftMoEFFN(weights, router, float(router.scores(x_TD).median()))
+    soft = StraightThroughMoEFFN(weights, router, float(router.scores(x_TD).median()))
     (soft(x_TD).square().sum() + soft.active).backward()
     assert all(t.grad is not None and t.grad.abs().sum() > 0 for t in soft.parameters.values())
     assert weights.ffn.w_up_FD.grad is None

@@ -20,7 +20,7 @@ from moefication_cli.runtime import backends, reference
 from moefication_cli.runtime import torch_backends as portable
 from moefication_cli.runtime.backends import ALL_ON_TOKENS, BACKENDS, available, choose
 from moefication_cli.runtime.layer import MoEFFN
-from moefication_cli.runtime.pruned import AlwaysFFN
+from moefication_cli.runtime.pruned import PrunedFFN
 from moefication_cli.runtime.reference import masked
 
 SPARSE = ["torch", "grouped", "numba"]
@@ -441,13 +441,13 @@ class TestLayer:
 
 
 class TestAlways:
-    """AlwaysFFN: the shared neurons and the compensation, whatever the path."""
+    """PrunedFFN: the shared neurons and the compensation, whatever the path."""
 
     @pytest.mark.parametrize("backend", ["auto", "torch"])
     @pytest.mark.parametrize("shared", [0, 24])
     def test_is_the_reference_with_no_expert_on(self, backend: str, shared: int) -> None:
         w = make(S=shared, gated=shared > 0, act="silu", fix=True)
-        layer = AlwaysFFN(w, backend)
+        layer = PrunedFFN(w, backend)
         assert layer.active_fraction == shared / w.ffn.num_neurons
         for T in (1, 5, 150):
             x = tokens(T, w)
@@ -459,7 +459,7 @@ class TestAlways:
 
     def test_padding_gradients_and_new_weights(self) -> None:
         w, x = make(S=24, fix=True), tokens(6, make())
-        layer, others = AlwaysFFN(w), make(S=24, fix=True, seed=4)
+        layer, others = PrunedFFN(w), make(S=24, fix=True, seed=4)
         with torch.inference_mode():
             before = layer(x, torch.arange(6) != 2)
             assert before[2].abs().max() == 0 and error(before[3:], layer(x)[3:]) < 2e-6
@@ -469,10 +469,10 @@ class TestAlways:
         layer(x).sum().backward()
         assert layer.last_backend == "torch" and x.grad is not None
         with pytest.raises(ConfigError, match="gradients"):
-            AlwaysFFN(w, "numba")(x)
+            PrunedFFN(w, "numba")(x)
         with pytest.raises(UnavailableError, match="float64"):
-            AlwaysFFN(make(S=24, dtype=torch.float64), "numba")
-        wide = AlwaysFFN(make(S=24, dtype=torch.float64))
+            PrunedFFN(make(S=24, dtype=torch.float64), "numba")
+        wide = PrunedFFN(make(S=24, dtype=torch.float64))
         assert wide(x.detach().double()).dtype == torch.float64 and wide.last_backend == "torch"
 
 

@@ -35,7 +35,7 @@ from moefication_cli.store.artifact import StagePaths
 from moefication_cli.store.layerfile import expect, open_layer, read_layer, read_metadata, write_layer
 from moefication_cli.store.manifest import Manifest
 from moefication_cli.store.rundir import RunDir
-from moefication_cli.store.writer import Work
+from moefication_cli.store.writer import StageWriter
 
 LAYERS = ["encoder.layer.0", "encoder.layer.1", "encoder.layer.2", "encoder.layer.3"]
 FORK = multiprocessing.get_context("fork")
@@ -58,7 +58,7 @@ def tensors_of(index: int, experts: int) -> dict[str, torch.Tensor]:
     return {"expert_F": torch.arange(64, dtype=torch.int32) % experts + index}
 
 
-def begin(run: RunDir, experts: int = 4, **options: Any) -> contextlib.AbstractContextManager[Work]:
+def begin(run: RunDir, experts: int = 4, **options: Any) -> contextlib.AbstractContextManager[StageWriter]:
     options = {"inputs": {"base_model": "f" * 64}, "layers": LAYERS, **options}
     config = {"num_experts": experts, "batch_size": options.pop("batch_size", 8)}
     return run.begin("split", config=config, compared={"num_experts"}, **options)
@@ -948,11 +948,11 @@ def test_folder_stage_is_locked_while_it_is_made(run: RunDir) -> None:
 
 def test_hold_excludes_others_and_keeps_the_commit_waiting(run: RunDir) -> None:
     other = RunDir(run.root, lock_timeout=0.1)
-    with begin(run) as work, work.hold("shard_0"):
+    with begin(run) as work, work.lock("shard_0"):
         with begin(other) as second:
-            with pytest.raises(LockedError, match="shard_0"), second.hold("shard_0"):
+            with pytest.raises(LockedError, match="shard_0"), second.lock("shard_0"):
                 pass
-            with second.hold("shard_1"):
+            with second.lock("shard_1"):
                 pass
         assert split(other) is None, "somebody still works on it"
     assert split(other)

@@ -17,7 +17,7 @@ from moefication_cli.models.surgery import live_weights
 from moefication_cli.routing.router import Router, Rule
 from moefication_cli.runtime.backends import BACKENDS
 from moefication_cli.runtime.layer import MoEFFN
-from moefication_cli.runtime.pruned import AlwaysFFN
+from moefication_cli.runtime.pruned import PrunedFFN
 from moefication_cli.split.partition import random_partition, with_shared
 
 
@@ -75,13 +75,13 @@ def test_always_on_equals_the_reference(gated: bool, extra: str) -> None:
         generator = torch.Generator().manual_seed(3)
         low = {name: torch.randn(3, 16, generator=generator) for name in ("w_in_RD", "w_out_RD")}
         parts = Compensation(torch.full((16,), 0.5), **low)
-    always = AlwaysFFN(ExpertWeights(weights.ffn, num_experts=4, num_shared=12, compensation=parts))
+    always = PrunedFFN(ExpertWeights(weights.ffn, num_experts=4, num_shared=12, compensation=parts))
     keep_TE = (torch.arange(6) < 2).expand(5, 6)
     expected = masked(x_TD, keep_TE, dataclasses.replace(weights, compensation=parts))
     assert torch.allclose(always(x_TD), expected, atol=1e-5)
     assert torch.allclose(always(x_TD.view(1, 5, 16)), expected.view(1, 5, 16), atol=1e-5)
     assert always.active_fraction == 12 / 28
-    fewer = AlwaysFFN(ExpertWeights(weights.ffn, num_experts=5, num_shared=8, compensation=parts))
+    fewer = PrunedFFN(ExpertWeights(weights.ffn, num_experts=5, num_shared=8, compensation=parts))
     assert not torch.allclose(fewer(x_TD), expected, atol=1e-2)  # negative control
 
 
@@ -141,7 +141,7 @@ def test_flops_fraction_is_what_torch_multiplies(name: str, rule: Rule, rank: in
 
     moe = MoEFFN(ExpertWeights(ffn, 10, 8, extra), router, rule, backend="torch")
     moe.count_selections()
-    always = AlwaysFFN(ExpertWeights(ffn, 8, 16, extra), "torch")
+    always = PrunedFFN(ExpertWeights(ffn, 8, 16, extra), "torch")
     statistics = {key: torch.rand(48, generator=generator) for key in ("variance_F", "contribution_F", "mean_F")}
     layers = [moe, always, prune(dense, statistics, 0.25, x_TD)[0], DenseFFN(dense)]
     plans = [

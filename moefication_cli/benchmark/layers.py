@@ -25,7 +25,7 @@ from moefication_cli.models.surgery import FFNLayer, install, live_weights, pack
 from moefication_cli.routing.cost import overhead_flops
 from moefication_cli.routing.router import Router, Rule
 from moefication_cli.runtime.layer import MoEFFN
-from moefication_cli.runtime.pruned import AlwaysFFN
+from moefication_cli.runtime.pruned import PrunedFFN
 from moefication_cli.split.partition import check_divides
 
 _WIDTH_SHARE = 8  # hidden width of random routers is d_model / 8, at least 16, as train-router makes them
@@ -34,7 +34,7 @@ SAMPLE = 256  # tokens on which biases and random routers are set and firing neu
 
 
 @dataclass(frozen=True)
-class Recipe:
+class LayerSetup:
     """How one FFN becomes experts."""
 
     num_experts: int
@@ -56,14 +56,14 @@ class Recipe:
         return self.rule if fraction is None else Rule(top_k=max(1, round(fraction * self.num_experts)))
 
 
-def recipe_of(layer: MoEFFN) -> Recipe:
-    """The recipe of a layer that is loaded."""
+def setup_of(layer: MoEFFN) -> LayerSetup:
+    """The setup of a layer that is loaded."""
     assert layer.router is not None and layer.rule is not None
     weights = layer.weights
-    return Recipe(weights.num_experts, weights.num_shared, layer.router, layer.rule, weights.compensation)
+    return LayerSetup(weights.num_experts, weights.num_shared, layer.router, layer.rule, weights.compensation)
 
 
-def random_recipe(site: FFNSite, config: BenchConfig, expert_size: int, x_TD: Tensor, seed: int) -> Recipe:
+def random_setup(site: FFNSite, config: BenchConfig, expert_size: int, x_TD: Tensor, seed: int) -> LayerSetup:
     """A random router for one FFN. Raises ConfigError where the experts do not divide the neurons."""
     size = config.expert_size or expert_size
     num_experts = config.num_experts or max(1, site.num_neurons // size)
@@ -72,7 +72,7 @@ def random_recipe(site: FFNSite, config: BenchConfig, expert_size: int, x_TD: Te
     check_divides(site.num_neurons, num_experts)
     width = max(16, site.d_model // _WIDTH_SHARE) if config.router_width is None else config.router_width
     router = _random_router(site.d_model, num_experts, width, x_TD.float().cpu(), seed)
-    return Recipe(num_experts, 0, router.to(x_TD.device).to(x_TD.dtype), Rule(top_k=1))
+    return LayerSetup(num_experts, 0, router.to(x_TD.device).to(x_TD.dtype), Rule(top_k=1))
 
 
 def _nearest_divisor(num_neurons: int, wanted: int) -> int:
@@ -119,7 +119,7 @@ class Layers:
     dense: list[FFN]
     moe: list[FFN]
     experts: list[MoEFFN]
-    recipes: list[Recipe]
+    setups: list[LayerSetup]
     inputs_TD: list[Tensor]
     site: FFNSite
 
@@ -127,7 +127,7 @@ class Layers:
 def rotation(
     model: nn.Module,
     sites: Sequence[FFNSite],
-    recipes: Sequence[Recipe],
+    setups: Sequence[LayerSetup],
     inputs_TD: Sequence[Tensor],
     backend: str,
     cold_bytes: int,
@@ -148,8 +148,8 @@ def rotation(
         moe = share(dense)
         found.dense.append(dense)
         found.moe.append(moe)
-        found.experts.append(recipes[index].install(moe, _alone(sites[index]), backend))
-        found.recipes.append(recipes[index])
+        found.experts.append(setups[index].install(moe, _alone(sites[index]), backend))
+        found.setups.append(setups[index])
         found.inputs_TD.append(inputs_TD[index])
     return found
 
@@ -255,7 +255,7 @@ def cost_of(layer: MoEFFN, selected: Tensor) -> FFNCost:
     )
 
 
-def fixed_cost(site: FFNSite, layer: AlwaysFFN | None, tokens: int, item_bytes: int) -> FFNCost:
+def fixed_cost(site: FFNSite, layer: PrunedFFN | None, tokens: int, item_bytes: int) -> FFNCost:
     """An FFN that chooses nothing: left dense (None), or only its shared neurons, always."""
     dense = FFNCost(tokens, site.d_model, site.num_neurons, 3 if site.gated else 2, item_bytes)
     if layer is None:
@@ -265,12 +265,12 @@ def fixed_cost(site: FFNSite, layer: AlwaysFFN | None, tokens: int, item_bytes: 
     return replace(dense, experts_per_token=0.0, experts_touched=0.0, overhead_bytes=extra * item_bytes, **kept)
 
 
-def to_moe(model: nn.Module, sites: Sequence[FFNSite], recipes: Sequence[Recipe], backend: str) -> Any:
+def to_moe(model: nn.Module, sites: Sequence[FFNSite], setups: Sequence[LayerSetup], backend: str) -> Any:
     """A twin of the model whose FFNs are experts."""
     twin = share(model)
     mask = TokenMask(twin)
-    for site, recipe in zip(sites, recipes, strict=True):
-        recipe.install(twin, site, backend, mask)
+    for site, setup in zip(sites, setups, strict=True):
+        setup.install(twin, site, backend, mask)
     return twin
 
 

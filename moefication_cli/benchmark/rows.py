@@ -23,54 +23,52 @@ from moefication_cli.benchmark.layers import (
     rotation,
 )
 from moefication_cli.benchmark.shapes import without_ffns
-from moefication_cli.benchmark.subjects import Setting, Subject, cold_bytes
+from moefication_cli.benchmark.subjects import BenchCase, Setting, cold_bytes
 from moefication_cli.benchmark.timing import Call, Paired, alternate
 from moefication_cli.models.sites import find_sites
 from moefication_cli.runtime.layer import MoEFFN
-from moefication_cli.runtime.pruned import AlwaysFFN
+from moefication_cli.runtime.pruned import PrunedFFN
 
 
-def _fractions(state: Setting, subject: Subject) -> list[float | None]:
+def _fractions(state: Setting, case: BenchCase) -> list[float | None]:
     if state.fractions is not None:
         return [*state.fractions]
-    return [None] if subject.moe is not None and subject.fraction is not None else [0.2]
+    return [None] if case.moe is not None and case.fraction is not None else [0.2]
 
 
-def rows_of(state: Setting, subject: Subject) -> Iterator[dict[str, Any]]:
-    """Every row of one subject, as JSON has it; memory goes to `state.memory` after the last."""
-    if "ffn" in subject.modes:
-        yield from _ffn_rows(state, subject)
-    whole = [mode for mode in subject.modes if mode != "ffn"]
+def rows_of(state: Setting, case: BenchCase) -> Iterator[dict[str, Any]]:
+    """Every row of one case, as JSON has it; memory goes to `state.memory` after the last."""
+    if "ffn" in case.modes:
+        yield from _ffn_rows(state, case)
+    whole = [mode for mode in case.modes if mode != "ffn"]
     if not whole:
         return
-    firing = firing_share(subject.dense, subject.sites, subject.inputs_TD)
-    other = without_ffns(subject.dense, find_sites(subject.dense, state.config.ffn))
-    for fraction in _fractions(state, subject):
-        for site, recipe in zip(subject.sites, subject.recipes, strict=True):
-            subject.experts[site.name].rule = recipe.rule_at(fraction)
+    firing = firing_share(case.dense, case.sites, case.inputs_TD)
+    other = without_ffns(case.dense, find_sites(case.dense, state.config.ffn))
+    for fraction in _fractions(state, case):
+        for site, setup in zip(case.sites, case.setups, strict=True):
+            case.experts[site.name].rule = setup.rule_at(fraction)
         for mode in whole:
             for batch in state.batches:
                 for seq in state.seqs if mode == "prefill" else [state.config.prompt_tokens]:
                     with torch.inference_mode():
-                        row = _whole_row(state, subject, other, mode, batch, seq)
-                    shown = subject.fraction if fraction is None else fraction
-                    yield _complete(state, subject, row | {"fraction": shown, "firing": firing})
-    _remember(state, "model", held_bytes(subject.dense), held_bytes(subject.moe, subject.installed.values()))
+                        row = _whole_row(state, case, other, mode, batch, seq)
+                    shown = case.fraction if fraction is None else fraction
+                    yield _complete(state, case, row | {"fraction": shown, "firing": firing})
+    _remember(state, "model", held_bytes(case.dense), held_bytes(case.moe, case.installed.values()))
 
 
-def _ffn_rows(state: Setting, subject: Subject) -> Iterator[dict[str, Any]]:
-    layers = rotation(
-        subject.dense, subject.sites, subject.recipes, subject.inputs_TD, state.config.backend, cold_bytes(state)
-    )
-    firing = firing_share(subject.dense, subject.sites, subject.inputs_TD)
-    for fraction in _fractions(state, subject):
-        for layer, recipe in zip(layers.experts, layers.recipes, strict=True):
-            layer.rule = recipe.rule_at(fraction)
+def _ffn_rows(state: Setting, case: BenchCase) -> Iterator[dict[str, Any]]:
+    layers = rotation(case.dense, case.sites, case.setups, case.inputs_TD, state.config.backend, cold_bytes(state))
+    firing = firing_share(case.dense, case.sites, case.inputs_TD)
+    for fraction in _fractions(state, case):
+        for layer, setup in zip(layers.experts, layers.setups, strict=True):
+            layer.rule = setup.rule_at(fraction)
         for tokens in state.tokens:
             with torch.inference_mode():
                 row = _ffn_row(state, layers, tokens)
-            shown = subject.fraction if fraction is None else fraction
-            yield _complete(state, subject, row | {"fraction": shown, "firing": firing})
+            shown = case.fraction if fraction is None else fraction
+            yield _complete(state, case, row | {"fraction": shown, "firing": firing})
     sizes = [
         held_bytes(nn.ModuleList(modules), held) for modules, held in ((layers.dense, ()), (layers.moe, layers.experts))
     ]
@@ -96,44 +94,44 @@ def _ffn_row(state: Setting, layers: Layers, tokens: int) -> dict[str, Any]:
     return row | _measured(costs, [], names) | Paired(dense, moe).summary() | {"bound": ffn_bound(costs, state.rates)}
 
 
-def _whole_row(state: Setting, subject: Subject, other: Any, mode: str, batch: int, seq: int) -> dict[str, Any]:
+def _whole_row(state: Setting, case: BenchCase, other: Any, mode: str, batch: int, seq: int) -> dict[str, Any]:
     assert state.rates is not None
     longest = seq + (0 if mode == "prefill" else state.config.new_tokens)
-    random_ids(subject.dense.config, 1, longest, 0, state.device)  # too long is said before anything is timed
-    ids_BS = random_ids(subject.dense.config, batch, seq, state.control.seed, state.device)
+    random_ids(case.dense.config, 1, longest, 0, state.device)  # too long is said before anything is timed
+    ids_BS = random_ids(case.dense.config, batch, seq, state.control.seed, state.device)
 
     def call(model: Any) -> Call:
         return (
             prefill_call(model, ids_BS) if mode == "prefill" else Decoder(model, ids_BS, state.config.new_tokens).call()
         )
 
-    recorder, watched = Recorder(), call(subject.moe)
+    recorder, watched = Recorder(), call(case.moe)
     watched.prepare()
-    with recorder.watch(subject.experts):
+    with recorder.watch(case.experts):
         watched.run()
-    taken = _alternate(state, [call(subject.dense), call(subject.moe), call(other)], warmup=2)
+    taken = _alternate(state, [call(case.dense), call(case.moe), call(other)], warmup=2)
     paired = Paired(taken[0], taken[1]).summary()
     other_seconds = sorted(taken[2])[len(taken[2]) // 2]
     tokens = batch * seq if mode == "prefill" else batch
     costs = list(recorder.costs.values())
-    fixed, names = _fixed(state, subject, mode, tokens)
-    names |= {subject.experts[name].last_backend for name in recorder.costs}
+    fixed, names = _fixed(state, case, mode, tokens)
+    names |= {case.experts[name].last_backend for name in recorder.costs}
     of_ffns = ffn_bound([*costs, *fixed], state.rates)
     row = {"mode": mode, "tokens": tokens, "batch": batch, "seq": seq, "layers": len(costs) + len(fixed)}
     row |= {"other_seconds": other_seconds, "bound": whole_bound(paired["dense_seconds"], other_seconds, of_ffns)}
     return row | _measured(costs, fixed, names) | paired
 
 
-def _fixed(state: Setting, subject: Subject, mode: str, tokens: int) -> tuple[list[FFNCost], set[str]]:
+def _fixed(state: Setting, case: BenchCase, mode: str, tokens: int) -> tuple[list[FFNCost], set[str]]:
     """FFNs of the timed stack without a router, left dense or pruned to their shared neurons, and the paths they took."""
-    encoder_decoder = bool(getattr(subject.dense.config, "is_encoder_decoder", False))
+    encoder_decoder = bool(getattr(case.dense.config, "is_encoder_decoder", False))
     stack = "decoder" if encoder_decoder and mode == "decode" else "encoder"
     costs, names = [], set()
-    for site in find_sites(subject.dense, state.config.ffn):
-        layer = subject.installed.get(site.name)
+    for site in find_sites(case.dense, state.config.ffn):
+        layer = case.installed.get(site.name)
         if site.stack == stack and not isinstance(layer, MoEFFN):
-            always = layer if isinstance(layer, AlwaysFFN) else None
-            costs.append(fixed_cost(site, always, tokens, subject.dense.dtype.itemsize))
+            always = layer if isinstance(layer, PrunedFFN) else None
+            costs.append(fixed_cost(site, always, tokens, case.dense.dtype.itemsize))
             names.add("dense" if always is None else always.last_backend)
     return costs, names
 
@@ -164,10 +162,10 @@ def _measured(routed: Sequence[FFNCost], fixed: Sequence[FFNCost], backends: set
     }
 
 
-def _complete(state: Setting, subject: Subject, row: dict[str, Any]) -> dict[str, Any]:
-    """What all rows of a subject share."""
-    row["dtype"] = str(subject.dense.dtype).removeprefix("torch.")
-    row["activation"] = subject.sites[0].activation
+def _complete(state: Setting, case: BenchCase, row: dict[str, Any]) -> dict[str, Any]:
+    """What all rows of a case share."""
+    row["dtype"] = str(case.dense.dtype).removeprefix("torch.")
+    row["activation"] = case.sites[0].activation
     row["device"], row["threads"], row["clock"] = str(state.device), torch.get_num_threads(), state.config.clock
     row["of_bound"] = row["speedup"] / row["bound"]
     return row

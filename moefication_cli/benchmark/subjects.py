@@ -15,11 +15,11 @@ from moefication_cli.benchmark.bounds import Rates
 from moefication_cli.benchmark.calls import random_ids, whole_forward
 from moefication_cli.benchmark.layers import (
     SAMPLE,
-    Recipe,
+    LayerSetup,
     is_relu,
-    random_recipe,
-    recipe_of,
+    random_setup,
     sample_inputs,
+    setup_of,
     to_moe,
 )
 from moefication_cli.benchmark.shapes import find_shape, set_firing, shape_model
@@ -41,13 +41,13 @@ _PROMPT = (8, 32)  # sequences and tokens that FFN inputs are sampled from
 
 
 @dataclass
-class Subject:
+class BenchCase:
     """What is measured: a dense model, its MoE twin where whole models are timed, and what both are made of."""
 
     modes: list[str]
     dense: Any
     sites: list[FFNSite]
-    recipes: list[Recipe]
+    setups: list[LayerSetup]
     inputs_TD: list[Tensor]
     moe: Any = None
     fraction: float | None = None  # what RUN/model was written with
@@ -88,10 +88,10 @@ def _check_modes(asked: list[str] | None, possible: Sequence[str], name: str) ->
     return list(possible) if asked is None else asked
 
 
-def subjects(state: Setting, target: str | None) -> Iterator[Subject]:
+def cases(state: Setting, target: str | None) -> Iterator[BenchCase]:
     """The models, one at a time in memory."""
     if target is None:
-        yield from _shape_subjects(state)
+        yield from _shape_cases(state)
         return
     folder = Path(target)
     for converted in (folder / "model", folder):
@@ -103,7 +103,7 @@ def subjects(state: Setting, target: str | None) -> Iterator[Subject]:
     yield _plain(state, target)
 
 
-def _shape_subjects(state: Setting) -> Iterator[Subject]:
+def _shape_cases(state: Setting) -> Iterator[BenchCase]:
     config, name = state.config, str(state.config.shape)
     shape = find_shape(name)
     modes = _check_modes(state.modes, shape.modes, name)
@@ -121,8 +121,8 @@ def _shape_subjects(state: Setting) -> Iterator[Subject]:
             if firing is not None:
                 set_firing(model.get_submodule(site.up), x_TD, firing)
         sites = [site for site in find_sites(model) if site.stack == "encoder"]
-        recipes = _random_recipes(state, sites, inputs_TD, shape.expert_size)
-        yield Subject(["ffn"], model, sites, recipes, inputs_TD)
+        setups = _random_setups(state, sites, inputs_TD, shape.expert_size)
+        yield BenchCase(["ffn"], model, sites, setups, inputs_TD)
         del model
     whole = [mode for mode in modes if mode != "ffn"]
     if whole:
@@ -130,7 +130,7 @@ def _shape_subjects(state: Setting) -> Iterator[Subject]:
         yield _twins(state, whole, shape_model(name, **options), shape.expert_size, random=True)
 
 
-def _plain(state: Setting, target: str) -> Subject:
+def _plain(state: Setting, target: str) -> BenchCase:
     config = state.config
     loaded = load_model(
         target,
@@ -153,18 +153,18 @@ def _possible(model: Any) -> list[str]:
     return [*MODES[:2], *(["decode"] if model.can_generate() else [])]
 
 
-def _twins(state: Setting, modes: list[str], model: Any, expert_size: int, *, random: bool) -> Subject:
+def _twins(state: Setting, modes: list[str], model: Any, expert_size: int, *, random: bool) -> BenchCase:
     model.requires_grad_(False)
     sites = find_sites(model, state.config.ffn)
     firing = _firing(state, sites) if random else None
     inputs_TD = sample_inputs(model, sites, _sampling(state, model), firing)
     sites = find_sites(model, state.config.ffn)
-    recipes = _random_recipes(state, sites, inputs_TD, expert_size)
-    moe = to_moe(model, sites, recipes, state.config.backend) if set(modes) - {"ffn"} else None
-    return Subject(modes, model, sites, recipes, inputs_TD, moe)
+    setups = _random_setups(state, sites, inputs_TD, expert_size)
+    moe = to_moe(model, sites, setups, state.config.backend) if set(modes) - {"ffn"} else None
+    return BenchCase(modes, model, sites, setups, inputs_TD, moe)
 
 
-def _converted(state: Setting, folder: Path) -> Subject:
+def _converted(state: Setting, folder: Path) -> BenchCase:
     config = state.config
     options: dict[str, Any] = {"device": state.device, "dtype": config.dtype, "task": config.task}
     options["trust_remote_code"] = config.trust_remote_code
@@ -178,8 +178,8 @@ def _converted(state: Setting, folder: Path) -> Subject:
         raise ConfigError(f"{folder}: no layer has a router", "convert some: moefication apply RUN --force")
     routed = [site for site in sites if site.name in experts]
     inputs_TD = sample_inputs(dense, routed, _sampling(state, dense), None)
-    recipes = [recipe_of(experts[site.name]) for site in routed]
-    return Subject(modes, dense, routed, recipes, inputs_TD, moe, settings.get("fraction"))
+    setups = [setup_of(experts[site.name]) for site in routed]
+    return BenchCase(modes, dense, routed, setups, inputs_TD, moe, settings.get("fraction"))
 
 
 def _sampling(state: Setting, model: Any) -> Any:
@@ -193,12 +193,12 @@ def _firing(state: Setting, sites: Sequence[FFNSite]) -> float | None:
     return state.config.firing if is_relu(sites[0].activation) and not sites[0].gated else None
 
 
-def _random_recipes(
+def _random_setups(
     state: Setting, sites: Sequence[FFNSite], inputs_TD: Sequence[Tensor], expert_size: int
-) -> list[Recipe]:
+) -> list[LayerSetup]:
     seed = state.control.seed
     return [
-        random_recipe(site, state.config, expert_size, x_TD, seed + site.index)
+        random_setup(site, state.config, expert_size, x_TD, seed + site.index)
         for site, x_TD in zip(sites, inputs_TD, strict=True)
     ]
 

@@ -16,7 +16,7 @@ from moefication_cli.routing.router import Router, Rule
 from moefication_cli.runs.control import parse_layers
 from moefication_cli.runs.inputs import RunModel, expert_weights, layer_seed, read_partition, read_tokens
 from moefication_cli.split.partition import Partition
-from moefication_cli.store.artifact import Stage
+from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.rundir import RunDir
 
 SAFETY = 0.97  # of the budget: thresholds are calibrated on other tokens than those they meet
@@ -109,7 +109,7 @@ def choose_router(run: RunDir, name: str | None) -> str:
 
 
 def routed_layers(
-    model: RunModel, split: Stage, router: Stage, tokens: Sequence[int] | None = None
+    model: RunModel, split: Artifact, router: Artifact, tokens: Sequence[int] | None = None
 ) -> list[RoutedLayer]:
     """Every layer with its split, routers and curve; `tokens` are the calibration tokens each layer saw."""
     layers = []
@@ -121,7 +121,7 @@ def routed_layers(
     return layers
 
 
-def read_routers(router: Stage, index: int) -> tuple[list[Router], str, Curve | None]:
+def read_routers(router: Artifact, index: int) -> tuple[list[Router], str, Curve | None]:
     """(routers, the one to use without a curve last, the score they predict, calibration curve) of one layer."""
     tensors, settings = router.read_layer(index)
     routers = []
@@ -132,13 +132,13 @@ def read_routers(router: Stage, index: int) -> tuple[list[Router], str, Curve | 
     return routers, settings["score"], Curve(**curve) if curve else None
 
 
-def check_budget(layers: Sequence[RoutedLayer], activations: Stage | None, budget: Budget) -> None:
+def check_budget(layers: Sequence[RoutedLayer], activations: Artifact | None, budget: Budget) -> None:
     """Raise ConfigError unless `plan_layers` can meet this budget; nothing is fitted or read for it."""
     _choose(layers, activations, budget)
 
 
 def plan_layers(
-    model: RunModel, activations: Stage | None, layers: Sequence[RoutedLayer], budget: Budget, seed: int
+    model: RunModel, activations: Artifact | None, layers: Sequence[RoutedLayer], budget: Budget, seed: int
 ) -> list[LayerPlan]:
     """Every layer at one budget. Raises ConfigError when the budget cannot be met or k exceeds E.
 
@@ -165,7 +165,7 @@ def plan_layers(
     return plans
 
 
-def _choose(layers: Sequence[RoutedLayer], activations: Stage | None, budget: Budget) -> Sequence[LayerPlan | int]:
+def _choose(layers: Sequence[RoutedLayer], activations: Artifact | None, budget: Budget) -> Sequence[LayerPlan | int]:
     """Finished plans of a fixed fraction, or one row of each layer's curve."""
     dense = set(parse_layers(budget.keep_dense, len(layers)) or [])
     calibrated = all(layer.curve is not None for layer in layers) and activations is not None
@@ -221,7 +221,7 @@ def _share_budget(layers: Sequence[RoutedLayer], budget: Budget, dense: set[int]
     return allocate(costs, errors, [part / sum(work) for part in work], target)
 
 
-def _relative(model: RunModel, activations: Stage, layer: RoutedLayer, budget: Budget, seed: int) -> LayerPlan:
+def _relative(model: RunModel, activations: Artifact, layer: RoutedLayer, budget: Budget, seed: int) -> LayerPlan:
     """A rule that compares a token's scores with each other, set to the budget's mean number of experts."""
     router, cost = layer.routers[-1], layer.cost()
     target = cost.experts_within(budget.fraction * SAFETY, budget.fraction_of)
@@ -247,7 +247,7 @@ def _relative(model: RunModel, activations: Stage, layer: RoutedLayer, budget: B
 
 
 def _calibrated(
-    model: RunModel, activations: Stage, layer: RoutedLayer, row: int, budget: Budget, seed: int
+    model: RunModel, activations: Artifact, layer: RoutedLayer, row: int, budget: Budget, seed: int
 ) -> LayerPlan:
     """The layer as one row of its curve says, its compensation fitted on calibration tokens."""
     curve = layer.curve

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moefication_cli.conversion.plan import Budget, LayerPlan
-from moefication_cli.conversion.straight_through import SoftMoEFFN
+from moefication_cli.conversion.straight_through import StraightThroughMoEFFN
 from moefication_cli.ffn import ExpertWeights
 from moefication_cli.models.loading import LoadedModel
 from moefication_cli.models.masking import TokenMask
@@ -46,7 +46,7 @@ class Conversion:
 
     def __init__(self, loaded: LoadedModel, plans: Sequence[LayerPlan], budget: Budget, mask: TokenMask) -> None:
         self.loaded, self.plans, self.budget, self.mask = loaded, list(plans), budget, mask
-        self.layers: dict[int, SoftMoEFFN] = {}
+        self.layers: dict[int, StraightThroughMoEFFN] = {}
         self.overheads: dict[int, float] = {}
         self.tokens: dict[str, int] = {}
         loaded.model.requires_grad_(False)
@@ -59,7 +59,7 @@ class Conversion:
             weights = ExpertWeights(
                 live_weights(loaded.model, site), plan.num_experts, plan.num_shared, plan.compensation
             )
-            self.layers[number] = SoftMoEFFN(weights, plan.router, plan.rule.threshold or 0.0)
+            self.layers[number] = StraightThroughMoEFFN(weights, plan.router, plan.rule.threshold or 0.0)
         self.install()
 
     def install(self) -> None:
@@ -85,7 +85,7 @@ class Conversion:
         found_PC = self.logits(batch).log_softmax(-1)
         return torch.nn.functional.kl_div(found_PC, dense_PC, log_target=True, reduction="sum") / len(found_PC)
 
-    def work(self) -> list[float]:
+    def dense_macs(self) -> list[float]:
         """Each dense FFN's multiply-adds in the latest call, up to a common factor."""
         return [self.tokens[p.layer.site.stack] * float(p.layer.site.num_parameters) for p in self.plans]
 
@@ -98,7 +98,7 @@ class Conversion:
 
     def spent(self) -> Tensor:
         """The same over all FFNs."""
-        work = self.work()
+        work = self.dense_macs()
         return torch.stack([w * share for w, share in zip(work, self.shares(), strict=True)]).sum() / sum(work)
 
     def finished(self, shares: Sequence[float]) -> list[LayerPlan]:
@@ -186,7 +186,7 @@ def _measure(conversion: Conversion, batches: Sequence[Batch]) -> _Spending:
     done, slopes, dense = [], [], []
     for batch in batches:
         conversion.logits(batch)
-        work = conversion.work()
+        work = conversion.dense_macs()
         dense.append(work)
         done.append([float(share) * w for share, w in zip(conversion.shares(), work, strict=True)])
         densities = [conversion.layers[n].density if n in conversion.layers else 0.0 for n in range(len(work))]

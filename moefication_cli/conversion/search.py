@@ -24,7 +24,7 @@ from moefication_cli.runs.data import calibration_data, load_whole, open_example
 from moefication_cli.runs.inputs import RunModel, begin_options
 from moefication_cli.stages.train_router import CALIBRATED
 from moefication_cli.store import jsonio
-from moefication_cli.store.artifact import Stage
+from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.rundir import RunDir
 from moefication_cli.tasks.examples import Batch, Examples
 
@@ -49,7 +49,7 @@ def make_plans(
     run: RunDir,
     model: RunModel,
     layers: Sequence[RoutedLayer],
-    inputs: Mapping[str, Stage | None],
+    inputs: Mapping[str, Artifact | None],
     config: ApplyConfig,
     control: Control,
 ) -> list[LayerPlan]:
@@ -65,7 +65,7 @@ def make_plans(
     config = replace(config, embed_code=False)  # what is written beside the plans does not change them
     with run.begin(name, **begin_options(config, control, model, inputs)) as work:
         if not work.up_to_date:
-            subject = Subject(run, model, layers, activations, config, control)
+            subject = WholeModel(run, model, layers, activations, config, control)
             plans, metrics = subject.refined(config)
             write_moe_settings(
                 work.folder, settings(plans, str(config.router), config, run.info.ffn), router_tensors(plans)
@@ -78,7 +78,7 @@ def fraction_for(
     run: RunDir,
     model: RunModel,
     layers: Sequence[RoutedLayer],
-    inputs: Mapping[str, Stage | None],
+    inputs: Mapping[str, Artifact | None],
     config: ApplyConfig,
     control: Control,
 ) -> float:
@@ -96,7 +96,7 @@ def fraction_for(
     with run.begin(name, **begin_options(asked, control, model, inputs)) as work:
         manifest = work.manifest
         if not work.up_to_date:
-            subject = Subject(run, model, layers, activations, config, control)
+            subject = WholeModel(run, model, layers, activations, config, control)
             trail = _bisect(lambda fraction: subject.kl(replace(config, fraction=fraction)), target, control)
             good = min(fraction for fraction, kl in trail if kl <= target)
             while config.refine and good < 1:
@@ -139,7 +139,7 @@ def _tidy(fraction: float) -> float:
 
 
 def _require_calibrated(
-    layers: Sequence[RoutedLayer], activations: Stage | None, config: ApplyConfig, option: str
+    layers: Sequence[RoutedLayer], activations: Artifact | None, config: ApplyConfig, option: str
 ) -> None:
     fixed = config.top_k is not None or config.rule == "top_k"
     if activations is None or fixed or any(layer.curve is None for layer in layers):
@@ -169,7 +169,7 @@ def default_steps(run: RunDir, model: RunModel, config: ApplyConfig, control: Co
     return max(_FEWEST, min(_MOST, round(_DEFAULT_FLOPS / step_flops)))
 
 
-class Subject:
+class WholeModel:
     """The whole model in memory, its neurons in the order of the split, with sequences to fit and to judge on."""
 
     def __init__(
@@ -177,7 +177,7 @@ class Subject:
         run: RunDir,
         model: RunModel,
         layers: Sequence[RoutedLayer],
-        activations: Stage,
+        activations: Artifact,
         config: ApplyConfig,
         control: Control,
     ) -> None:

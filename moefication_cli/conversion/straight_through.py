@@ -20,7 +20,7 @@ _TEMPERATURE = 0.3
 _NEAR = 0.25  # |z| of the scores that tell how fast the active share moves with the threshold
 
 
-class SoftMoEFFN:
+class StraightThroughMoEFFN:
     """Stands in for an FFN like `layer.MoEFFN`, with a threshold rule, or without a router (its shared neurons run).
 
     `as_dense` makes a call compute the whole FFN. `shift` raises the threshold, in units of `spread`, the standard

@@ -24,7 +24,7 @@ from moefication_cli.runtime.layer import MoEFFN
 from moefication_cli.split.partition import nearest_divisor
 from moefication_cli.stages.split_neurons import split_layer
 from moefication_cli.stages.train_router import train_layer, training_tokens
-from moefication_cli.store.artifact import Stage
+from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.rundir import RunDir
 
 PAPER_EXPERT_SIZE = 32
@@ -32,7 +32,7 @@ _SAMPLE_TOKENS = 2048
 _STATISTICS = ("variance_F", "contribution_F", "mean_F")
 
 
-def static_variant(run: RunDir, model: RunModel, activations: Stage, fraction: float, control: Control) -> Variant:
+def static_variant(run: RunDir, model: RunModel, activations: Artifact, fraction: float, control: Control) -> Variant:
     """Static pruning at this share of the neurons; per layer the best of four ways, see `variants.prune`."""
     layers: list[Any] = []
     for index in range(len(model.sites)):
@@ -62,7 +62,7 @@ def paper_variant(run: RunDir, model: RunModel, fraction: float, config: EvalCon
     return Variant("paper", "baseline", fraction, layers, meta=meta, plans=plans)
 
 
-def build_paper(run: RunDir, model: RunModel, control: Control) -> Stage:
+def build_paper(run: RunDir, model: RunModel, control: Control) -> Artifact:
     """RUN/baseline/paper: split and router of the published recipe for every layer."""
     activations = run.require("activations")
     router_config = RouterConfig(router="mlp")

@@ -24,7 +24,7 @@ from moefication_cli.routing.cost import overhead_flops
 from moefication_cli.routing.scores import expert_scores
 from moefication_cli.runs.inputs import layer_seed
 from moefication_cli.runtime.layer import MoEFFN
-from moefication_cli.runtime.pruned import AlwaysFFN
+from moefication_cli.runtime.pruned import PrunedFFN
 from moefication_cli.tasks.examples import Scores
 
 
@@ -48,7 +48,7 @@ class Variant:
         return "+".join(names) or "torch"
 
 
-class PrunedFFN:
+class StaticFFN:
     """A dense FFN of the kept neurons; `bias_D` stands in for the mean output of the dropped ones."""
 
     def __init__(self, kept: FFNWeights, bias_D: Tensor | None, active_fraction: float) -> None:
@@ -128,7 +128,7 @@ def random_selection(top_k: int, seed: int) -> Any:
 
 def prune(
     dense: FFNWeights, statistics: dict[str, Tensor], fraction: float, sample_TD: Tensor
-) -> tuple[PrunedFFN, dict[str, Any]]:
+) -> tuple[StaticFFN, dict[str, Any]]:
     """The strongest static pruning we know at this fraction, judged by output error on a calibration sample.
 
     Tries importance by variance x norm^2 (FLAP) and by mean contribution, each with and without the dropped neurons'
@@ -142,7 +142,7 @@ def prune(
     }
     h_TF = dense.hidden(sample_TD)
     full_TD = h_TF @ dense.w_down_FD
-    best: tuple[float, PrunedFFN, dict[str, Any]] | None = None
+    best: tuple[float, StaticFFN, dict[str, Any]] | None = None
     for name, score_F in scores.items():
         kept_F = score_F.topk(num_kept).indices.sort().values
         dropped_F = torch.ones_like(score_F).index_fill_(0, kept_F, 0)
@@ -154,7 +154,7 @@ def prune(
                 bias_D = None
                 if compensated:
                     bias_D = mean_D if dense.b_down_D is None else mean_D + dense.b_down_D
-                layer = PrunedFFN(dense.permute(kept_F), bias_D, num_kept / dense.num_neurons)
+                layer = StaticFFN(dense.permute(kept_F), bias_D, num_kept / dense.num_neurons)
                 best = (error, layer, {"importance": name, "compensated": compensated})
     assert best is not None
     return best[1], best[2]
@@ -172,7 +172,7 @@ def routed_variant(
             continue
         weights = ExpertWeights(dense, plan.num_experts, plan.num_shared, plan.compensation)
         if plan.router is None:
-            layers.append(AlwaysFFN(weights, backend))
+            layers.append(PrunedFFN(weights, backend))
         else:
             # Quality is measured: a call that goes dense would compute more than the router selected.
             layers.append(MoEFFN(weights, plan.router, plan.rule, backend=backend, may_go_dense=False))

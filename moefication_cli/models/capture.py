@@ -40,10 +40,10 @@ def capture(
     mask = token_mask or TokenMask(model)
     handles: list[RemovableHandle] = []
     for site in sites:
-        ear = _Ear(model, site, mask, on_input, on_hidden, verify and not model.training)
-        handles.append(model.get_submodule(site.up).register_forward_pre_hook(ear.input))
-        if on_hidden is not None or ear.verify:
-            handles.append(model.get_submodule(site.down).register_forward_pre_hook(ear.hidden))
+        listener = _Listener(model, site, mask, on_input, on_hidden, verify and not model.training)
+        handles.append(model.get_submodule(site.up).register_forward_pre_hook(listener.input))
+        if on_hidden is not None or listener.verify:
+            handles.append(model.get_submodule(site.down).register_forward_pre_hook(listener.hidden))
     try:
         yield mask
     finally:
@@ -53,7 +53,7 @@ def capture(
             mask.remove()
 
 
-class _Ear:
+class _Listener:
     """The two hooks on one FFN."""
 
     def __init__(

@@ -26,7 +26,7 @@ from moefication_cli.models.sites import FFNSite, find_sites, refuse_quantised
 from moefication_cli.models.surgery import FFNLayer, install, live_weights, pack
 from moefication_cli.routing.router import Rule
 from moefication_cli.runtime.layer import MoEFFN
-from moefication_cli.runtime.pruned import AlwaysFFN
+from moefication_cli.runtime.pruned import PrunedFFN
 
 log = logging.getLogger(__name__)
 
@@ -238,7 +238,7 @@ def _moe_ffn(model: nn.Module, site: FFNSite, layer: MoELayer, backend: str, fra
         extra = replace(extra, **{k: v.to(device, dtype) for k, v in vars(extra).items() if v is not None})
     weights = ExpertWeights(ffn, layer.num_experts, layer.num_shared, extra)
     if router is None:
-        return AlwaysFFN(weights, backend)
+        return PrunedFFN(weights, backend)
     return MoEFFN(weights, router.to(device).to(dtype), rule, backend=backend)
 
 

@@ -70,21 +70,21 @@ class ReducedRank:
         white_DT = torch.linalg.solve_triangular(cholesky_DD, x_TD.T, upper=False).mul_(self._root_T)
         return cholesky_DD, white_DT, x_TD  # taking as much memory anew for every fit takes as long as filling it
 
-    def fit(self, residual_TD: Tensor, max_rank: int) -> "Fit":
+    def fit(self, residual_TD: Tensor, max_rank: int) -> "Correction":
         """The best linear map of rank up to `max_rank` (plus a constant) from the inputs to `residual_TD`."""
         mean_D = self._share_T @ residual_TD
         if max_rank == 0:
-            return Fit(mean_D, self._mean_D, None, None)
+            return Correction(mean_D, self._mean_D, None, None)
         cholesky_DD, white_DT, centred_TD = self._factors
         # Coefficients B = C^-1 X^T R with C = L L^T; the fitted values' principal directions are those of L^T B
         half_DD = white_DT @ torch.sub(residual_TD, mean_D, out=centred_TD)
         basis_DR = _top_right_directions(half_DD, max_rank)
         slope_DR = torch.linalg.solve_triangular(cholesky_DD.T, half_DD @ basis_DR, upper=True)
-        return Fit(mean_D, self._mean_D, slope_DR, basis_DR)
+        return Correction(mean_D, self._mean_D, slope_DR, basis_DR)
 
 
 @dataclass(frozen=True)
-class Fit:
+class Correction:
     """residual ~ mean + (x - x_mean) slope basis^T, directions in order of what they explain."""
 
     mean_D: Tensor

@@ -30,7 +30,7 @@ _START_TOKENS = 20000  # enough for the closed-form start
 
 
 @dataclass(frozen=True)
-class Training:
+class RouterTraining:
     """How a router is trained; `published`: from centroids, with the paper's optimiser."""
 
     epochs: int = 20
@@ -43,7 +43,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Sample:
+class RouterSample:
     """Tokens of one layer: FFN inputs x_TD and expert scores target_TE, for training and held out by sequence."""
 
     x_TD: Tensor
@@ -53,7 +53,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Fitted:
+class TrainedRouter:
     """A router and its held-out measure after each epoch (0 = before training): captured share, or squared error."""
 
     router: Router
@@ -74,14 +74,14 @@ def similarity_router(weights: ExpertWeights) -> Router:
     return Router(w_in_RD=2 * centroids_ED, b_in_R=-centroids_ED.square().sum(1), normalise=True)
 
 
-def linear_router(sample: Sample, *, damping: float = 1e-3) -> Fitted:
+def linear_router(sample: RouterSample, *, damping: float = 1e-3) -> TrainedRouter:
     """Ridge regression of the scores on the inputs, in closed form; `damping` is relative to the mean variance."""
     w_ED, b_E = _ridge(sample.x_TD, sample.target_TE, damping)
     router = Router(w_in_RD=w_ED, b_in_R=b_E)
-    return Fitted(router, [_watch(router, sample, Training.watch_fraction)])
+    return TrainedRouter(router, [_watch(router, sample, RouterTraining.watch_fraction)])
 
 
-def mlp_router(weights: ExpertWeights, sample: Sample, training: Training) -> Fitted:
+def mlp_router(weights: ExpertWeights, sample: RouterSample, training: RouterTraining) -> TrainedRouter:
     """The paper's two-layer router on normalised inputs: tanh, then a square matrix.
 
     Starts from the experts' centroids and the identity where `training` is the published one; else from the ridge
@@ -103,7 +103,9 @@ def mlp_router(weights: ExpertWeights, sample: Sample, training: Training) -> Fi
     return _train(start, x_TD, target_TE, sample, training)
 
 
-def regression_router(sample: Sample, width: int, training: Training, activation: str = "relu") -> Fitted:
+def regression_router(
+    sample: RouterSample, width: int, training: RouterTraining, activation: str = "relu"
+) -> TrainedRouter:
     """A d -> R -> E network that predicts the scores, least squares.
 
     Starts from the leading directions of the ridge solution with the output layer refitted, then AdamW with a one-cycle
@@ -137,7 +139,7 @@ def regression_router(sample: Sample, width: int, training: Training, activation
     best = _with(start, parameters) if best_epoch else start
     assert best.b_in_R is not None
     w_in_RD = best.w_in_RD / spread_D
-    return Fitted(replace(best, w_in_RD=w_in_RD, b_in_R=best.b_in_R - w_in_RD @ mean_D), history, best_epoch)
+    return TrainedRouter(replace(best, w_in_RD=w_in_RD, b_in_R=best.b_in_R - w_in_RD @ mean_D), history, best_epoch)
 
 
 def _ridge_start(z_TD: Tensor, target_TE: Tensor, width: int, activation: str, generator: torch.Generator) -> Router:
@@ -184,7 +186,9 @@ def _with(like: Router, parameters: dict[str, Tensor]) -> Router:
     return replace(like, **trained)
 
 
-def _train(start: Router, x_TD: Tensor, target_TE: Tensor, sample: Sample, training: Training) -> Fitted:
+def _train(
+    start: Router, x_TD: Tensor, target_TE: Tensor, sample: RouterSample, training: RouterTraining
+) -> TrainedRouter:
     """Adam on the cross-entropy of mixed tokens; keeps the epoch with the highest captured share on held-out tokens.
 
     Tokens come normalised and in random order. Published: mixed anew in every epoch, the rate falling along a cosine;
@@ -227,7 +231,7 @@ def _train(start: Router, x_TD: Tensor, target_TE: Tensor, sample: Sample, train
             best, best_epoch = now, epoch
         elif epoch - best_epoch >= training.patience:
             break
-    return Fitted(best, history, best_epoch)
+    return TrainedRouter(best, history, best_epoch)
 
 
 def _pass(
@@ -259,7 +263,7 @@ def _raw_scores(parameters: dict[str, Tensor], like: Router, x_TD: Tensor) -> Te
     return functional.linear(z_TR, parameters["w_out_ER"], parameters.get("b_out_E"))
 
 
-def _watch(router: Router, sample: Sample, fraction: float) -> float:
+def _watch(router: Router, sample: RouterSample, fraction: float) -> float:
     top_k = max(1, round(fraction * router.num_experts))
     with torch.inference_mode():
         return captured_share(router.scores(sample.heldout_x_TD), sample.heldout_target_TE, top_k)

@@ -9,7 +9,7 @@ from moefication_cli.errors import ConfigError
 from moefication_cli.models.loading import LoadedModel, guess_task, load_model
 from moefication_cli.runs.control import Control
 from moefication_cli.runs.inputs import RunModel
-from moefication_cli.store.artifact import Stage
+from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.rundir import RunDir
 from moefication_cli.tasks.examples import Batch, Examples, TaskOptions
 from moefication_cli.tasks.reading import load_rows
@@ -86,7 +86,7 @@ def load_whole(run: RunDir, model: RunModel, task: str | None = None, dtype: str
     )
 
 
-def calibration_data(activations: Stage) -> CollectConfig:
+def calibration_data(activations: Artifact) -> CollectConfig:
     """The options the activations were collected with: the same data, read again."""
     made = activations.config
     return CollectConfig(**{entry.name: made[entry.name] for entry in options_of(CollectConfig)})

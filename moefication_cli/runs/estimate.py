@@ -10,7 +10,7 @@ import torch
 
 from moefication_cli.runs.control import Result
 from moefication_cli.runs.inputs import RunModel
-from moefication_cli.store.artifact import Stage
+from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.rundir import RunDir
 
 _FLOPS_PER_CORE = 3e10  # multiply-adds x 2 per second, float32 matrix products
@@ -27,7 +27,7 @@ def estimate(
     num_bytes: float,
     flops: float,
     memory: float,
-    reads: Mapping[str, Stage | None] | None = None,
+    reads: Mapping[str, Artifact | None] | None = None,
 ) -> Result:
     """The result of a dry run; nothing is written. `flops` counts multiply-adds twice, `memory` is the peak in bytes."""
     files = [str(path) for path in model.checkpoint.files]

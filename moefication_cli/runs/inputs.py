@@ -21,10 +21,10 @@ from moefication_cli.routing.calibrate import Tokens as CalibrationTokens
 from moefication_cli.runs.control import Control, Result, parse_layers
 from moefication_cli.split.graph import Graph
 from moefication_cli.split.partition import Partition
-from moefication_cli.store.artifact import Stage
+from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.manifest import BASE_MODEL, Manifest
 from moefication_cli.store.rundir import RunDir
-from moefication_cli.store.writer import Work
+from moefication_cli.store.writer import StageWriter
 
 _BLOCK = 64  # tokens read together when a layer's inputs are sampled
 
@@ -103,7 +103,9 @@ def _absolute(model: str | None) -> str | None:
     return str(Path(model).resolve()) if model is not None and Path(model).exists() else model
 
 
-def begin_options(config: Any, control: Control, model: RunModel, inputs: Mapping[str, Stage | None]) -> dict[str, Any]:
+def begin_options(
+    config: Any, control: Control, model: RunModel, inputs: Mapping[str, Artifact | None]
+) -> dict[str, Any]:
     """The arguments of `RunDir.begin` that every stage shares: config, provenance, inputs."""
     return {
         "config": recorded_values(config) | {"seed": control.seed},
@@ -115,13 +117,15 @@ def begin_options(config: Any, control: Control, model: RunModel, inputs: Mappin
     }
 
 
-def layer_options(config: Any, control: Control, model: RunModel, inputs: Mapping[str, Stage | None]) -> dict[str, Any]:
+def layer_options(
+    config: Any, control: Control, model: RunModel, inputs: Mapping[str, Artifact | None]
+) -> dict[str, Any]:
     """`begin_options` of a stage with one file per layer, of which this process does those `--layers` names."""
     layers = {"layers": model.names, "only": parse_layers(control.layers, len(model.sites))}
     return begin_options(config, control, model, inputs) | layers
 
 
-def layered_result(command: str, work: Work, manifest: Manifest | None) -> Result:
+def layered_result(command: str, work: StageWriter, manifest: Manifest | None) -> Result:
     """The result of a stage with one file per layer: one row per layer, from the manifest's metrics."""
     if manifest is None:
         missing = work.missing()
@@ -142,13 +146,13 @@ def layer_seed(seed: int, index: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:4], "little") >> 1
 
 
-def read_partition(split: Stage, index: int) -> Partition:
+def read_partition(split: Artifact, index: int) -> Partition:
     """The split of one layer."""
     tensors, _ = split.read_layer(index, ["expert_F"])
     return Partition(tensors["expert_F"].to(torch.int64))
 
 
-def read_graph(graph: Stage, index: int) -> Graph:
+def read_graph(graph: Artifact, index: int) -> Graph:
     """The co-activation graph of one layer."""
     tensors, _ = graph.read_layer(index)
     return Graph(tensors["indptr_F1"], tensors["indices_M"], tensors["weights_M"])
@@ -194,7 +198,7 @@ class Tokens:
         return self.pick(torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count].sort().values)
 
 
-def read_tokens(activations: Stage, index: int, max_tokens: int | None = None, seed: int = 0) -> Tokens:
+def read_tokens(activations: Artifact, index: int, max_tokens: int | None = None, seed: int = 0) -> Tokens:
     """Float32 inputs of one FFN; with `max_tokens`, that many from blocks spread at random over all of them."""
     with activations.open_layer(index) as layer:
         total = layer.shapes["inputs_TD"][0]

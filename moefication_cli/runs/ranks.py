@@ -15,7 +15,7 @@ from moefication_cli.errors import ConfigError, MoEficationError
 from moefication_cli.store import jsonio
 from moefication_cli.store.manifest import Manifest
 from moefication_cli.store.rundir import RunDir
-from moefication_cli.store.writer import Work
+from moefication_cli.store.writer import StageWriter
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -36,7 +36,7 @@ class Ranks:
         self._steps = 0
 
     @contextmanager
-    def begin(self, run: RunDir, stage: str, **options: Any) -> Iterator[Work]:
+    def begin(self, run: RunDir, stage: str, **options: Any) -> Iterator[StageWriter]:
         """`RunDir.begin` for all ranks: the first prepares the work, the others join it.
 
         Raises ConfigError when the ranks were given different work, MoEficationError when one of them is gone.
@@ -57,8 +57,8 @@ class Ranks:
             work.timeout = _PATIENCE
             yield work
 
-    def finish(self, work: Work, seconds: float | None = None) -> Manifest | None:
-        """`Work.finish` once every rank is done; no rank goes on before the stage is committed. `seconds`: of the first."""
+    def finish(self, work: StageWriter, seconds: float | None = None) -> Manifest | None:
+        """`StageWriter.finish` once every rank is done; no rank goes on before the stage is committed. `seconds`: of the first."""
         self.wait()
         if self.size == 1:
             return work.finish(seconds=seconds)

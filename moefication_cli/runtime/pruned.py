@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from moefication_cli.runtime.cpu.numba_backend import CompiledLayer
 
 
-class AlwaysFFN:
+class PrunedFFN:
     """y = FFN of the first `num_shared` neurons (+ compensation).
 
     `backend` is a name of `backends.BACKENDS`: `numba` is the compiled kernel, `auto` takes it where it can run, and all others mean

@@ -2,10 +2,10 @@
 
 Source: MoEfication (arXiv 2110.01786), section 3.2, clusters the normalised rows of the up-projection; its ICML 2024
 follow-up assigns to fixed centroids by auction. Here: a start grown cluster by cluster, or a random one, then
-exchanges on the true objective (`swaps`), which ends lower than min-cost-flow k-means in a fraction of its time.
+exchanges on the true objective (`kmeans_cpu`), which ends lower than min-cost-flow k-means in a fraction of its time.
 The package k-means-constrained stays as the reference, `constrained_kmeans`.
 
-Shapes: x_FD [F, D] any float dtype, one row a neuron; expert_F int64 [F]. Work and memory: one F x F float32 Gram
+Shapes: x_FD [F, D] any float dtype, one row a neuron; expert_F int64 [F]. StageWriter and memory: one F x F float32 Gram
 matrix (485 MB at F = 11008) plus E x F sums per thread; D matters only for the Gram matrix. CPU tensors run compiled
 kernels, CUDA tensors torch operations.
 """

@@ -1,11 +1,11 @@
-"""The balanced clustering of `swaps` as torch operations, for CUDA: many exchanges at once, on the same objective.
+"""The balanced clustering of `kmeans_cpu` as torch operations, for CUDA: many exchanges at once, on the same objective.
 
 A round computes every row's best partner (an n x n matrix of exact gains, in blocks), then takes the best
 exchanges that touch each cluster at most once. Exchanges between different pairs of clusters do not influence each
 other's gain, so the inertia falls by exactly the sum. Sums are formed by products with one-hot matrices, not by
 atomic additions: the same input gives the same result.
 
-Shapes and formulas: see `swaps`. Runs on any device; on a CPU the compiled kernels are faster.
+Shapes and formulas: see `kmeans_cpu`. Runs on any device; on a CPU the compiled kernels are faster.
 """
 
 import torch

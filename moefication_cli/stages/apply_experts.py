@@ -23,7 +23,7 @@ from moefication_cli.models.folder.moe_folder import write_moe_settings
 from moefication_cli.runs.control import Control, Result
 from moefication_cli.runs.estimate import estimate, ffn_bytes, total_ffn_flops
 from moefication_cli.runs.inputs import RunModel, begin_options, layer_seed, open_model, read_tokens
-from moefication_cli.store.artifact import Stage
+from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.rundir import RunDir
 
 _CHECK_TOKENS = 16
@@ -112,7 +112,7 @@ def _row(plan: LayerPlan) -> dict[str, Any]:
     }
 
 
-def _experts_per_token(plan: LayerPlan, activations: Stage | None, seed: int) -> dict[str, float]:
+def _experts_per_token(plan: LayerPlan, activations: Artifact | None, seed: int) -> dict[str, float]:
     """Mean and 10 % and 90 % quantiles of the experts that calibration tokens select, where their number varies."""
     if activations is None or plan.router is None or plan.rule is None or plan.rule.top_k is not None:
         return {}

@@ -1,13 +1,13 @@
 """bench: time of the MoE beside the stock dense model in one run, and beside each row how fast it could be.
 
-`bench_subjects` builds the models, `bench_rows` times them, `bounds` has the formula of `bound`. Times measure weights
+`benchmark.subjects` builds the models, `benchmark.rows` times them, `benchmark.bounds` has the formula of `bound`. Times measure weights
 and shapes, not quality. Writes no files.
 """
 
 import torch
 
 from moefication_cli.benchmark.rows import rows_of
-from moefication_cli.benchmark.subjects import MODES, Setting, subjects
+from moefication_cli.benchmark.subjects import MODES, Setting, cases
 from moefication_cli.benchmark.timing import hardware, measure_rates, threads
 from moefication_cli.config import BenchConfig
 from moefication_cli.errors import ConfigError
@@ -42,11 +42,11 @@ def bench(target: str | None, config: BenchConfig, control: Control) -> Result:
     if control.dry_run:
         return _planned(state, name)
     with threads(config.threads):
-        for subject in subjects(state, target):
-            dtype = subject.dense.dtype
+        for case in cases(state, target):
+            dtype = case.dense.dtype
             if state.rates is None:
                 state.rates = measure_rates(state.device, dtype, config.clock)
-            for row in control.track(rows_of(state, subject), "bench"):
+            for row in control.track(rows_of(state, case), "bench"):
                 state.rows.append(row)
         return _result(state, name, torch.get_num_threads())
 

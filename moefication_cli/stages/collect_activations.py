@@ -29,7 +29,7 @@ from moefication_cli.store.growing import GrowingLayer
 from moefication_cli.store.layerfile import read_layer, read_metadata, write_layer
 from moefication_cli.store.partial import GROWING
 from moefication_cli.store.rundir import RunDir
-from moefication_cli.store.writer import Work
+from moefication_cli.store.writer import StageWriter
 from moefication_cli.tasks.examples import Batch
 
 _SHARD_BYTES = 256 * 2**20  # of stored inputs, over all layers: what is redone after a kill
@@ -74,7 +74,7 @@ def collect_activations(run: RunDir, config: CollectConfig, control: Control) ->
     return layered_result("collect-activations", work, manifest)
 
 
-def _run_shards(run: RunDir, model: RunModel, work: Work, config: CollectConfig, control: Control) -> int:
+def _run_shards(run: RunDir, model: RunModel, work: StageWriter, config: CollectConfig, control: Control) -> int:
     """Make every shard that is not there yet; returns how many there are."""
     loaded = load_model(
         model.checkpoint.folder,
@@ -94,7 +94,7 @@ def _run_shards(run: RunDir, model: RunModel, work: Work, config: CollectConfig,
         for shard in control.track(_shards(batches, max(1, _SHARD_BYTES // per_token)), "collect-activations"):
             path = _shard_path(work, shard.number, config)
             if not path.exists():  # it does if this or another process was here before
-                with work.hold(path.stem, wait) as ours:
+                with work.lock(path.stem, wait) as ours:
                     if ours and not path.exists():
                         _collect_shard(loaded, model.sites, work, shard, config, control.seed)
                     busy += not ours
@@ -136,20 +136,20 @@ def _num_rows(batch: Batch) -> int:
     return len(batch.inputs["input_ids"])
 
 
-def _shard_path(work: Work, number: int, config: CollectConfig) -> Path:
+def _shard_path(work: StageWriter, number: int, config: CollectConfig) -> Path:
     """Everything of one shard but the inputs, and where those are; written when they are on disk."""
     return work.scratch / f"shard_{number:05d}_batch_{config.batch_size}.safetensors"  # the batch decides what is in it
 
 
-def _open_inputs(work: Work, chain: int, site: FFNSite, config: CollectConfig) -> GrowingLayer:
+def _open_inputs(work: StageWriter, chain: int, site: FFNSite, config: CollectConfig) -> GrowingLayer:
     """The inputs of one FFN in the shards of a chain, which is named after its first."""
     path = work.scratch / f"inputs_{chain:05d}_batch_{config.batch_size}_layer_{site.index:03d}{GROWING}"
     if chain == 0:
-        work.reclaim(site.index, path)
+        work.move_back(site.index, path)
     return GrowingLayer(path, site.d_model, getattr(torch, config.storage_dtype))
 
 
-def _place(work: Work, number: int, sites: Sequence[FFNSite], config: CollectConfig) -> tuple[int, list[int]]:
+def _place(work: StageWriter, number: int, sites: Sequence[FFNSite], config: CollectConfig) -> tuple[int, list[int]]:
     """(chain, first row in it per layer) of a shard: behind the one before it, which no other process then can be."""
     previous = _shard_path(work, number - 1, config)
     if number == 0 or not previous.exists():
@@ -159,7 +159,7 @@ def _place(work: Work, number: int, sites: Sequence[FFNSite], config: CollectCon
 
 
 def _collect_shard(
-    loaded: LoadedModel, sites: Sequence[FFNSite], work: Work, shard: _Shard, config: CollectConfig, seed: int
+    loaded: LoadedModel, sites: Sequence[FFNSite], work: StageWriter, shard: _Shard, config: CollectConfig, seed: int
 ) -> None:
     dtype = getattr(torch, config.storage_dtype)
     chain, start = _place(work, shard.number, sites, config)
@@ -238,7 +238,7 @@ def _non_finite(site: FFNSite, x_TD: Tensor, config: CollectConfig) -> MoEficati
     )
 
 
-def _join(work: Work, model: RunModel, index: int, num_shards: int, config: CollectConfig) -> None:
+def _join(work: StageWriter, model: RunModel, index: int, num_shards: int, config: CollectConfig) -> None:
     """One layer's file from all shards, and its neurons' statistics."""
     site = model.sites[index]
     sequences, norms, total, num_tokens = [], [], torch.zeros(4, site.num_neurons, dtype=torch.float64), 0
@@ -281,4 +281,4 @@ def _join(work: Work, model: RunModel, index: int, num_shards: int, config: Coll
         "firing": float(active_F.mean()),
         "dead_neurons": int((active_F == 0).sum()),
     }
-    work.adopt(index, file.path, metrics)
+    work.move_in(index, file.path, metrics)

@@ -35,7 +35,7 @@ from moefication_cli.runs.estimate import estimate
 from moefication_cli.runs.inputs import RunModel, begin_options, open_model
 from moefication_cli.runtime.layer import MoEFFN
 from moefication_cli.store import jsonio
-from moefication_cli.store.artifact import Stage
+from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.rundir import RunDir
 from moefication_cli.tasks.examples import Batch, Examples, Scores, Summary, compare, summarise
 
@@ -94,14 +94,14 @@ def evaluate(run: RunDir, config: EvalConfig, control: Control) -> Result:
     return _result(run, config, metrics, work.reason is None)
 
 
-def _fractions(config: EvalConfig, applied: Stage | None) -> list[float]:
+def _fractions(config: EvalConfig, applied: Artifact | None) -> list[float]:
     own = None if applied is None else applied.config.get("fraction")
     if config.fractions is None:
         return [float(own) if own else 0.2]
     return parse_fractions(config.fractions)
 
 
-def _selections(config: EvalConfig, routers: dict[str, Stage]) -> list[str]:
+def _selections(config: EvalConfig, routers: dict[str, Artifact]) -> list[str]:
     if config.selection is None:
         return [*ALWAYS, "neuron", *routers]
     asked = [name.strip() for name in config.selection.split(",") if name.strip()]
@@ -117,10 +117,10 @@ def _selections(config: EvalConfig, routers: dict[str, Stage]) -> list[str]:
 def _measure(
     run: RunDir,
     model: RunModel,
-    split: Stage,
-    routers: dict[str, Stage],
-    applied: Stage | None,
-    activations: Stage | None,
+    split: Artifact,
+    routers: dict[str, Artifact],
+    applied: Artifact | None,
+    activations: Artifact | None,
     selections: list[str],
     fractions: list[float],
     config: EvalConfig,
@@ -140,7 +140,7 @@ def _measure(
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
     }
-    sizes = _work(model, variants)
+    sizes = _dense_macs(model, variants)
     scores = [Scores.join(variant.measured) for variant in variants]
     rows = [
         row_of(variant, found, reference, tokens, sizes, control.seed)
@@ -165,10 +165,10 @@ def _variants(
     run: RunDir,
     model: RunModel,
     converted: LoadedModel,
-    split: Stage,
-    routers: dict[str, Stage],
-    applied: Stage | None,
-    activations: Stage | None,
+    split: Artifact,
+    routers: dict[str, Artifact],
+    applied: Artifact | None,
+    activations: Artifact | None,
     selections: list[str],
     fractions: list[float],
     config: EvalConfig,
@@ -226,7 +226,7 @@ def _variants(
     return variants
 
 
-def _work(model: RunModel, variants: Sequence[Variant]) -> list[float]:
+def _dense_macs(model: RunModel, variants: Sequence[Variant]) -> list[float]:
     """Each FFN's part of the dense work: an encoder-decoder's layers see different numbers of tokens."""
     chance = next(variant for variant in variants if variant.selection == "random")
     counted = [layer.num_counted for layer in chance.layers if isinstance(layer, MoEFFN)]

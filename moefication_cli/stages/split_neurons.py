@@ -34,7 +34,7 @@ from moefication_cli.split.partition import (
     random_partition,
     with_shared,
 )
-from moefication_cli.store.artifact import Stage
+from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.rundir import RunDir
 
 PATTERN_SHARE = 0.2  # of the neurons that a token keeps in its pattern
@@ -97,7 +97,12 @@ def expert_counts(site: FFNSite, config: SplitConfig) -> tuple[int, int]:
 
 
 def split_layer(
-    model: RunModel, activations: Stage | None, graph: Stage | None, index: int, config: SplitConfig, control: Control
+    model: RunModel,
+    activations: Artifact | None,
+    graph: Artifact | None,
+    index: int,
+    config: SplitConfig,
+    control: Control,
 ) -> tuple[Partition, dict[str, Any]]:
     """(partition, metrics) of one FFN by the configured method."""
     site = model.sites[index]
@@ -192,7 +197,7 @@ def _warm_start(config: SplitConfig, index: int, rest_F: Tensor, num_experts: in
     return expert_F
 
 
-def _read_partition_file(pattern: str, graph: Stage | None, index: int, site: FFNSite) -> Partition:
+def _read_partition_file(pattern: str, graph: Artifact | None, index: int, site: FFNSite) -> Partition:
     folder = Path(pattern)
     name = f"layer_{index:03d}"
     found = sorted(folder.glob(f"*{name}*.part.*") if folder.is_dir() else folder.parent.glob(folder.name))

@@ -11,9 +11,9 @@ from moefication_cli.errors import ConfigError, NonFiniteError
 from moefication_cli.ffn import ExpertWeights
 from moefication_cli.routing.calibrate import calibration_curve
 from moefication_cli.routing.fit import (
-    Fitted,
-    Sample,
-    Training,
+    RouterSample,
+    RouterTraining,
+    TrainedRouter,
     linear_router,
     mlp_router,
     regression_router,
@@ -34,7 +34,7 @@ from moefication_cli.runs.inputs import (
     read_partition,
     read_tokens,
 )
-from moefication_cli.store.artifact import Stage
+from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.rundir import RunDir
 
 # The published training (github.com/thunlp/MoEfication), its defects mended as routing/fit.py says.
@@ -84,8 +84,8 @@ def train_router(run: RunDir, config: RouterConfig, control: Control) -> Result:
 
 def _train_index(
     model: RunModel,
-    activations: Stage,
-    split: Stage,
+    activations: Artifact,
+    split: Artifact,
     index: int,
     config: RouterConfig,
     fractions: list[float],
@@ -113,7 +113,7 @@ def tokens_in_memory(d_model: int, num_experts: int) -> int:
 
 
 def training_tokens(
-    config: RouterConfig, weights: ExpertWeights, activations: Stage, index: int, seed: int
+    config: RouterConfig, weights: ExpertWeights, activations: Artifact, index: int, seed: int
 ) -> tuple[Tokens, Tokens]:
     """(training, held-out) tokens of one layer: `max_tokens` of them, or what fits the working memory."""
     count = config.max_tokens or tokens_in_memory(weights.ffn.d_model, weights.num_experts)
@@ -168,7 +168,7 @@ def train_layer(
 
 def _fit_all(
     config: RouterConfig, weights: ExpertWeights, train: Tokens, heldout: Tokens, fractions: list[float], seed: int
-) -> tuple[list[Fitted], dict[str, Any]]:
+) -> tuple[list[TrainedRouter], dict[str, Any]]:
     """The routers to choose from, the dearest first, and the metrics of the last; their targets are gone afterwards."""
     score, calibrated = score_kind(config), config.router in CALIBRATED
     scale = train.weight_T.mean().clamp_min(1e-30)
@@ -178,7 +178,7 @@ def _fit_all(
         # A contribution router ranks (token, expert) pairs against one threshold: tokens that matter score higher.
         return scores_TE * (part.weight_T / scale).sqrt().unsqueeze(1) if calibrated else scores_TE
 
-    sample = Sample(train.x_TD, targets(train), heldout.x_TD, targets(heldout))
+    sample = RouterSample(train.x_TD, targets(train), heldout.x_TD, targets(heldout))
     found = [fit(config, weights, sample, seed, width) for width in router_widths(config, weights)]
     if config.router == "regression" and config.width is None:
         found.insert(0, linear_router(sample))  # dearer, and better where a narrow network cannot tell experts apart
@@ -201,7 +201,7 @@ def score_kind(config: RouterConfig) -> Score:
     return config.score or ("norm" if config.router in CALIBRATED else "activation")
 
 
-def fit(config: RouterConfig, weights: ExpertWeights, sample: Sample, seed: int, width: int) -> Fitted:
+def fit(config: RouterConfig, weights: ExpertWeights, sample: RouterSample, seed: int, width: int) -> TrainedRouter:
     """The router of one layer, of the kind the config names."""
     mlp = config.router == "mlp"
     options: dict[str, Any] = {"batch_size": config.batch_size or (2048 if mlp else 1024), "patience": config.patience}
@@ -209,9 +209,9 @@ def fit(config: RouterConfig, weights: ExpertWeights, sample: Sample, seed: int,
     options["learning_rate"] = config.learning_rate or (4e-2 if mlp else 1e-2)
     if config.recipe == "paper":
         options |= _PAPER
-    training = Training(**options, seed=seed)
+    training = RouterTraining(**options, seed=seed)
     if config.router == "similarity":
-        return Fitted(similarity_router(weights))
+        return TrainedRouter(similarity_router(weights))
     if config.router == "linear":
         return linear_router(sample)
     if mlp:
@@ -219,12 +219,12 @@ def fit(config: RouterConfig, weights: ExpertWeights, sample: Sample, seed: int,
     if config.router == "random":
         generator = torch.Generator().manual_seed(seed)
         w_in_RD = torch.randn(weights.num_experts, weights.ffn.d_model, generator=generator)
-        return Fitted(Router(w_in_RD=w_in_RD.to(sample.x_TD)))
+        return TrainedRouter(Router(w_in_RD=w_in_RD.to(sample.x_TD)))
     return regression_router(sample, width, training, "square" if config.router == "quadratic" else "relu")
 
 
 def measure(
-    router: Router, weights: ExpertWeights, sample: Sample, fractions: list[float], seed: int
+    router: Router, weights: ExpertWeights, sample: RouterSample, fractions: list[float], seed: int
 ) -> dict[str, Any]:
     """Held-out captured share of activation mass (the paper's measure) and overlap with the oracle, per fraction."""
     x_TD = sample.heldout_x_TD

@@ -28,7 +28,7 @@ from moefication_cli.runs.inputs import RunModel, begin_options, open_model
 from moefication_cli.stages.split_neurons import expert_counts, split_neurons
 from moefication_cli.stages.train_router import train_router
 from moefication_cli.store import jsonio
-from moefication_cli.store.artifact import Stage
+from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.rundir import RunDir
 from moefication_cli.tasks.examples import Batch
 
@@ -80,7 +80,7 @@ def _words(text: str, option: str, known: Sequence[str]) -> list[str]:
 
 
 def _sweep(
-    run: RunDir, model: RunModel, activations: Stage, config: TuneConfig, control: Control
+    run: RunDir, model: RunModel, activations: Artifact, config: TuneConfig, control: Control
 ) -> list[dict[str, Any]]:
     methods = _words(config.methods, "--methods", ("activation", "kmeans", "random"))
     routers = _words(config.routers, "--routers", ("regression", "linear", "quadratic"))
@@ -130,7 +130,9 @@ def _sweep(
     return rows
 
 
-def _heldout(run: RunDir, loaded: LoadedModel, activations: Stage, config: TuneConfig, control: Control) -> list[Batch]:
+def _heldout(
+    run: RunDir, loaded: LoadedModel, activations: Artifact, config: TuneConfig, control: Control
+) -> list[Batch]:
     examples = open_examples(run, loaded, calibration_data(activations), control)
     return list(examples.calibration(config.heldout_tokens, control.seed + 1, config.batch_size))
 

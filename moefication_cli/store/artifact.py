@@ -3,7 +3,7 @@
 Names of stages: `activations`, `graph`, `split`, `model`, `report`, and `router/NAME`, `refined/NAME`, `eval/NAME`,
 `baseline/NAME`.
 Everything hidden belongs to this package: `RUN/.locks/STAGE/`, and beside a stage folder `.NAME.partial` (work in
-progress) and `.NAME.old` (the replaced stage, for the moment of the commit). Writing is `work.py`.
+progress) and `.NAME.old` (the replaced stage, for the moment of the commit). Writing is `writer.py`.
 """
 
 import re
@@ -138,7 +138,7 @@ class StagePaths:
 
 
 @dataclass(frozen=True)
-class Stage:
+class Artifact:
     """A finished stage as it was when `RunDir.read_stage` read it."""
 
     manifest: Manifest
@@ -210,7 +210,7 @@ class Stage:
             )
 
 
-def verified(paths: StagePaths, manifest: Manifest, hashes: HashCache, check: Check = "cached") -> Stage:
+def verified(paths: StagePaths, manifest: Manifest, hashes: HashCache, check: Check = "cached") -> Artifact:
     """The stage, after comparing every file's size and sha256 with the manifest.
 
     `check`: "size" alone, "cached" (hash what changed since it was last hashed) or "full" (hash everything).
@@ -238,4 +238,4 @@ def verified(paths: StagePaths, manifest: Manifest, hashes: HashCache, check: Ch
                 f"{path} was altered: sha256 {actual[:16]}..., the manifest says {entry['sha256'][:16]}...", hint
             )
     hashes.save()
-    return Stage(manifest, paths.final, identities)
+    return Artifact(manifest, paths.final, identities)

@@ -1,7 +1,7 @@
 """The partial folder of a stage: what unfinished work has left, and under which key it may be kept.
 
 `.NAME.partial/` holds finished layer files and whatever else the stage writes; `.work/` in it holds `key.json` (what
-this work is), one record per finished layer, and `scratch/`. Takes no locks; `work.py` says when it may be used.
+this work is), one record per finished layer, and `scratch/`. Takes no locks; `writer.py` says when it may be used.
 On network file systems names are looked up by listing the folder: a negative lookup may be cached for seconds.
 """
 

@@ -22,10 +22,10 @@ from typing import Any
 
 from moefication_cli.errors import ConfigError, CorruptArtifactError, MissingArtifactError, StaleArtifactError
 from moefication_cli.store import files, jsonio, locks
-from moefication_cli.store.artifact import COMMANDS, Check, Stage, StagePaths, check_stage, verified
+from moefication_cli.store.artifact import COMMANDS, Artifact, Check, StagePaths, check_stage, verified
 from moefication_cli.store.hashes import HashCache
 from moefication_cli.store.manifest import BASE_MODEL, SCHEMA_VERSION, Manifest, check_fields, check_schema, differences
-from moefication_cli.store.writer import Work
+from moefication_cli.store.writer import StageWriter
 
 LOCK_TIMEOUT = 5.0
 
@@ -134,7 +134,7 @@ class RunDir:
             manifest = paths.read_manifest()
         return manifest
 
-    def read_stage(self, stage: str, check: Check = "cached") -> Stage:
+    def read_stage(self, stage: str, check: Check = "cached") -> Artifact:
         """A finished stage with its files checked against the manifest (`check`: see `stage.verified`).
 
         Raises `MissingArtifactError` with the command to run, `CorruptArtifactError` naming the file.
@@ -153,7 +153,7 @@ class RunDir:
             f"{paths.final} has not been made: this needs `{stage}`", f"run `{self.command(stage)}` first"
         )
 
-    def require(self, stage: str, fingerprint: str | None = None, check: Check = "cached") -> Stage:
+    def require(self, stage: str, fingerprint: str | None = None, check: Check = "cached") -> Artifact:
         """`read_stage`, and everything it was made from is still as it was, all the way up.
 
         `fingerprint`: the source model's today, by default what `run.json` says. An upstream stage that was deleted
@@ -247,8 +247,8 @@ class RunDir:
         force: bool = False,
         join: bool = False,
         device: str = "cpu",
-    ) -> Iterator[Work]:
-        """Work on a stage; see `Work` and the module docstring. Leaving the block without `finish` keeps what is saved.
+    ) -> Iterator[StageWriter]:
+        """Work on a stage; see `StageWriter` and the module docstring. Leaving the block without `finish` keeps what is saved.
 
         config    every option's value; `sources` says where each came from (default "default")
         compared  the options that decide freshness and resumption; None: all of them
@@ -267,7 +267,7 @@ class RunDir:
             raise ConfigError(
                 f"there is no layer {wrong[0]}: `{stage}` has {len(layers)} layers", f"choose from 0-{len(layers) - 1}"
             )
-        work = Work(
+        work = StageWriter(
             paths=self._paths(stage),
             hashes=self.hashes,
             config={

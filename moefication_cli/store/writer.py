@@ -1,6 +1,6 @@
 """Work on one stage: resume what is finished, claim layers, save them, commit.
 
-Everything happens in the partial folder (`partial.py`); the commit renames it whole (`stage.py`). Locks, in
+Everything happens in the partial folder (`partial.py`); the commit renames it whole (`artifact.py`). Locks, in
 `RUN/.locks/STAGE/`:
 
     stage.lock        for the moment of preparing, claiming and committing
@@ -35,11 +35,11 @@ _POLL_SECONDS = 0.1
 
 
 @dataclass
-class Work:
+class StageWriter:
     """What `RunDir.begin` gives to a stage.
 
-    Callers use `up_to_date`, `manifest`, `reason`, `pending`, `save`, `missing`, `hold`, `folder`, `scratch`, `finish`;
-    a stage that streams its layers to disk also `unfinished`, `adopt`, `reclaim`.
+    Callers use `up_to_date`, `manifest`, `reason`, `pending`, `save`, `missing`, `lock`, `folder`, `scratch`, `finish`;
+    a stage that streams its layers to disk also `unfinished`, `move_in`, `move_back`.
     """
 
     paths: StagePaths
@@ -204,7 +204,7 @@ class Work:
         write_layer(path, tensors, {**(metadata or {}), "layer": self.layers[index]}, tmp)
         self._record(index, metrics, seconds)
 
-    def adopt(self, index: int, path: Path, metrics: Mapping[str, Any] | None = None) -> None:
+    def move_in(self, index: int, path: Path, metrics: Mapping[str, Any] | None = None) -> None:
         """`save` of a layer file that stands whole in `scratch`: it is moved into place."""
         self.on_keep()
         target = self.folder / layer_name(index)
@@ -212,8 +212,8 @@ class Work:
             files.replace(path, target)
         self._record(index, metrics, None)
 
-    def reclaim(self, index: int, path: Path) -> None:
-        """Move back to `path` what `adopt` had moved when the process was killed before the layer was recorded."""
+    def move_back(self, index: int, path: Path) -> None:
+        """Move back to `path` what `move_in` had moved when the process was killed before the layer was recorded."""
         target = self.folder / layer_name(index)
         if not path.exists() and target.exists():
             files.replace(target, path)
@@ -237,7 +237,7 @@ class Work:
         return [self.layers[index] for index in self.unfinished()]
 
     @contextmanager
-    def hold(self, name: str, wait: bool = True) -> Iterator[bool]:
+    def lock(self, name: str, wait: bool = True) -> Iterator[bool]:
         """Hold a lock of the stage's own (a data shard); yields whether it is ours, which it always is with `wait`.
 
         Raises `LockedError` after `timeout` seconds of waiting.

@@ -28,7 +28,7 @@ import transformers
 
 from moefication_cli.config import CollectConfig, RouterConfig, SplitConfig
 from moefication_cli.models.loading import load_model
-from moefication_cli.routing.fit import Sample
+from moefication_cli.routing.fit import RouterSample
 from moefication_cli.routing.scores import oracle_scores
 from moefication_cli.runs.control import Control, parse_layers
 from moefication_cli.runs.data import open_examples
@@ -67,7 +67,7 @@ def router(args: argparse.Namespace) -> Iterator[Row]:
         train, heldout = tokens.split_heldout(RouterConfig().heldout_fraction, index)
         heldout_TE = oracle_scores(heldout.x_TD, weights, "activation")
         target_TE, _, targets = timed(lambda: oracle_scores(train.x_TD, weights, "activation"))  # noqa: B023
-        sample = Sample(train.x_TD, target_TE, heldout.x_TD, heldout_TE)
+        sample = RouterSample(train.x_TD, target_TE, heldout.x_TD, heldout_TE)
         for recipe in ("paper", "default"):
             config = RouterConfig(router="mlp", recipe=recipe)
             found, seconds, cpu = timed(lambda: fit(config, weights, sample, index, 0))  # noqa: B023
