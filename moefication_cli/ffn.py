@@ -104,6 +104,13 @@ class Compensation:
     w_in_RD: Tensor | None = None  # optional low-rank correction from the FFN's input
     w_out_RD: Tensor | None = None
 
+    def output(self, x: Tensor) -> Tensor:
+        """What is added for inputs x [..., D]: [..., D], or [D] where it is the same for all; per-expert vectors left out."""
+        constant_D = self.constant_D if self.constant_D is not None else x.new_zeros(x.shape[-1])
+        if self.w_in_RD is None or self.w_out_RD is None:
+            return constant_D
+        return constant_D + (x @ self.w_in_RD.T) @ self.w_out_RD
+
     def detach(self) -> "Compensation":
         """The same tensors, cut off from autograd."""
         return replace(self, **{k: v.detach() for k, v in vars(self).items() if v is not None})

@@ -35,7 +35,8 @@ from moefication_cli.errors import ConfigError
 from moefication_cli.ffn import ExpertWeights, FFNWeights
 from moefication_cli.models.sites import find_sites
 from moefication_cli.models.surgery import installed_layers, live_weights
-from moefication_cli.routing.router import Router, Rule
+from moefication_cli.routing.router import TwoLayerRouter
+from moefication_cli.routing.rules import TopK
 from moefication_cli.runtime.layer import MoEFFN
 from moefication_cli.runtime.pruned import PrunedFFN
 
@@ -128,8 +129,8 @@ def test_amdahl() -> None:
 
 def test_cost_of_a_selection() -> None:
     ffn = FFNWeights(torch.zeros(12, 5), torch.zeros(12, 5), activation="relu")
-    router = Router(torch.zeros(3, 5), torch.zeros(3), torch.zeros(4, 3), torch.zeros(4))
-    layer = MoEFFN(ExpertWeights(ffn, 4), router, Rule(top_k=2))
+    router = TwoLayerRouter(torch.zeros(3, 5), torch.zeros(3), torch.zeros(4, 3), torch.zeros(4))
+    layer = MoEFFN(ExpertWeights(ffn, 4), router, TopK(2))
     by_ids = cost_of(layer, torch.tensor([[0, 1], [0, 3]]))
     assert (by_ids.tokens, by_ids.experts_per_token, by_ids.experts_touched) == (2, 2.0, 3)
     assert by_ids.overhead == 3 * 5 + 4 * 3
@@ -178,7 +179,7 @@ def test_twins_leave_the_dense_model_as_it_was(name: str) -> None:
         setups = [random_setup(s, BenchConfig(), 8, x, 0) for s, x in zip(sites, x_TD, strict=True)]
         moe, other = to_moe(model, sites, setups, "torch"), without_ffns(model, sites)
         for layer in installed_layers(moe).values():
-            layer.rule = Rule(top_k=6)  # all experts: the MoE is the dense model
+            layer.rule = TopK(6)  # all experts: the MoE is the dense model
         torch.testing.assert_close(moe(**inputs)[0], expected, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(other(**inputs)[0], expected, rtol=1e-2, atol=1e-2)
         assert torch.equal(model(**inputs)[0], expected)
@@ -210,7 +211,7 @@ def test_rotation_has_as_many_layers_as_exceed_the_cache() -> None:
     assert len(layers.dense) == len(layers.moe) == 5
     assert len({ffn.up.weight.data_ptr() for ffn in layers.dense}) == 5
     for layer in layers.experts:
-        layer.rule = Rule(top_k=6)
+        layer.rule = TopK(6)
     with torch.no_grad():
         block = model.get_submodule(sites[0].up.rpartition(".")[0])
         torch.testing.assert_close(layers.dense[0](x_TD[0]), block(x_TD[0]))
@@ -223,7 +224,7 @@ def test_random_routers_have_no_favourite() -> None:
     x_TD = torch.randn(256, D) + 3  # inputs with much in common
     for width in (None, 0):
         recipe = random_setup(site, BenchConfig(router_width=width), 8, x_TD, 0)
-        ids_TK = Rule(top_k=1).select(recipe.router.scores(x_TD))
+        ids_TK = TopK(1).select(recipe.router.scores(x_TD))
         assert int(torch.bincount(ids_TK.reshape(-1), minlength=6).max()) < 128
 
 

@@ -8,20 +8,19 @@ from torch import Tensor
 
 from moefication_cli.errors import ConfigError
 from moefication_cli.ffn import ExpertWeights, FFNWeights
-from moefication_cli.routing import calibrate
 from moefication_cli.routing.budget import allocate, best_within, lower_hull
-from moefication_cli.routing.calibrate import (
-    QUANTILES,
+from moefication_cli.routing.calibrate import QUANTILES, calibration_curve
+from moefication_cli.routing.compensation import (
+    RIDGE,
     Dropped,
     ReducedRank,
-    Tokens,
-    apply_compensation,
-    calibration_curve,
     fit_compensation,
-    kept_experts,
     ranks_for,
+    top_right_directions,
 )
-from moefication_cli.routing.router import Router
+from moefication_cli.routing.router import TwoLayerRouter
+from moefication_cli.routing.rules import quantile
+from moefication_cli.routing.tokens import Tokens
 from moefication_cli.runtime.reference import masked
 
 D, E, N, S = 12, 6, 4, 4
@@ -49,7 +48,7 @@ def regressed(tokens: Tokens, target_TD: Tensor, rank: int) -> tuple[Tensor, Ten
     x_mean_D, y_mean_D = (share_T1 * tokens.x_TD).sum(0), (share_T1 * target_TD).sum(0)
     root_T1 = tokens.weight_T.sqrt().unsqueeze(1)
     x_TD, y_TD = (tokens.x_TD - x_mean_D) * root_T1, (target_TD - y_mean_D) * root_T1
-    damping = calibrate._RIDGE * float(x_TD.square().sum()) / D
+    damping = RIDGE * float(x_TD.square().sum()) / D
     stacked = torch.cat([x_TD, damping**0.5 * torch.eye(D)])
     full_DD = torch.linalg.lstsq(stacked, torch.cat([y_TD, torch.zeros(D, target_TD.shape[1])])).solution
     right = torch.linalg.svd(stacked @ full_DD, full_matrices=False).Vh[:rank]
@@ -84,18 +83,17 @@ def test_rank_zero_is_the_weighted_mean_and_smaller_ranks_are_cut_from_larger_on
 def test_wide_models_find_the_same_directions() -> None:
     """Above 512 columns the directions come from subspace iteration: same fit as the exact one."""
     matrix = rand(600, 3, seed=9) @ rand(3, 600, seed=10) + 0.001 * rand(600, 600, seed=11)
-    found = calibrate._top_right_directions(matrix, 3)
+    found = top_right_directions(matrix, 3)
     exact = torch.linalg.svd(matrix).Vh[:3].T
     assert torch.allclose(found @ found.T, exact @ exact.T, atol=1e-4)
     assert not torch.allclose(found @ found.T, torch.eye(600), atol=0.5)
 
 
 @pytest.mark.parametrize("block", [1, 2 * N, 1000])  # experts one by one, in pairs, all together
-def test_dropped_output_grows_by_what_is_newly_left_out(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate, "_BLOCK_NEURONS", block)
+def test_dropped_output_grows_by_what_is_newly_left_out(block: int) -> None:
     weights, x_TD = layer(), rand(40, D, seed=20)
     dense_TD, scores_TE = weights.ffn.forward(x_TD), rand(40, E, seed=21)
-    dropped = Dropped(weights, weights.ffn.hidden(x_TD))
+    dropped = Dropped(weights, weights.ffn.hidden(x_TD), block)
     assert not dropped.output(torch.ones(40, E, dtype=torch.bool)).any()
     for threshold in (-1.0, 0.0, 0.0, 0.7, 9.0):
         found_TD = dropped.output(scores_TE >= threshold)
@@ -105,7 +103,10 @@ def test_dropped_output_grows_by_what_is_newly_left_out(block: int, monkeypatch:
 
 def test_curve_rows_are_what_the_reference_computes() -> None:
     weights, fit, heldout = layer(), sample(600, 12), sample(500, 13)
-    routers = [Router(rand(3, D, seed=14), None, rand(E, 3, seed=15), activation="relu"), Router(rand(E, D, seed=16))]
+    routers = [
+        TwoLayerRouter(rand(3, D, seed=14), None, rand(E, 3, seed=15), activation="relu"),
+        TwoLayerRouter(rand(E, D, seed=16)),
+    ]
     curve = calibration_curve(weights, routers, fit, heldout)
     dense_flops = weights.ffn.num_neurons * 2 * D
     full_TD = weights.ffn.forward(heldout.x_TD)
@@ -113,13 +114,14 @@ def test_curve_rows_are_what_the_reference_computes() -> None:
     for row in range(0, len(curve.error_C) - 1, 7):
         number, threshold, rank = int(curve.router_C[row]), float(curve.threshold_C[row]), int(curve.rank_C[row])
         if number < 0:
-            keep_TE = (torch.arange(E) < threshold).expand(500, E)
+            assert threshold == 0
+            on_E = torch.arange(E) < int(curve.experts_C[row])
+            fit_keep_TE, keep_TE = (on_E.expand(len(part), E) for part in (fit, heldout))
         else:
-            keep_TE = routers[number].scores(heldout.x_TD) >= threshold
-        extra = fit_compensation(
-            weights, kept_experts(weights, None if number < 0 else routers[number], threshold, fit.x_TD), rank, fit
-        )
-        out_TD = masked(heldout.x_TD, keep_TE, weights) + apply_compensation(extra, heldout.x_TD)
+            assert int(curve.experts_C[row]) == 0
+            fit_keep_TE, keep_TE = (routers[number].scores(part.x_TD) >= threshold for part in (fit, heldout))
+        extra = fit_compensation(weights, fit_keep_TE, rank, fit)
+        out_TD = masked(heldout.x_TD, keep_TE, weights) + extra.output(heldout.x_TD)
         error = float((heldout.weight_T.unsqueeze(1) * (full_TD - out_TD).square()).sum()) / (2 * D * 500)
         active = (S + N * float(keep_TE.sum()) / 500) / weights.ffn.num_neurons
         extra_flops = 2 * rank * D + (0, E * D, 3 * D + E * 3)[{-1: 0, 1: 1, 0: 2}[number]]
@@ -131,7 +133,7 @@ def test_curve_rows_are_what_the_reference_computes() -> None:
 
 def test_thresholds_keep_their_share_of_unseen_tokens() -> None:
     weights, fit, heldout = layer(), sample(4000, 17), sample(4000, 18)
-    router = Router(rand(E, D, seed=19))
+    router = TwoLayerRouter(rand(E, D, seed=19))
     curve = calibration_curve(weights, [router], fit, heldout, rank_limit=0)
     routed = curve.router_C == 0
     shares = [(float(active) * (S + E * N) - S) / (E * N) for active in curve.active_C[routed]]
@@ -144,8 +146,8 @@ def test_thresholds_keep_their_share_of_unseen_tokens() -> None:
 
 def test_quantiles_count_entries_beyond_the_limit_of_torch() -> None:
     values = torch.arange(101.0).flip(0)
-    assert calibrate._quantile(values, 0.25) == 24.0
-    assert calibrate._quantile(torch.zeros(2**24 + 2), 0.5) == 0.0
+    assert quantile(values, 0.25) == 24.0
+    assert quantile(torch.zeros(2**24 + 2), 0.5) == 0.0
 
 
 def test_lower_hull_by_hand() -> None:

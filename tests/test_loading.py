@@ -25,7 +25,7 @@ from moefication_cli.models.folder.moe_folder import layer_tensors, read_moe_fol
 from moefication_cli.models.loading import guess_task, load_model, load_moe, resolve_device, resolve_dtype
 from moefication_cli.models.sites import find_sites
 from moefication_cli.models.surgery import installed_layers, live_weights
-from moefication_cli.routing.router import Router
+from moefication_cli.routing.router import TwoLayerRouter
 
 
 def orders_of(checkpoint, seed=0):
@@ -267,7 +267,7 @@ def convert(name, folder, top_k, num_experts=6, extra=False, dense=()):
             layers.append({"layer": site.name, "dense": True})
             continue
         compensation = Compensation(torch.ones(16), torch.ones(num_experts, 16)) if extra else None
-        tensors |= layer_tensors(site.index, Router(torch.randn(num_experts, 16)), compensation)
+        tensors |= layer_tensors(site.index, TwoLayerRouter(torch.randn(num_experts, 16)), compensation)
         entry = {"layer": site.name, "num_experts": num_experts, "num_shared": 0, "rule": {"top_k": top_k}}
         layers.append(entry | {"router": {"activation": "identity", "normalise": False}})
     write_moe_settings(folder, {"layers": layers, "fraction": 0.5}, tensors)
@@ -355,7 +355,7 @@ def test_missing_or_altered_routers_are_refused(tmp_path):
 
 
 def test_nan_router_is_refused(tmp_path):
-    tensors = layer_tensors(0, Router(torch.full((2, 4), float("nan"))))
+    tensors = layer_tensors(0, TwoLayerRouter(torch.full((2, 4), float("nan"))))
     entry = {"layer": "x", "num_experts": 2, "rule": {"top_k": 1}, "router": {"activation": "tanh", "normalise": True}}
     with pytest.raises(CorruptArtifactError, match="not usable"):
         write_moe_settings(tmp_path, {"layers": [entry]}, tensors)

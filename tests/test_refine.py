@@ -13,13 +13,14 @@ from moefication_cli.models.folder.moe_folder import read_moe_folder
 from moefication_cli.models.loading import load_model
 from moefication_cli.models.sites import find_sites
 from moefication_cli.models.surgery import live_weights
-from moefication_cli.routing.router import Router, Rule
+from moefication_cli.routing.router import TwoLayerRouter
+from moefication_cli.routing.rules import Threshold
 from moefication_cli.runtime.layer import MoEFFN
 
 D, F, E, S, T = 8, 26, 6, 2, 11
 
 
-def random_layer(seed: int = 0, gated: bool = False) -> tuple[ExpertWeights, Router, torch.Tensor]:
+def random_layer(seed: int = 0, gated: bool = False) -> tuple[ExpertWeights, TwoLayerRouter, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -27,7 +28,7 @@ def random_layer(seed: int = 0, gated: bool = False) -> tuple[ExpertWeights, Rou
 
     ffn = FFNWeights(draw(F, D), draw(F, D), draw(F, D) if gated else None, b_up_F=draw(F), b_down_D=draw(D))
     extra = Compensation(draw(D), None, draw(3, D), draw(3, D))
-    router = Router(draw(5, D), draw(5), draw(E, 5), draw(E), activation="relu")
+    router = TwoLayerRouter(draw(5, D), draw(5), draw(E, 5), draw(E), activation="relu")
     return ExpertWeights(ffn, E, S, extra), router, draw(T, D)
 
 
@@ -36,7 +37,7 @@ def test_learnable_layer_computes_what_the_product_does(gated: bool) -> None:
     weights, router, x_TD = random_layer(gated=gated)
     threshold = float(router.scores(x_TD).median())
     soft = StraightThroughMoEFFN(weights, router, threshold)
-    product = MoEFFN(weights, router, Rule(threshold=threshold), backend="reference")
+    product = MoEFFN(weights, router, Threshold(threshold), backend="reference")
     with torch.no_grad():
         expected_TD, found_TD = product(x_TD), soft(x_TD)
         assert not (router.scores(x_TD) >= threshold).all(1).any()  # all on would switch the compensation off

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from moefication_cli.errors import ConfigError, UnavailableError
 from moefication_cli.ffn import ACTIVATIONS, Compensation, ExpertWeights, FFNWeights
-from moefication_cli.routing.router import Router, Rule
+from moefication_cli.routing.router import TwoLayerRouter
+from moefication_cli.routing.rules import Threshold, TopK
 from moefication_cli.runtime import backends, reference
 from moefication_cli.runtime import torch_backends as portable
 from moefication_cli.runtime.backends import ALL_ON_TOKENS, BACKENDS, available, choose
@@ -229,27 +230,27 @@ def test_bfloat16_conversion_keeps_nan_and_rounds_to_even() -> None:
     assert (y.float() - exact).abs().max() <= exact.abs().max() * 2**-8
 
 
-def _router_tensors() -> dict[str, Router]:
+def _router_tensors() -> dict[str, TwoLayerRouter]:
     g = torch.Generator().manual_seed(5)
 
     def rand(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g)
 
     return {
-        "linear": Router(rand(12, 32)),
-        "similarity": Router(rand(12, 32), rand(12), normalise=True),
-        "mlp": Router(rand(12, 32), None, torch.eye(12), None, "tanh", True),
-        "regression": Router(rand(21, 32), rand(21), rand(12, 21), rand(12), "relu"),
-        "quadratic": Router(rand(40, 32), None, rand(12, 40), None, "square"),
+        "linear": TwoLayerRouter(rand(12, 32)),
+        "similarity": TwoLayerRouter(rand(12, 32), rand(12), normalise=True),
+        "mlp": TwoLayerRouter(rand(12, 32), None, torch.eye(12), None, "tanh", True),
+        "regression": TwoLayerRouter(rand(21, 32), rand(21), rand(12, 21), rand(12), "relu"),
+        "quadratic": TwoLayerRouter(rand(40, 32), None, rand(12, 40), None, "square"),
     }
 
 
 ROUTERS = _router_tensors()
 
 
-def clear(scores: Tensor, rule: Rule) -> Tensor:
+def clear(scores: Tensor, rule: TopK | Threshold) -> Tensor:
     """Tokens whose selection rounding cannot change, [T] bool."""
-    if rule.threshold is not None:
+    if isinstance(rule, Threshold):
         margin = (scores - rule.threshold).abs().min(dim=1).values
     else:
         best = scores.sort(dim=1, descending=True).values
@@ -265,7 +266,7 @@ def test_the_compiled_router_selects_what_the_router_selects(kind: str, dtype: t
         x = tokens(T, w)
         with torch.inference_mode():
             scores = router.scores(x.float())
-            for rule in (Rule(top_k=3), Rule(top_k=11), Rule(threshold=float(scores.median()) + 1e-3)):
+            for rule in (TopK(3), TopK(11), Threshold(float(scores.median()) + 1e-3)):
                 layer = MoEFFN(w, router, rule, "numba")
                 layer.count_selections()
                 sure, selected = clear(scores, rule), rule.select(scores)
@@ -278,12 +279,14 @@ def test_the_compiled_router_selects_what_the_router_selects(kind: str, dtype: t
                         assert error(lower(x), expected) > 1e-2
                     assert layer.counts_E is not None and layer.num_counted == T
                     count = selected.sum() if selected.dtype == torch.bool else selected.numel()
-                    assert abs(int(layer.counts_E.sum()) - int(count)) <= int((~sure).sum()) * (rule.top_k is None)
+                    assert abs(int(layer.counts_E.sum()) - int(count)) <= int((~sure).sum()) * isinstance(
+                        rule, Threshold
+                    )
 
 
 def test_equal_scores_select_exactly_k() -> None:
     w = make()
-    layer = MoEFFN(w, Router(torch.zeros(12, 32)), Rule(top_k=5), "numba")
+    layer = MoEFFN(w, TwoLayerRouter(torch.zeros(12, 32)), TopK(5), "numba")
     layer.count_selections()
     with torch.inference_mode():
         layer(tokens(7, w))
@@ -294,19 +297,19 @@ def test_equal_scores_select_exactly_k() -> None:
 class TestLayer:
     """MoEFFN: shapes, padding, hooks, the choice of a path."""
 
-    router = Router(torch.randn(12, 32, generator=torch.Generator().manual_seed(5)))
+    router = TwoLayerRouter(torch.randn(12, 32, generator=torch.Generator().manual_seed(5)))
 
     @pytest.mark.parametrize("backend", ["auto", "torch", "numba"])
     def test_shapes_and_padding(self, backend: str) -> None:
         w = make(S=8, fix=True)
-        layer = MoEFFN(w, self.router, Rule(top_k=4), backend)
+        layer = MoEFFN(w, self.router, TopK(4), backend)
         x = torch.randn(3, 50, 32)
         real = torch.ones(3, 50, dtype=torch.bool)
         real[1, 20:] = False
         real[2, 1:] = False
         layer.count_selections()
         with torch.inference_mode():
-            expected = masked(x.view(-1, 32), Rule(top_k=4).select(self.router.scores(x.view(-1, 32))), w).view(x.shape)
+            expected = masked(x.view(-1, 32), TopK(4).select(self.router.scores(x.view(-1, 32))), w).view(x.shape)
             y = layer(x, real)
             assert error(y[real], expected[real]) < 5e-6
             assert y[~real].abs().max() == 0
@@ -323,9 +326,9 @@ class TestLayer:
     @pytest.mark.parametrize("gated", [False, True])
     def test_everything_on_is_dense(self, gated: bool) -> None:
         w = make(S=8, gated=gated, fix=True)
-        layer = MoEFFN(w, self.router, Rule(top_k=12))
+        layer = MoEFFN(w, self.router, TopK(12))
         layer.count_selections()
-        half = MoEFFN(w, self.router, Rule(top_k=6), may_go_dense=False)
+        half = MoEFFN(w, self.router, TopK(6), may_go_dense=False)
         with torch.inference_mode():
             for T, path in ((9, "numba"), (ALL_ON_TOKENS, "dense"), (3, "numba")):
                 x = tokens(T, w)
@@ -358,7 +361,7 @@ class TestLayer:
         packed_FD = w.ffn.w_down_FD.clone()
         up.weight, down.weight = nn.Parameter(w.ffn.w_up_FD.clone()), nn.Parameter(packed_FD.t())
         views = dataclasses.replace(w.ffn, w_up_FD=up.weight, w_down_FD=down.weight.t())
-        layer = MoEFFN(ExpertWeights(views, 12), self.router, Rule(top_k=4), "numba")
+        layer = MoEFFN(ExpertWeights(views, 12), self.router, TopK(4), "numba")
         x = tokens(5, w)
         with torch.inference_mode():
             before = layer(x)
@@ -372,16 +375,16 @@ class TestLayer:
 
     def test_new_routers_and_rules_take_effect(self) -> None:
         w, x = make(), tokens(5, make())
-        layer = MoEFFN(w, self.router, Rule(top_k=4), "numba")
+        layer = MoEFFN(w, self.router, TopK(4), "numba")
         with torch.inference_mode():
             first = layer(x)
-            layer.rule = Rule(top_k=7)
-            assert error(layer(x), masked(x, Rule(top_k=7).select(self.router.scores(x)), w)) < 5e-6
+            layer.rule = TopK(7)
+            assert error(layer(x), masked(x, TopK(7).select(self.router.scores(x)), w)) < 5e-6
             assert error(layer(x), first) > 1e-2
 
     def test_several_threads_at_once(self) -> None:
         w = make(d=64, E=32, N=16)
-        layer = MoEFFN(w, Router(torch.randn(32, 64)), Rule(top_k=8), "numba")
+        layer = MoEFFN(w, TwoLayerRouter(torch.randn(32, 64)), TopK(8), "numba")
         inputs = [tokens(T, w, seed=T) for T in (1, 5, 40, 200)]
         with torch.inference_mode():
             expected = [layer(x) for x in inputs]
@@ -401,7 +404,7 @@ class TestLayer:
 
     def test_thread_counts_agree(self) -> None:
         w = make(d=256, E=32, N=32)
-        layer = MoEFFN(w, Router(torch.randn(32, 256)), Rule(top_k=8), "numba")
+        layer = MoEFFN(w, TwoLayerRouter(torch.randn(32, 256)), TopK(8), "numba")
         before = torch.get_num_threads()
         try:
             for T in (1, 9, 300):
@@ -416,7 +419,7 @@ class TestLayer:
 
     def test_a_call_that_needs_gradients_uses_a_backend_that_has_them(self) -> None:
         w = make()
-        layer = MoEFFN(w, self.router, Rule(top_k=4))
+        layer = MoEFFN(w, self.router, TopK(4))
         x = tokens(5, w).requires_grad_()
         layer(x).sum().backward()
         assert layer.last_backend == "torch" and x.grad is not None
@@ -432,12 +435,12 @@ class TestLayer:
         with pytest.raises(ConfigError, match="router"):
             MoEFFN(w)
         with pytest.raises(ConfigError, match="11 experts"):
-            MoEFFN(w, Router(torch.randn(11, 32)), Rule(top_k=3))
+            MoEFFN(w, TwoLayerRouter(torch.randn(11, 32)), TopK(3))
         for k in (0, 13):
             with pytest.raises(ConfigError, match="top_k"):
-                MoEFFN(w, self.router, Rule(top_k=k))
+                MoEFFN(w, self.router, TopK(k))
         with pytest.raises(UnavailableError, match="fast"):
-            MoEFFN(w, self.router, Rule(top_k=3), "fast")
+            MoEFFN(w, self.router, TopK(3), "fast")
 
 
 class TestAlways:

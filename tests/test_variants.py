@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from moefication_cli.conversion.plan import LayerPlan, RoutedLayer
-from moefication_cli.evaluation.selections import DenseFFN, NeuronOracleFFN, Variant, flops_fractions, prune
+from moefication_cli.evaluation.selections import DenseFFN, NeuronOracleFFN, SelectionRow, flops_fractions, prune
 from moefication_cli.ffn import Compensation, ExpertWeights, FFNWeights
 from moefication_cli.models.sites import find_sites
 from moefication_cli.models.surgery import live_weights
-from moefication_cli.routing.router import Router, Rule
+from moefication_cli.routing.router import TwoLayerRouter
+from moefication_cli.routing.rules import Threshold, TopK
 from moefication_cli.runtime.backends import BACKENDS
 from moefication_cli.runtime.layer import MoEFFN
 from moefication_cli.runtime.pruned import PrunedFFN
@@ -124,15 +125,15 @@ def counted(layer: object, x_TD: Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
-@pytest.mark.parametrize("rule", [Rule(top_k=3), Rule(threshold=0.2)])
+@pytest.mark.parametrize("rule", [TopK(3), Threshold(0.2)])
 @pytest.mark.parametrize("rank", [0, 3])
-def test_flops_fraction_is_what_torch_multiplies(name: str, rule: Rule, rank: int) -> None:
+def test_flops_fraction_is_what_torch_multiplies(name: str, rule: TopK | Threshold, rank: int) -> None:
     """`ffn_flops_fraction` of a routed, an always-on, a pruned and a dense layer against a count of matrix products."""
     model = tiny_model(name)
     site, generator = find_sites(model)[0], torch.Generator().manual_seed(0)
     dense = live_weights(model, site)
     partition = with_shared(random_partition(40, 10, 1), torch.arange(8), 48)
-    router = Router(torch.randn(5, 16, generator=generator), None, torch.randn(10, 5, generator=generator))
+    router = TwoLayerRouter(torch.randn(5, 16, generator=generator), None, torch.randn(10, 5, generator=generator))
     low = {f"w_{side}_RD": torch.randn(rank, 16, generator=generator) for side in ("in", "out")} if rank else {}
     extra = Compensation(torch.zeros(16), **low)
     routed = RoutedLayer(site, partition, [router], "norm", None, 1)
@@ -146,13 +147,13 @@ def test_flops_fraction_is_what_torch_multiplies(name: str, rule: Rule, rank: in
     layers = [moe, always, prune(dense, statistics, 0.25, x_TD)[0], DenseFFN(dense)]
     plans = [
         LayerPlan(routed, rule, 0.0, router, 0, extra),
-        LayerPlan(routed, Rule(top_k=0), 0.0, None, 2, extra),
+        LayerPlan(routed, TopK(0), 0.0, None, 2, extra),
         LayerPlan(routed, None, 1.0),
         LayerPlan(routed, None, 1.0),
     ]
     whole = counted(DenseFFN(dense), x_TD)
     expected = [counted(layer, x_TD) / whole for layer in layers]
-    found = flops_fractions(Variant("x", "router", 0.2, layers, plans=plans))  # type: ignore[arg-type]
+    found = flops_fractions(SelectionRow("x", "router", 0.2, layers, plans=plans))  # type: ignore[arg-type]
     assert found == pytest.approx(expected, abs=1e-6)
     assert 0.2 < expected[0] < 0.95
     assert found[0] > moe.active_fraction + 0.1 * rank / 16  # negative control: the router and the correction count

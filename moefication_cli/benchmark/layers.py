@@ -23,7 +23,8 @@ from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.sites import FFNSite
 from moefication_cli.models.surgery import FFNLayer, install, live_weights, pack
 from moefication_cli.routing.cost import overhead_flops
-from moefication_cli.routing.router import Router, Rule
+from moefication_cli.routing.router import Router, TwoLayerRouter
+from moefication_cli.routing.rules import Rule, TopK
 from moefication_cli.runtime.layer import MoEFFN
 from moefication_cli.runtime.pruned import PrunedFFN
 from moefication_cli.split.partition import check_divides
@@ -53,7 +54,7 @@ class LayerSetup:
 
     def rule_at(self, fraction: float | None) -> Rule:
         """The best `max(1, round(fraction * E))` experts; None keeps the rule there is."""
-        return self.rule if fraction is None else Rule(top_k=max(1, round(fraction * self.num_experts)))
+        return self.rule if fraction is None else TopK(max(1, round(fraction * self.num_experts)))
 
 
 def setup_of(layer: MoEFFN) -> LayerSetup:
@@ -72,7 +73,7 @@ def random_setup(site: FFNSite, config: BenchConfig, expert_size: int, x_TD: Ten
     check_divides(site.num_neurons, num_experts)
     width = max(16, site.d_model // _WIDTH_SHARE) if config.router_width is None else config.router_width
     router = _random_router(site.d_model, num_experts, width, x_TD.float().cpu(), seed)
-    return LayerSetup(num_experts, 0, router.to(x_TD.device).to(x_TD.dtype), Rule(top_k=1))
+    return LayerSetup(num_experts, 0, router.to(x_TD.device).to(x_TD.dtype), TopK(1))
 
 
 def _nearest_divisor(num_neurons: int, wanted: int) -> int:
@@ -90,8 +91,10 @@ def _random_router(d_model: int, num_experts: int, width: int, x_TD: Tensor, see
     mean_E = scores_TE.mean(0)
     scale_E = scores_TE.std(0, unbiased=False).clamp(min=1e-6)
     if not width:
-        return Router(w_in_RD / scale_E[:, None], -mean_E / scale_E)
-    return Router(w_in_RD, torch.zeros(width), w_out_ER / scale_E[:, None], -mean_E / scale_E, activation="relu")
+        return TwoLayerRouter(w_in_RD / scale_E[:, None], -mean_E / scale_E)
+    return TwoLayerRouter(
+        w_in_RD, torch.zeros(width), w_out_ER / scale_E[:, None], -mean_E / scale_E, activation="relu"
+    )
 
 
 class FFN(nn.Module):
@@ -251,7 +254,7 @@ def cost_of(layer: MoEFFN, selected: Tensor) -> FFNCost:
         experts_per_token=per_token,
         experts_touched=touched,
         overhead=overhead,
-        overhead_bytes=overhead * layer.router.w_in_RD.element_size(),
+        overhead_bytes=overhead * next(iter(layer.router.tensors().values())).element_size(),
     )
 
 

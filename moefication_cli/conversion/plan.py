@@ -2,17 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from moefication_cli.errors import ConfigError
 from moefication_cli.ffn import Compensation
 from moefication_cli.models.sites import FFNSite
 from moefication_cli.routing.budget import allocate, best_within
-from moefication_cli.routing.calibrate import Curve, fit_compensation, kept_experts
+from moefication_cli.routing.calibrate import Curve, first_experts
+from moefication_cli.routing.compensation import compensation_kind, fit_compensation
 from moefication_cli.routing.cost import LayerCost, top_k_within
-from moefication_cli.routing.router import Router, Rule
+from moefication_cli.routing.router import Router
+from moefication_cli.routing.routers import read_router
+from moefication_cli.routing.rules import Rule, Threshold, TopK, as_mask, rule_class
+from moefication_cli.routing.tokens import Tokens
 from moefication_cli.runs.control import parse_layers
 from moefication_cli.runs.inputs import RunModel, expert_weights, layer_seed, read_partition, read_tokens
 from moefication_cli.split.partition import Partition
@@ -20,9 +26,7 @@ from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.rundir import RunDir
 
 SAFETY = 0.97  # of the budget: thresholds are calibrated on other tokens than those they meet
-RELATIVE = ("max_ratio", "cumulative")
 FIT_TOKENS = 16384
-_HALVINGS = 20
 
 FractionOf = Literal["flops", "neurons"]
 
@@ -87,11 +91,11 @@ class Budget:
     fraction: float
     fraction_of: FractionOf = "flops"
     top_k: int | None = None
-    rule: Literal["threshold", "top_k", "max_ratio", "cumulative"] | None = None
+    rule: str | None = None  # a name of `RULES`
     sharing: Literal["auto", "uniform"] | None = None
-    compensation: Literal["auto", "mean", "none"] = "auto"
+    compensation: str = "auto"  # a name of `COMPENSATIONS`
     keep_dense: str | None = None
-    # What a look at the whole model may rule out, because curves of single layers cannot know it:
+    # Restrictions that `search` tries on the whole model, whose KL the curves of single layers do not show:
     only_router: int | None = None  # index into the layer's routers
     least_rank_cost: float = 0.0  # of the correction, relative to the dense FFN's multiply-adds
 
@@ -124,12 +128,15 @@ def routed_layers(
 def read_routers(router: Artifact, index: int) -> tuple[list[Router], str, Curve | None]:
     """(routers, the one to use without a curve last, the score they predict, calibration curve) of one layer."""
     tensors, settings = router.read_layer(index)
-    routers = []
-    for number, form in enumerate(settings["routers"]):
-        parts = {name: tensors.get(f"{number}.{name}") for name in ("w_in_RD", "b_in_R", "w_out_ER", "b_out_E")}
-        routers.append(Router(**parts, **form))  # type: ignore[arg-type]
-    curve = {name.removeprefix("curve."): value for name, value in tensors.items() if name.startswith("curve.")}
-    return routers, settings["score"], Curve(**curve) if curve else None
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        owner, _, part = name.partition(".")
+        parts.setdefault(owner, {})[part] = tensor
+    routers = [
+        read_router(parts[str(number)], form, settings["num_experts"])
+        for number, form in enumerate(settings["routers"])
+    ]
+    return routers, settings["score"], Curve.read(parts["curve"]) if "curve" in parts else None
 
 
 def check_budget(layers: Sequence[RoutedLayer], activations: Artifact | None, budget: Budget) -> None:
@@ -145,37 +152,34 @@ def plan_layers(
     Layers with calibration curves share the budget by what it saves (threshold rule, compensation); the others, and all
     under `rule="top_k"`, get the same fixed fraction.
     """
-    dense = set(parse_layers(budget.keep_dense, len(layers)) or [])
-    if budget.rule in RELATIVE:
-        _choose(layers, activations, budget)
-        assert activations is not None
-        return [
-            _relative(model, activations, layer, budget, seed)
-            if layer.index not in dense
-            else LayerPlan(layer, None, 1.0)
-            for layer in layers
-        ]
     plans: list[LayerPlan] = []
     for layer, choice in zip(layers, _choose(layers, activations, budget), strict=True):
         if isinstance(choice, LayerPlan):
             plans.append(choice)
-        else:
-            assert activations is not None
-            plans.append(_calibrated(model, activations, layer, choice, budget, seed))
+            continue
+        assert activations is not None
+        make = _at_mean_count if choice is None else partial(_calibrated, row=choice)
+        plans.append(make(model, activations, layer, budget=budget, seed=seed))
     return plans
 
 
-def _choose(layers: Sequence[RoutedLayer], activations: Artifact | None, budget: Budget) -> Sequence[LayerPlan | int]:
-    """Finished plans of a fixed fraction, or one row of each layer's curve."""
+def _choose(
+    layers: Sequence[RoutedLayer], activations: Artifact | None, budget: Budget
+) -> Sequence[LayerPlan | int | None]:
+    """Per layer a finished plan of a fixed k, the row of its curve, or None for another rule set to a mean count."""
     dense = set(parse_layers(budget.keep_dense, len(layers)) or [])
     calibrated = all(layer.curve is not None for layer in layers) and activations is not None
-    if budget.rule in ("threshold", *RELATIVE) and not calibrated:
+    rule = None if budget.rule is None else rule_class(budget.rule)
+    if rule is not None and rule.needs_calibrated and not calibrated:
         raise ConfigError(
             f"--rule {budget.rule} needs a calibrated router", "train one with --router regression or linear"
         )
-    if budget.top_k is not None or budget.rule in ("top_k", *RELATIVE) or not calibrated:
+    if budget.top_k is not None or rule is TopK or not calibrated:
         return [_fixed(layer, budget, layer.index in dense) for layer in layers]
-    return _share_budget(layers, budget, dense)
+    if rule is None or rule is Threshold:
+        return _share_budget(layers, budget, dense)
+    fixed = [_fixed(layer, budget, layer.index in dense) for layer in layers]  # raises where the budget cannot be met
+    return [plan if plan.rule is None else None for plan in fixed]
 
 
 def _fixed(layer: RoutedLayer, budget: Budget, dense: bool) -> LayerPlan:
@@ -189,11 +193,12 @@ def _fixed(layer: RoutedLayer, budget: Budget, dense: bool) -> LayerPlan:
         top_k = top_k_within(cost, budget.fraction, budget.fraction_of, where)
     elif top_k > cost.num_experts:
         raise ConfigError(f"{where}: --top-k {top_k} exceeds its {cost.num_experts} experts")
-    return LayerPlan(layer, Rule(top_k=top_k), cost.flops(top_k) / cost.dense_flops, layer.routers[-1])
+    return LayerPlan(layer, TopK(top_k), cost.flops(top_k) / cost.dense_flops, layer.routers[-1])
 
 
 def _share_budget(layers: Sequence[RoutedLayer], budget: Budget, dense: set[int]) -> list[int]:
     """One row of each layer's curve."""
+    low_rank = compensation_kind(budget.compensation).low_rank
     costs, errors, work = [], [], []
     for layer in layers:
         curve = layer.curve
@@ -202,7 +207,7 @@ def _share_budget(layers: Sequence[RoutedLayer], budget: Budget, dense: set[int]
         error_C = curve.error_C.clone() * layer.num_tokens
         is_dense_C = curve.flops_C >= 1.0
         is_dense_C[:-1] = False
-        if budget.compensation != "auto":
+        if not low_rank:
             error_C[(curve.rank_C > 0) & ~is_dense_C] = float("inf")
         if budget.only_router is not None:
             error_C[(curve.router_C != budget.only_router) & ~is_dense_C] = float("inf")
@@ -221,27 +226,16 @@ def _share_budget(layers: Sequence[RoutedLayer], budget: Budget, dense: set[int]
     return allocate(costs, errors, [part / sum(work) for part in work], target)
 
 
-def _relative(model: RunModel, activations: Artifact, layer: RoutedLayer, budget: Budget, seed: int) -> LayerPlan:
-    """A rule that compares a token's scores with each other, set to the budget's mean number of experts."""
+def _at_mean_count(model: RunModel, activations: Artifact, layer: RoutedLayer, budget: Budget, seed: int) -> LayerPlan:
+    """The layer under a rule without a curve, set so that tokens run the budget's number of experts in the mean."""
+    assert budget.rule is not None
     router, cost = layer.routers[-1], layer.cost()
     target = cost.experts_within(budget.fraction * SAFETY, budget.fraction_of)
-    tokens = read_tokens(activations, layer.index, FIT_TOKENS, layer_seed(seed, layer.index)).to(model.device)
+    tokens = _fit_tokens(model, activations, layer, seed)
     scores_TE = router.scores(tokens.x_TD)
-
-    def at(value: float) -> Rule:
-        return Rule(max_ratio=1 - value) if budget.rule == "max_ratio" else Rule(cumulative=value)
-
-    low, high = 0.0, 1.0  # few experts, many
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        many = float(at(middle).select(scores_TE).float().sum(1).mean()) > target
-        low, high = (low, middle) if many else (middle, high)
-    rule = at(low)
-    keep_TE = rule.select(scores_TE)
-    weights = expert_weights(model.read_ffn(layer.index), layer.partition)
-    extra = None
-    if budget.compensation != "none":
-        extra = fit_compensation(weights, keep_TE, 0, tokens.calibration())
+    rule = rule_class(budget.rule).calibrate(scores_TE, target)
+    keep_TE = as_mask(rule.select(scores_TE), cost.num_experts)
+    extra = _compensation(model, layer, tokens, keep_TE, 0, budget)
     share = cost.flops(float(keep_TE.float().sum(1).mean())) / cost.dense_flops
     return LayerPlan(layer, rule, share, router, 0, extra)
 
@@ -252,30 +246,43 @@ def _calibrated(
     """The layer as one row of its curve says, its compensation fitted on calibration tokens."""
     curve = layer.curve
     assert curve is not None
-    number, threshold = int(curve.router_C[row]), float(curve.threshold_C[row])
-    flops = float(curve.flops_C[row])
-    if number < 0 and round(threshold) >= layer.partition.num_experts:
+    number, experts, flops = int(curve.router_C[row]), int(curve.experts_C[row]), float(curve.flops_C[row])
+    if number < 0 and experts >= layer.partition.num_experts:
         return LayerPlan(layer, None, 1.0)
-    router = None if number < 0 else layer.routers[number]
+    tokens = _fit_tokens(model, activations, layer, seed)
+    if number < 0:
+        keep_TE = first_experts(layer.partition.num_experts, experts, len(tokens), model.device)
+        extra = _compensation(model, layer, tokens, keep_TE, int(curve.rank_C[row]), budget)
+        return LayerPlan(layer, TopK(0), flops, None, experts, extra)
+    router, rule = layer.routers[number], Threshold(float(curve.threshold_C[row]))
+    keep_TE = rule.select(router.scores(tokens.x_TD))
+    extra = _compensation(model, layer, tokens, keep_TE, int(curve.rank_C[row]), budget)
+    return LayerPlan(layer, rule, flops, router, 0, extra)
+
+
+def _fit_tokens(model: RunModel, activations: Artifact, layer: RoutedLayer, seed: int) -> Tokens:
+    return read_tokens(activations, layer.index, FIT_TOKENS, layer_seed(seed, layer.index)).to(model.device)
+
+
+def _compensation(
+    model: RunModel, layer: RoutedLayer, tokens: Tokens, keep_TE: Tensor, rank: int, budget: Budget
+) -> Compensation | None:
+    if not compensation_kind(budget.compensation).fitted:
+        return None
     weights = expert_weights(model.read_ffn(layer.index), layer.partition)
-    tokens = read_tokens(activations, layer.index, FIT_TOKENS, layer_seed(seed, layer.index)).to(model.device)
-    compensation = None
-    if budget.compensation != "none":
-        keep_TE = kept_experts(weights, router, threshold, tokens.x_TD)
-        compensation = fit_compensation(weights, keep_TE, int(curve.rank_C[row]), tokens.calibration())
-    if router is None:
-        return LayerPlan(layer, Rule(top_k=0), flops, None, round(threshold), compensation)
-    return LayerPlan(layer, Rule(threshold=threshold), flops, router, 0, compensation)
+    return fit_compensation(weights, keep_TE, rank, tokens)
 
 
-def describe_rule(plans: Sequence[LayerPlan]) -> dict[str, Any]:
-    """What `metrics.json` says of a plan: its rule, top_k (the mean where layers differ) and how the budget is shared."""
+def describe_rule(plans: Sequence[LayerPlan], sharing: str | None = None) -> dict[str, Any]:
+    """What `metrics.json` says of a plan: its rule, top_k (the mean where layers differ) and how the budget is shared.
+
+    `sharing` is what was asked for; without it thresholds share the budget between layers and other rules do not.
+    """
     rules = [plan.rule for plan in plans if plan.rule is not None]
-    relative = [name for rule in rules if rule.relative for name in rule.setting()]
-    if relative:
-        return {"rule": relative[0], "top_k": None, "budget": "uniform"}
-    if any(rule.threshold is not None for rule in rules) or any(rule.top_k == 0 for rule in rules):
-        return {"rule": "threshold", "top_k": None, "budget": "auto"}
-    ks = [rule.top_k or 0 for rule in rules]
+    ks = [rule.top_k for rule in rules if isinstance(rule, TopK)]
+    names = [rule.name for rule in rules if not isinstance(rule, TopK)]
+    if names or 0 in ks:  # layers without a router come from thresholds' curves
+        name = names[0] if names else Threshold.name
+        return {"rule": name, "top_k": None, "budget": (sharing or "auto") if name == Threshold.name else "uniform"}
     top_k = None if not ks else (ks[0] if len(set(ks)) == 1 else sum(ks) / len(ks))
-    return {"rule": "top_k", "top_k": top_k, "budget": "uniform"}
+    return {"rule": TopK.name, "top_k": top_k, "budget": "uniform"}

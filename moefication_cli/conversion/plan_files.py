@@ -11,6 +11,8 @@ from moefication_cli.config import ApplyConfig
 from moefication_cli.conversion.plan import Budget, LayerPlan, RoutedLayer
 from moefication_cli.ffn import Compensation
 from moefication_cli.models.folder.moe_folder import MoELayer, layer_tensors, read_moe_folder
+from moefication_cli.routing.routers import router_settings
+from moefication_cli.routing.rules import rule_setting
 
 
 def budget_of(config: ApplyConfig) -> Budget:
@@ -39,12 +41,12 @@ def settings(plans: Sequence[LayerPlan], name: str, config: ApplyConfig, ffn: st
             "dense": False,
             "num_experts": plan.num_experts,
             "num_shared": plan.num_shared,
-            "rule": rule.setting(),
+            "rule": rule_setting(rule),
             "score": plan.layer.score,
             "ffn_flops_fraction": plan.flops_fraction,
         }
         if router is not None:
-            entry["router"] = {"activation": router.activation, "normalise": router.normalise}
+            entry["router"] = router_settings(router)
         layers.append(entry)
     recorded = {"router": name, "fraction": config.fraction, "fraction_of": config.fraction_of, "layers": layers}
     return recorded | ({} if ffn is None else {"ffn": ffn})

@@ -21,7 +21,7 @@ from moefication_cli.models.loading import LoadedModel
 from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.surgery import install, live_weights, uninstall
 from moefication_cli.routing.cost import overhead_flops
-from moefication_cli.routing.router import Rule
+from moefication_cli.routing.rules import Threshold
 from moefication_cli.runs.control import Control
 from moefication_cli.runs.data import flat_predictions, tokens_of_stacks
 from moefication_cli.tasks.examples import Batch
@@ -59,7 +59,7 @@ class Conversion:
             weights = ExpertWeights(
                 live_weights(loaded.model, site), plan.num_experts, plan.num_shared, plan.compensation
             )
-            self.layers[number] = StraightThroughMoEFFN(weights, plan.router, plan.rule.threshold or 0.0)
+            self.layers[number] = StraightThroughMoEFFN(weights, plan.router, _threshold_of(plan))
         self.install()
 
     def install(self) -> None:
@@ -109,7 +109,7 @@ class Conversion:
             if layer is not None:
                 plan = replace(plan, flops_fraction=shares[number], compensation=layer.learned_compensation().detach())
                 if plan.router is not None:
-                    rule = Rule(threshold=layer.threshold + layer.shift * layer.spread)
+                    rule = Threshold(layer.threshold + layer.shift * layer.spread)
                     plan = replace(plan, router=layer.learned_router().detach(), rule=rule)
             found.append(plan)
         return found
@@ -128,6 +128,12 @@ class Conversion:
             self.layers[number].shift = shift
             for name, tensor in tensors.items():
                 self.layers[number].parameters[name].copy_(tensor)
+
+
+def _threshold_of(plan: LayerPlan) -> float:
+    """0 for a layer without a router. Other rules are refused before (`search`)."""
+    assert plan.router is None or isinstance(plan.rule, Threshold)
+    return plan.rule.threshold if isinstance(plan.rule, Threshold) else 0.0
 
 
 def settle(conversion: Conversion, batches: Sequence[Batch]) -> list[float]:

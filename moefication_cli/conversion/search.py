@@ -19,10 +19,11 @@ from moefication_cli.models.folder.moe_folder import write_moe_settings
 from moefication_cli.models.loading import total_memory
 from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.surgery import permute_in_place
+from moefication_cli.routing.routers import router_kind
+from moefication_cli.routing.rules import rule_class
 from moefication_cli.runs.control import Control
 from moefication_cli.runs.data import calibration_data, load_whole, open_examples
 from moefication_cli.runs.inputs import RunModel, begin_options
-from moefication_cli.stages.train_router import CALIBRATED
 from moefication_cli.store import jsonio
 from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.rundir import RunDir
@@ -141,16 +142,24 @@ def _tidy(fraction: float) -> float:
 def _require_calibrated(
     layers: Sequence[RoutedLayer], activations: Artifact | None, config: ApplyConfig, option: str
 ) -> None:
-    fixed = config.top_k is not None or config.rule == "top_k"
-    if activations is None or fixed or any(layer.curve is None for layer in layers):
+    if activations is None or not _refinable(config) or any(layer.curve is None for layer in layers):
         raise ConfigError(
-            f"{option} needs a calibrated router and the threshold rule", "train one with --router regression"
+            f"{option} needs a calibrated router and the threshold rule",
+            "train one with --router regression, and leave out --rule and --top-k",
         )
+
+
+def _refinable(config: ApplyConfig) -> bool:
+    """Whether the rule asked for is one that refinement can train with; None leaves the choice and gets one."""
+    return config.top_k is None and (config.rule is None or rule_class(config.rule).refinable)
 
 
 def default_steps(run: RunDir, model: RunModel, config: ApplyConfig, control: Control) -> int:
     """How many steps `run` refines a model of this size; 0, and said, where there is nothing to refine or no memory."""
-    if config.router not in CALIBRATED or config.top_k is not None or config.rule == "top_k":
+    if not router_kind(str(config.router)).calibrated:
+        return 0
+    if not _refinable(config):
+        control.say("routers are not fitted to the whole model: that needs the threshold rule")
         return 0
     if run.read_stage("activations").metrics["layers"][0]["sequences"] < _FEWEST_BATCHES:
         control.say("routers are not fitted to the whole model: there are too few sequences to calibrate on")

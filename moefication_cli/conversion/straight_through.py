@@ -61,14 +61,8 @@ class StraightThroughMoEFFN:
             h_TF = ffn.hidden(x_TD)
             routed_TF = h_TF[:, kept:].unflatten(1, (-1, self.weights.expert_size)) * gates_TE.unsqueeze(-1)
             y_TD = routed_TF.flatten(1) @ ffn.w_down_FD[kept:] + h_TF[:, :kept] @ ffn.w_down_FD[:kept]
-        extra = self.learned_compensation()
-        assert extra.constant_D is not None
-        y_TD = y_TD + extra.constant_D
-        if ffn.b_down_D is not None:
-            y_TD = y_TD + ffn.b_down_D
-        if extra.w_in_RD is not None and extra.w_out_RD is not None:
-            y_TD = y_TD + (x_TD @ extra.w_in_RD.T) @ extra.w_out_RD
-        return y_TD
+        y_TD = y_TD + self.learned_compensation().output(x_TD)
+        return y_TD if ffn.b_down_D is None else y_TD + ffn.b_down_D
 
     def _gates(self, x_TD: Tensor) -> Tensor:
         scores_TE = self.learned_router().scores(x_TD)
@@ -90,8 +84,7 @@ class StraightThroughMoEFFN:
         """Scales on the first tokens seen: biases start anywhere, so their own size says nothing about a good step."""
         assert self.form is not None
         self.spread = float(scores_TE.std()) or 1.0
-        hidden_TR = x_TD.to(self.form.w_in_RD.dtype) @ self.form.w_in_RD.T
-        self._scale = {"b_out_E": self.spread, "b_in_R": float(hidden_TR.std())}
+        self._scale = self.form.bias_scales(x_TD)
 
     def step_size(self, name: str) -> float:
         """The size of a parameter's values, relative to which it should move; known after the first call."""
@@ -101,7 +94,7 @@ class StraightThroughMoEFFN:
         """The router as it stands."""
         assert self.form is not None
         found: dict[str, Any] = {n: t for n, t in self.parameters.items() if not n.startswith("extra.")}
-        return replace(self.form, **found)
+        return self.form.with_tensors(found)
 
     def learned_compensation(self) -> Compensation:
         """The compensation as it stands."""

@@ -2,7 +2,7 @@
 
 The published recipe is a stage of its own, RUN/baseline/paper, cached like any other: balanced k-means on normalised
 weight rows with experts of 32 neurons, and the two-layer router trained on sums of activations (MoEfication, section 3;
-its defects mended as routing/fit.py says).
+its defects mended as routing/routers/mlp.py says).
 """
 
 from typing import Any
@@ -11,7 +11,8 @@ import torch
 
 from moefication_cli.config import EvalConfig, RouterConfig, SplitConfig
 from moefication_cli.conversion.plan import Budget, LayerPlan, describe_rule, plan_layers, routed_layers
-from moefication_cli.evaluation.selections import PinnedFFN, Variant, prune
+from moefication_cli.evaluation.selections import PinnedFFN, SelectionRow, prune
+from moefication_cli.routing.train import train_layer
 from moefication_cli.runs.control import Control
 from moefication_cli.runs.inputs import (
     RunModel,
@@ -19,11 +20,11 @@ from moefication_cli.runs.inputs import (
     layer_options,
     layer_seed,
     read_tokens,
+    training_tokens,
 )
 from moefication_cli.runtime.layer import MoEFFN
+from moefication_cli.split.methods import split_layer
 from moefication_cli.split.partition import nearest_divisor
-from moefication_cli.stages.split_neurons import split_layer
-from moefication_cli.stages.train_router import train_layer, training_tokens
 from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.rundir import RunDir
 
@@ -32,18 +33,18 @@ _SAMPLE_TOKENS = 2048
 _STATISTICS = ("variance_F", "contribution_F", "mean_F")
 
 
-def static_variant(run: RunDir, model: RunModel, activations: Artifact, fraction: float, control: Control) -> Variant:
-    """Static pruning at this share of the neurons; per layer the best of four ways, see `variants.prune`."""
+def static_row(model: RunModel, activations: Artifact, fraction: float, control: Control) -> SelectionRow:
+    """Static pruning at this share of the neurons; per layer the best of four ways, see `selections.prune`."""
     layers: list[Any] = []
     for index in range(len(model.sites)):
         with activations.open_layer(index) as stored:
             statistics = {name: stored.tensor(name) for name in _STATISTICS}
         sample = read_tokens(activations, index, _SAMPLE_TOKENS, layer_seed(control.seed, index)).x_TD
         layers.append(prune(model.read_ffn(index), statistics, fraction, sample.to(model.device))[0])
-    return Variant("static", "baseline", fraction, layers, meta={"rule": "static", "score": "best of four"})
+    return SelectionRow("static", "baseline", fraction, layers, meta={"rule": "static", "score": "best of four"})
 
 
-def paper_variant(run: RunDir, model: RunModel, fraction: float, config: EvalConfig, control: Control) -> Variant:
+def paper_row(run: RunDir, model: RunModel, fraction: float, config: EvalConfig, control: Control) -> SelectionRow:
     """The published recipe at this fraction, everything counted as `config.fraction_of` says."""
     stage = build_paper(run, model, control)
     layers: list[Any] = []
@@ -59,7 +60,7 @@ def paper_variant(run: RunDir, model: RunModel, fraction: float, config: EvalCon
         layers.append(PinnedFFN(moe))
         plans.append(plan)
     meta = {"score": "activation"} | describe_rule(plans)
-    return Variant("paper", "baseline", fraction, layers, meta=meta, plans=plans)
+    return SelectionRow("paper", "baseline", fraction, layers, meta=meta, plans=plans)
 
 
 def build_paper(run: RunDir, model: RunModel, control: Control) -> Artifact:
@@ -74,8 +75,9 @@ def build_paper(run: RunDir, model: RunModel, control: Control) -> Artifact:
             site = model.sites[index]
             size = nearest_divisor(site.num_neurons, PAPER_EXPERT_SIZE)
             config = SplitConfig(method="kmeans", expert_size=size)
-            partition, metrics = split_layer(model, None, None, index, config, control)
-            weights = expert_weights(model.read_ffn(index), partition)
+            dense = model.read_ffn(index)
+            partition, metrics = split_layer(dense, config, seed)
+            weights = expert_weights(dense, partition)
             train, heldout = training_tokens(router_config, weights, activations, index, seed)
             record = train_layer(router_config, weights, train, heldout, [0.2], seed)
             tensors = {"expert_F": partition.expert_F.to(torch.int32)} | record.tensors

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-from moefication_cli.evaluation.selections import Variant, flops_fractions
+from moefication_cli.evaluation.selections import SelectionRow, flops_fractions
 from moefication_cli.tasks.examples import Scores, summarise
 from moefication_cli.tasks.stats import Values, bootstrap_ci, paired_bootstrap
 
 
 def row_of(
-    variant: Variant, scores: Scores, reference: dict[str, Any], tokens: int, sizes: Sequence[float], seed: int
+    variant: SelectionRow, scores: Scores, reference: dict[str, Any], tokens: int, sizes: Sequence[float], seed: int
 ) -> dict[str, Any]:
     """One row of metrics.json; `sizes` is each FFN's part of the dense work, `reference` the dense model's entry."""
     summary = summarise(reference["metric"], scores)
@@ -49,7 +49,7 @@ def row_of(
 
 
 def compare_with(
-    baseline: str, variants: Sequence[Variant], scores: Sequence[Scores], rows: list[dict[str, Any]], seed: int
+    baseline: str, variants: Sequence[SelectionRow], scores: Sequence[Scores], rows: list[dict[str, Any]], seed: int
 ) -> None:
     """Adds to each row the paired difference of KL to `static` or `paper` at the same fraction, with a 95 % interval."""
     found = {v.fraction: s for v, s in zip(variants, scores, strict=True) if v.selection == baseline}

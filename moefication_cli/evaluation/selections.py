@@ -29,7 +29,7 @@ from moefication_cli.tasks.examples import Scores
 
 
 @dataclass
-class Variant:
+class SelectionRow:
     """One row: the layers to install, and what the row says about itself."""
 
     selection: str
@@ -160,9 +160,15 @@ def prune(
     return best[1], best[2]
 
 
-def routed_variant(
-    name: str, model: nn.Module, plans: Sequence[LayerPlan], fraction: float, backend: str, applied: bool = False
-) -> Variant:
+def routed_row(
+    name: str,
+    model: nn.Module,
+    plans: Sequence[LayerPlan],
+    fraction: float,
+    backend: str,
+    applied: bool = False,
+    sharing: str | None = None,
+) -> SelectionRow:
     """A trained router at a budget, through the real backend, on a model whose neurons are in expert order."""
     layers: list[FFNLayer] = []
     for plan in plans:
@@ -176,13 +182,13 @@ def routed_variant(
         else:
             # Quality is measured: a call that goes dense would compute more than the router selected.
             layers.append(MoEFFN(weights, plan.router, plan.rule, backend=backend, may_go_dense=False))
-    meta = {"score": plans[0].layer.score} | describe_rule(plans)
-    return Variant(name, "router", fraction, layers, applied, meta=meta, plans=list(plans))
+    meta = {"score": plans[0].layer.score} | describe_rule(plans, sharing)
+    return SelectionRow(name, "router", fraction, layers, applied, meta=meta, plans=list(plans))
 
 
-def selected_variant(
+def selected_row(
     name: str, model: nn.Module, layers: Sequence[RoutedLayer], fraction: float, score: str, seed: int, backend: str
-) -> Variant:
+) -> SelectionRow:
     """`groundtruth` or `random` at this share of the experts, on the split of the run."""
     moe: list[FFNLayer] = []
     ks = []
@@ -199,10 +205,10 @@ def selected_variant(
         moe.append(MoEFFN(weights, select=select, backend=backend, may_go_dense=False))
     kind = "oracle" if name == "groundtruth" else "baseline"
     meta = {"score": score if name == "groundtruth" else None, "rule": "top_k", "top_k": sum(ks) / len(ks)}
-    return Variant(name, kind, fraction, moe, meta=meta | {"seed": seed})
+    return SelectionRow(name, kind, fraction, moe, meta=meta | {"seed": seed})
 
 
-def count_selections(variant: Variant) -> None:
+def count_selections(variant: SelectionRow) -> None:
     """Starts counting, from zero, what each layer of the row selects."""
     for layer in variant.layers:
         moe = layer.layer if isinstance(layer, PinnedFFN) else layer
@@ -210,7 +216,7 @@ def count_selections(variant: Variant) -> None:
             moe.count_selections()
 
 
-def flops_fractions(variant: Variant) -> list[float]:
+def flops_fractions(variant: SelectionRow) -> list[float]:
     """Per layer, the multiply-adds really spent relative to dense: measured active neurons, router and correction.
 
     Oracles and pruning have no router to pay for: what they compute is their active share.

@@ -24,7 +24,7 @@ from moefication_cli.models.folder.source import LOAD_ERRORS, Source, first_line
 from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.sites import FFNSite, find_sites, refuse_quantised
 from moefication_cli.models.surgery import FFNLayer, install, live_weights, pack
-from moefication_cli.routing.router import Rule
+from moefication_cli.routing.rules import TopK
 from moefication_cli.runtime.layer import MoEFFN
 from moefication_cli.runtime.pruned import PrunedFFN
 
@@ -221,7 +221,7 @@ def _moe_ffn(model: nn.Module, site: FFNSite, layer: MoELayer, backend: str, fra
     router, rule = layer.router, layer.rule
     assert rule is not None
     neurons = site.num_neurons - layer.num_shared
-    width = site.d_model if router is None else router.w_in_RD.shape[1]
+    width = site.d_model if router is None else router.d_model
     if width != site.d_model or neurons < 0 or neurons % layer.num_experts:
         raise CorruptArtifactError(
             f"{site.name}: {layer.num_experts} experts of {neurons} neurons, router input {width}: "
@@ -229,7 +229,7 @@ def _moe_ffn(model: nn.Module, site: FFNSite, layer: MoELayer, backend: str, fra
             "write the folder again: moefication apply RUN --force",
         )
     if fraction is not None and router is not None:
-        rule = Rule(top_k=max(1, round(fraction * layer.num_experts)))
+        rule = TopK(max(1, round(fraction * layer.num_experts)))
     pack(model, site)
     ffn = live_weights(model, site)
     device, dtype = ffn.w_up_FD.device, ffn.w_up_FD.dtype

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefication_cli.config import ModelConfig, TaskConfig, compared_values, options_of, recorded_values
+from moefication_cli.config import ModelConfig, RouterConfig, TaskConfig, compared_values, options_of, recorded_values
 from moefication_cli.errors import ConfigError, MissingArtifactError
 from moefication_cli.ffn import ExpertWeights, FFNWeights
 from moefication_cli.models.folder.checkpoint import Checkpoint
 from moefication_cli.models.sites import FFNSite
-from moefication_cli.routing.calibrate import Tokens as CalibrationTokens
+from moefication_cli.routing.tokens import Tokens
 from moefication_cli.runs.control import Control, Result, parse_layers
 from moefication_cli.split.graph import Graph
 from moefication_cli.split.partition import Partition
@@ -26,6 +26,7 @@ from moefication_cli.store.manifest import BASE_MODEL, Manifest
 from moefication_cli.store.rundir import RunDir
 from moefication_cli.store.writer import StageWriter
 
+_TOKEN_BYTES = 768 * 2**20  # of a router's training: a layer of a 7B model then fits beside its weights in a few GiB
 _BLOCK = 64  # tokens read together when a layer's inputs are sampled
 
 
@@ -158,46 +159,6 @@ def read_graph(graph: Artifact, index: int) -> Graph:
     return Graph(tensors["indptr_F1"], tensors["indices_M"], tensors["weights_M"])
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """FFN inputs of one layer, the sequence each token came from, and how much its output matters (see `models.sensitivity`)."""
-
-    x_TD: Tensor
-    sequence_T: Tensor
-    weight_T: Tensor
-
-    def __len__(self) -> int:
-        return len(self.sequence_T)
-
-    def pick(self, chosen_T: Tensor) -> "Tokens":
-        """These tokens, by index or mask."""
-        return Tokens(self.x_TD[chosen_T], self.sequence_T[chosen_T], self.weight_T[chosen_T])
-
-    def to(self, device: torch.device) -> "Tokens":
-        """The same tokens on another device."""
-        return Tokens(self.x_TD.to(device), self.sequence_T.to(device), self.weight_T.to(device))
-
-    def calibration(self) -> CalibrationTokens:
-        """What `routing.calibrate` reads of them."""
-        return CalibrationTokens(self.x_TD, self.weight_T)
-
-    def split_heldout(self, fraction: float, seed: int) -> "tuple[Tokens, Tokens]":
-        """(training, held-out) tokens, divided by sequence so that no sentence is on both sides."""
-        ids = torch.unique(self.sequence_T)
-        order = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
-        if len(ids) < 2:
-            held_T = torch.arange(len(self)) >= int(len(self) * (1 - fraction))
-        else:
-            held_T = torch.isin(self.sequence_T, order[: max(1, round(fraction * len(ids)))])
-        return self.pick(~held_T), self.pick(held_T)
-
-    def sample(self, count: int, seed: int) -> "Tokens":
-        """At most `count` tokens drawn at random."""
-        if count >= len(self):
-            return self
-        return self.pick(torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count].sort().values)
-
-
 def read_tokens(activations: Artifact, index: int, max_tokens: int | None = None, seed: int = 0) -> Tokens:
     """Float32 inputs of one FFN; with `max_tokens`, that many from blocks spread at random over all of them."""
     with activations.open_layer(index) as layer:
@@ -212,7 +173,20 @@ def read_tokens(activations: Artifact, index: int, max_tokens: int | None = None
         def rows(name: str) -> Tensor:
             return torch.cat([layer.rows(name, *block) for block in blocks])[:max_tokens]
 
-        return Tokens(rows("inputs_TD").float(), rows("sequence_T"), rows("weight_T"))
+        return Tokens(rows("inputs_TD").float(), rows("weight_T"), rows("sequence_T"))
+
+
+def tokens_in_memory(d_model: int, num_experts: int) -> int:
+    """Tokens whose inputs and targets, and one copy of both, fit the working memory: 131,072 up to D + E = 768."""
+    return _TOKEN_BYTES // (2 * 4 * (d_model + num_experts))
+
+
+def training_tokens(
+    config: RouterConfig, weights: ExpertWeights, activations: Artifact, index: int, seed: int
+) -> tuple[Tokens, Tokens]:
+    """(training, held-out) tokens of one layer: `max_tokens` of them, or what fits the working memory."""
+    count = config.max_tokens or tokens_in_memory(weights.ffn.d_model, weights.num_experts)
+    return read_tokens(activations, index, count, seed).split_heldout(config.heldout_fraction, seed)
 
 
 def expert_weights(ffn: FFNWeights, partition: Partition) -> ExpertWeights:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from moefication_cli.errors import ConfigError
 from moefication_cli.ffn import ExpertWeights
-from moefication_cli.routing.router import Router, Rule
+from moefication_cli.routing.router import Router
+from moefication_cli.routing.rules import Rule, TopK
 from moefication_cli.runtime.backends import ALL_ON_TOKENS, BACKENDS, available, choose
 
 if TYPE_CHECKING:
@@ -46,12 +47,8 @@ class MoEFFN:
             raise ConfigError("a MoE layer needs a router and a rule, or a selection of its own")
         if router is not None and router.num_experts != weights.num_experts:
             raise ConfigError(f"the router scores {router.num_experts} experts, the layer has {weights.num_experts}")
-        if (
-            rule is not None
-            and rule.setting().keys() == {"top_k"}
-            and not 1 <= (rule.top_k or 0) <= weights.num_experts
-        ):
-            raise ConfigError(f"top_k {rule.top_k} is not in 1..{weights.num_experts}")
+        if rule is not None:
+            rule.check(weights.num_experts)
         if backend != "auto":
             available(backend, weights.ffn.w_up_FD.device, weights.ffn.w_up_FD.dtype, weights)
         self.weights = weights
@@ -120,7 +117,7 @@ class MoEFFN:
             if self.counts_E is not None:
                 self._count(None, x_TD if real_T is None else x_TD[real_T])
             return BACKENDS[name](x_TD, x_TD, self.weights)
-        if name == "numba" and self.select is None and not self._relative:
+        if name == "numba" and self._fused:
             compiled = self._compile()
             y_TD = self._run_compiled(compiled, x_TD, real_T)
             self._fast = compiled
@@ -134,12 +131,20 @@ class MoEFFN:
         return self._selected(name, x_TD)
 
     @property
-    def _relative(self) -> bool:
-        return self.rule is not None and self.rule.relative
+    def _fused(self) -> bool:
+        """Whether the compiled kernel computes the scores and selects; else torch does, and the kernel is given the selection."""
+        fused = self.router is not None and self.rule is not None
+        fused = fused and "numba" in self.router.fused_by and "numba" in self.rule.fused_by  # type: ignore[union-attr]
+        return self.select is None and (fused or self._all_on)
+
+    @property
+    def _top_k(self) -> int | None:
+        """Experts of every token, where the rule fixes their number."""
+        return self.rule.top_k if self.select is None and isinstance(self.rule, TopK) else None
 
     @property
     def _all_on(self) -> bool:
-        return self.select is None and self.rule is not None and self.rule.top_k == self.weights.num_experts
+        return self._top_k == self.weights.num_experts
 
     def _compile(self) -> "CompiledLayer":
         if self._prepared is None:
@@ -148,10 +153,10 @@ class MoEFFN:
             if self._all_on:  # no selection to make, no experts to keep apart: every neuron is a shared one
                 ffn = self.weights.ffn
                 self._prepared = CompiledLayer(ExpertWeights(ffn, 1, num_shared=ffn.num_neurons))
-            elif self._relative:  # selected before the kernel, which knows ranks and constants
-                self._prepared = CompiledLayer(self.weights)
-            else:
+            elif self._fused:
                 self._prepared = CompiledLayer(self.weights, self.router, self.rule)
+            else:
+                self._prepared = CompiledLayer(self.weights)
         return self._prepared
 
     def _run_compiled(self, compiled: "CompiledLayer", x: Tensor, real_T: Tensor | None) -> Tensor:
@@ -176,12 +181,10 @@ class MoEFFN:
         return BACKENDS[name](x_TD, selected, self.weights)
 
     def _auto(self, x_TD: Tensor) -> str:
-        weights, rule = self.weights, self.rule
+        weights, top_k = self.weights, self._top_k
         share = 0.0  # unknown before the selection is made
-        if self._all_on:
-            share = 1.0
-        elif self.select is None and rule is not None and rule.top_k is not None:
-            share = (weights.num_shared + weights.expert_size * rule.top_k) / weights.ffn.num_neurons
+        if top_k is not None:
+            share = (weights.num_shared + weights.expert_size * top_k) / weights.ffn.num_neurons
         needs_grad = torch.is_grad_enabled() and (x_TD.requires_grad or weights.ffn.w_up_FD.requires_grad)
         name = choose(x_TD.device, x_TD.dtype, x_TD.shape[0], weights, share, needs_grad)
         return "torch" if name == "dense" and not (self.may_go_dense or self._all_on) else name

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moefication_cli.ffn import FFNWeights
 from moefication_cli.split.kmeans_cpu import compiled
 
 Array = np.ndarray[Any, Any]
 _BLOCK = 512
+PATTERN_SHARE = 0.2  # of the neurons that a token keeps in its pattern
 
 
 @compiled
@@ -42,3 +44,28 @@ def neuron_sums(h_TF: Tensor) -> Tensor:
     else:
         sums_4F = torch.stack([(h_TF > 0).sum(0), h_TF.sum(0), h_TF.square().sum(0), h_TF.abs().sum(0)])
     return sums_4F.double().cpu()
+
+
+def contribution_profile(weights: FFNWeights, x_TD: Tensor, weight_T: Tensor) -> Tensor:
+    """profile_FT: |h_n| * ||w_down_n|| of every neuron at every token, times the root of how much the token matters."""
+    h_TF = weights.hidden(x_TD.to(weights.w_up_FD.device))
+    root_T1 = (weight_T / weight_T.mean().clamp_min(1e-30)).sqrt().unsqueeze(1).to(h_TF)
+    return (h_TF.abs() * weights.w_down_FD.norm(dim=1) * root_T1).T.contiguous()
+
+
+def keep_pattern(profile_FT: Tensor) -> Tensor:
+    """pattern_FT: 1 where the neuron is among the PATTERN_SHARE that contribute most at a token, else 0.
+
+    Source: keep patterns as CMoE (arXiv 2502.04416) clusters them, by contribution and not by activation.
+    """
+    count = max(1, round(PATTERN_SHARE * len(profile_FT)))
+    return (profile_FT >= profile_FT.topk(count, dim=0).values[-1]).to(profile_FT)
+
+
+def by_importance(expert_F: Tensor, importance_F: Tensor) -> Tensor:
+    """The same experts, numbered from the most important one down; importance is summed over an expert's neurons."""
+    total_E = torch.zeros(int(expert_F.max()) + 1, dtype=torch.float64)
+    total_E.index_add_(0, expert_F.cpu(), importance_F.double().cpu())
+    number_E = torch.empty_like(total_E, dtype=torch.int64)
+    number_E[total_E.argsort(descending=True, stable=True)] = torch.arange(len(total_E))
+    return number_E[expert_F.cpu()]

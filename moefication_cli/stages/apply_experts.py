@@ -20,6 +20,7 @@ from moefication_cli.errors import MoEficationError
 from moefication_cli.models.folder.checkpoint import Checkpoint
 from moefication_cli.models.folder.embedded import embed_code
 from moefication_cli.models.folder.moe_folder import write_moe_settings
+from moefication_cli.routing.rules import TopK
 from moefication_cli.runs.control import Control, Result
 from moefication_cli.runs.estimate import estimate, ffn_bytes, total_ffn_flops
 from moefication_cli.runs.inputs import RunModel, begin_options, layer_seed, open_model, read_tokens
@@ -75,7 +76,7 @@ def apply_experts(run: RunDir, config: ApplyConfig, control: Control) -> Result:
             for index in control.track(range(len(plans)), "check", len(plans)):
                 check_layer(model, written, index, control.seed)
             rows = [_row(plan) | _experts_per_token(plan, activations, control.seed) for plan in plans]
-            manifest = work.finish({"layers": rows, "router": name} | describe_rule(plans))
+            manifest = work.finish({"layers": rows, "router": name} | describe_rule(plans, config.budget))
     assert manifest is not None
     path = run.path("model")
     notes = [
@@ -104,9 +105,9 @@ def _row(plan: LayerPlan) -> dict[str, Any]:
         "num_experts": plan.num_experts,
         "expert_size": plan.layer.partition.expert_size,
         "always_on": plan.num_shared,
-        "rule": "dense" if rule is None else "always on" if plan.router is None else next(iter(rule.setting())),
-        "top_k": None if rule is None or plan.router is None else rule.top_k,
-        "router_width": None if plan.router is None else plan.router.w_in_RD.shape[0],
+        "rule": "dense" if rule is None else "always on" if plan.router is None else rule.name,
+        "top_k": rule.top_k if isinstance(rule, TopK) and plan.router is not None else None,
+        "router_width": None if plan.router is None else plan.router.width,
         "correction_rank": _rank(plan),
         "ffn_flops_fraction": plan.flops_fraction,
     }
@@ -114,9 +115,9 @@ def _row(plan: LayerPlan) -> dict[str, Any]:
 
 def _experts_per_token(plan: LayerPlan, activations: Artifact | None, seed: int) -> dict[str, float]:
     """Mean and 10 % and 90 % quantiles of the experts that calibration tokens select, where their number varies."""
-    if activations is None or plan.router is None or plan.rule is None or plan.rule.top_k is not None:
+    if activations is None or plan.router is None or plan.rule is None or isinstance(plan.rule, TopK):
         return {}
-    x_TD = read_tokens(activations, plan.layer.index, _COUNTED_TOKENS, seed).x_TD.to(plan.router.w_in_RD.device)
+    x_TD = read_tokens(activations, plan.layer.index, _COUNTED_TOKENS, seed).x_TD
     count_T = plan.rule.select(plan.router.scores(x_TD)).sum(1).float()
     low, high = count_T.quantile(torch.tensor([0.1, 0.9]).to(count_T)).tolist()
     return {"experts_mean": float(count_T.mean()), "experts_p10": low, "experts_p90": high}

@@ -18,14 +18,15 @@ from moefication_cli.config import ApplyConfig, RouterConfig, SplitConfig, TuneC
 from moefication_cli.conversion.plan import check_budget, plan_layers, routed_layers
 from moefication_cli.conversion.plan_files import budget_of
 from moefication_cli.errors import ConfigError
-from moefication_cli.evaluation.selections import Variant, count_selections, flops_fractions, routed_variant
+from moefication_cli.evaluation.selections import SelectionRow, count_selections, flops_fractions, routed_row
 from moefication_cli.models.loading import LoadedModel
 from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.surgery import install, permute_in_place
 from moefication_cli.runs.control import Control, Result, parse_fractions
 from moefication_cli.runs.data import calibration_data, flat_predictions, load_whole, open_examples
 from moefication_cli.runs.inputs import RunModel, begin_options, open_model
-from moefication_cli.stages.split_neurons import expert_counts, split_neurons
+from moefication_cli.split.methods import expert_counts
+from moefication_cli.stages.split_neurons import split_neurons
 from moefication_cli.stages.train_router import train_router
 from moefication_cli.store import jsonio
 from moefication_cli.store.artifact import Artifact
@@ -40,7 +41,7 @@ class Trial:
     """One combination, and its sums over the held-out batches."""
 
     choice: dict[str, Any]
-    variant: Variant
+    variant: SelectionRow
     kl: float = 0.0
     agreed: float = 0.0
     dense_seconds: float = 0.0
@@ -97,7 +98,7 @@ def _sweep(
         splitting = SplitConfig(method=method, expert_size=size)  # type: ignore[arg-type]
         try:
             for site in model.sites:
-                expert_counts(site, splitting)
+                expert_counts(site.num_neurons, splitting)
         except ConfigError as error:
             control.say(f"experts of {size} neurons are left out: {error.message}")
             continue
@@ -116,7 +117,7 @@ def _sweep(
                 except ConfigError:
                     continue  # the router alone costs more
                 plans = plan_layers(model, activations, layers, budget_of(asked), control.seed)
-                variant = routed_variant(router, converted.model, plans, fraction, "auto")
+                variant = routed_row(router, converted.model, plans, fraction, "auto")
                 choice = dict(zip(_KEYS, (method, size, router, budget, compensation, fraction), strict=True))
                 trials.append(Trial(choice, variant))
         for layer in layers:

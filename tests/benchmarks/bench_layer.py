@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from moefication_cli.benchmark.timing import Call, Paired, alternate
 from moefication_cli.ffn import ACTIVATIONS, ExpertWeights, FFNWeights
-from moefication_cli.routing.router import Router, Rule
+from moefication_cli.routing.router import TwoLayerRouter
+from moefication_cli.routing.rules import TopK
 from moefication_cli.runtime.layer import MoEFFN
 
 CACHE_BYTES = 128 << 20
@@ -92,8 +93,8 @@ def moe(dense: Dense, case: Case, fraction: float, backend: str) -> tuple[MoEFFN
         case.activation,
     )
     top_k = max(1, round(fraction * case.experts))
-    router = Router(torch.randn(case.experts, case.d_model))
-    return MoEFFN(ExpertWeights(ffn, case.experts), router, Rule(top_k=top_k), backend), top_k
+    router = TwoLayerRouter(torch.randn(case.experts, case.d_model))
+    return MoEFFN(ExpertWeights(ffn, case.experts), router, TopK(top_k), backend), top_k
 
 
 def bound(case: Case, tokens: int, top_k: int, dtype: torch.dtype) -> float:

@@ -28,16 +28,18 @@ import transformers
 
 from moefication_cli.config import CollectConfig, RouterConfig, SplitConfig
 from moefication_cli.models.loading import load_model
-from moefication_cli.routing.fit import RouterSample
+from moefication_cli.routing.routers import router_kind
 from moefication_cli.routing.scores import oracle_scores
+from moefication_cli.routing.train import captured as captured_rows
+from moefication_cli.routing.training import RouterSample
 from moefication_cli.runs.control import Control, parse_layers
 from moefication_cli.runs.data import open_examples
 from moefication_cli.runs.inputs import expert_weights, layer_options, open_model, read_partition, read_tokens
 from moefication_cli.runs.ranks import open_ranks
 from moefication_cli.split.kmeans import balanced_kmeans
 from moefication_cli.stages.collect_activations import collect_activations
-from moefication_cli.stages.split_neurons import split
-from moefication_cli.stages.train_router import fit, measure, train_router
+from moefication_cli.stages.split_neurons import split_neurons
+from moefication_cli.stages.train_router import train_router
 from moefication_cli.store.rundir import RunDir
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -57,7 +59,7 @@ def router(args: argparse.Namespace) -> Iterator[Row]:
         model=str(args.model), data=str(args.data), max_tokens=args.tokens or 133_749, sensitivity=False
     )
     collect_activations(run, collect, Control())
-    split(run, SplitConfig(method="kmeans", expert_size=32), Control())
+    split_neurons(run, SplitConfig(method="kmeans", expert_size=32), Control())
     model, activations, made = open_model(run, None, Control()), run.require("activations"), run.require("split")
     total: dict[str, float] = {}
     chosen = parse_layers(args.layers, len(model.sites)) or range(len(model.sites))
@@ -70,9 +72,11 @@ def router(args: argparse.Namespace) -> Iterator[Row]:
         sample = RouterSample(train.x_TD, target_TE, heldout.x_TD, heldout_TE)
         for recipe in ("paper", "default"):
             config = RouterConfig(router="mlp", recipe=recipe)
-            found, seconds, cpu = timed(lambda: fit(config, weights, sample, index, 0))  # noqa: B023
-            measured = measure(found.router, weights, sample, [0.1, 0.2, 0.3], index)
-            captured = {f"captured_{row['fraction']}": row["router"] for row in measured["captured"]}
+            kind = router_kind("mlp")
+            training = kind.training(config, index)
+            (found,), seconds, cpu = timed(lambda: kind.train(weights, sample, training))  # noqa: B023
+            rows = captured_rows(found.router, weights, sample, [0.1, 0.2, 0.3], index)
+            captured = {f"captured_{row['fraction']}": row["router"] for row in rows}
             yield {"what": "router", "layer": index, "recipe": recipe, "tokens": len(tokens), "seconds": seconds,
                    "cpu": cpu, "target_cpu": targets, "epochs": len(found.history) - 1, **captured}  # fmt: skip
             for name, value in {"seconds": seconds, "cpu": cpu, "target_cpu": targets, **captured}.items():
@@ -179,7 +183,7 @@ def worker(args: argparse.Namespace) -> None:
     with open_ranks() as joined:
         control = Control(force=True, ranks=joined)
         stages: dict[str, Callable[[], Any]] = {
-            "split": lambda: split(run, SplitConfig(method="kmeans", num_experts=96), control),
+            "split": lambda: split_neurons(run, SplitConfig(method="kmeans", num_experts=96), control),
             "train-router": lambda: train_router(run, RouterConfig(calibration_tokens=512), control),
         }
         for name in args.stages.split(","):

@@ -3,8 +3,8 @@
 The JSON has `schema` (`moefication/model@1`), `layers` (one object per FFN in execution order: `layer`, and unless
 `dense` is true `num_experts`, `num_shared`, `rule` {top_k | threshold | max_ratio | cumulative} and `router`
 {activation, normalise}), `tensors` {sha256, bytes} and whatever else the writer records. Tensors are named
-`{position in layers:03d}.{name}` with the names of `TENSORS`. Axes: D model width, E experts, R router width. Reading
-trusts nothing: every defect is a CorruptArtifactError.
+`{position in layers:03d}.{name}` with the names of the router's tensors and of `_COMPENSATION`. Reading trusts nothing:
+every defect is a CorruptArtifactError. Axes: D model width, E experts, R router width.
 """
 
 from collections.abc import Mapping
@@ -16,23 +16,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from moefication_cli.errors import CorruptArtifactError, MissingArtifactError
+from moefication_cli.errors import ConfigError, CorruptArtifactError, MissingArtifactError
 from moefication_cli.ffn import Compensation
-from moefication_cli.routing.router import ROUTER_ACTIVATIONS, Router, Rule
+from moefication_cli.routing.router import Router
+from moefication_cli.routing.routers import read_router
+from moefication_cli.routing.rules import Rule, TopK, read_rule
 from moefication_cli.store import jsonio
 from moefication_cli.store.files import atomic_write, make_dirs, sha256
 
 SCHEMA = "moefication/model@1"
 FOLDER, SETTINGS, ROUTERS = "moefication", "moefication.json", "routers.safetensors"
-_ROUTER = ("w_in_RD", "b_in_R", "w_out_ER", "b_out_E")
-_RULES = {"top_k", "threshold", "max_ratio", "cumulative"}
 _COMPENSATION = {
     "constant_D": "constant_D",
     "taken_back_ED": "taken_back_ED",
     "corr_in_RD": "w_in_RD",
     "corr_out_RD": "w_out_RD",
 }
-TENSORS = (*_ROUTER, *_COMPENSATION)
 _AGAIN = "write the folder again: moefication apply RUN --force"
 
 
@@ -146,62 +145,52 @@ def _layer(path: Path, index: int, entry: Any, tensors: dict[str, Tensor]) -> Mo
         return MoELayer(entry["layer"], dense=True)
     num_experts, num_shared = entry.get("num_experts"), entry.get("num_shared", 0)
     check(whole(num_experts, 1) and whole(num_shared, 0), "num_experts or num_shared is not a count")
-    rule, router = entry.get("rule"), entry.get("router")
-    check(isinstance(rule, dict) and len(rule) == 1 and set(rule) <= _RULES, f"rule is none of {sorted(_RULES)}")
-    if "top_k" in rule:
-        # Zero experts beside the shared neurons: a layer that needs no router.
-        check(
-            whole(rule["top_k"], 0 if router is None else 1) and rule["top_k"] <= num_experts,
-            f"top_k {rule['top_k']!r} of {num_experts}",
-        )
-    else:
-        name, value = next(iter(rule.items()))
-        check(type(value) in (int, float), f"{name} {value!r} is not a number")
-    check(
-        (router is None and rule.get("top_k") == 0)
-        or (
-            isinstance(router, dict)
-            and router.get("activation") in ROUTER_ACTIVATIONS
-            and isinstance(router.get("normalise"), bool)
-        ),
-        "router lacks a known activation or normalise",
-    )
-    mine = {name: tensors.pop(f"{index:03d}.{name}", None) for name in TENSORS}
+    prefix = f"{index:03d}."
+    mine = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
     for name, tensor in mine.items():
-        if tensor is not None:
-            good = tensor.dim() == len(name.rpartition("_")[2]) and tensor.is_floating_point()
-            check(good and bool(tensor.isfinite().all()), f"tensor {name} of shape {tuple(tensor.shape)} is not usable")
-    w_in_RD, w_out_ER = mine["w_in_RD"], mine["w_out_ER"]
-    if (w_in_RD is None) != (router is None):
-        raise CorruptArtifactError(f"{path}, layer {index}: no router tensors", _AGAIN)
-    some_D = mine["constant_D"] if w_in_RD is None else w_in_RD[0]
-    width, d_model = (0 if w_in_RD is None else len(w_in_RD)), (-1 if some_D is None else len(some_D))
-    sizes = {"R": width, "D": d_model, "E": num_experts}
-    for name in ("b_in_R", "w_out_ER", "b_out_E", "constant_D", "taken_back_ED"):
-        tensor = mine[name]
+        good = tensor.dim() == len(name.rpartition("_")[2]) and tensor.is_floating_point() and tensor.numel() > 0
+        check(good and bool(tensor.isfinite().all()), f"tensor {name} of shape {tuple(tensor.shape)} is not usable")
+    extra = {stored: mine.pop(stored) for stored in _COMPENSATION if stored in mine}
+    try:
+        rule, router = _selection(entry, mine, num_experts)
+    except ConfigError as error:
+        raise CorruptArtifactError(f"{path}, layer {index}: {error.message}", _AGAIN) from None
+    some_D = extra.get("constant_D")
+    d_model = router.d_model if router is not None else -1 if some_D is None else len(some_D)
+    sizes = {"D": d_model, "E": num_experts}
+    for name in ("constant_D", "taken_back_ED"):
         expected = tuple(sizes[axis] for axis in name.rpartition("_")[2])
-        check(tensor is None or tuple(tensor.shape) == expected, f"tensor {name} is not of shape {expected}")
-    check(
-        router is None or w_out_ER is not None or width == num_experts,
-        f"the router scores {width} experts, not {num_experts}",
-    )
-    inward, outward = mine["corr_in_RD"], mine["corr_out_RD"]
+        check(name not in extra or tuple(extra[name].shape) == expected, f"tensor {name} is not of shape {expected}")
+    inward, outward = extra.get("corr_in_RD"), extra.get("corr_out_RD")
     check((inward is None) == (outward is None), "half of a correction")
     if inward is not None and outward is not None:
         check(inward.shape == outward.shape and inward.shape[1] == d_model, "the correction does not fit")
-    fields = {field: mine[stored] for stored, field in _COMPENSATION.items()}
     return MoELayer(
         name=entry["layer"],
         dense=False,
         num_experts=num_experts,
         num_shared=num_shared,
-        rule=Rule(**rule),
-        router=None
-        if router is None
-        else Router(
-            **{name: mine[name] for name in _ROUTER},  # type: ignore[arg-type]
-            activation=router["activation"],
-            normalise=router["normalise"],
-        ),
-        compensation=Compensation(**fields) if any(v is not None for v in fields.values()) else None,
+        rule=rule,
+        router=router,
+        compensation=Compensation(**{_COMPENSATION[stored]: tensor for stored, tensor in extra.items()})
+        if extra
+        else None,
     )
+
+
+def _selection(entry: Any, tensors: dict[str, Tensor], num_experts: int) -> tuple[Rule, Router | None]:
+    """The rule and the router of one layer. Raises ConfigError for what does not fit together."""
+    setting, recorded = entry.get("rule"), entry.get("router")
+    if not isinstance(setting, dict):
+        raise ConfigError("no rule")
+    rule = read_rule(setting)
+    if recorded is None:
+        if tensors:
+            raise ConfigError(f"tensor {sorted(tensors)[0]}, and no router that it belongs to")
+        if rule != TopK(0):  # zero experts beside the always-on neurons: a layer that needs no router
+            raise ConfigError("no router, and a rule that needs one")
+        return rule, None
+    rule.check(num_experts)
+    if not isinstance(recorded, dict):
+        raise ConfigError("`router` is not an object")
+    return rule, read_router(tensors, recorded, num_experts)

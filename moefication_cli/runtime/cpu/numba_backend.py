@@ -17,7 +17,8 @@ from torch import Tensor
 
 from moefication_cli.errors import ConfigError, UnavailableError
 from moefication_cli.ffn import ExpertWeights
-from moefication_cli.routing.router import Router, Rule
+from moefication_cli.routing.router import Router, TwoLayerRouter
+from moefication_cli.routing.rules import Rule, Threshold, TopK
 from moefication_cli.runtime.cpu import numba_forward as forward
 from moefication_cli.runtime.cpu import numba_kernels as kernels
 from moefication_cli.runtime.cpu import numba_table as slot
@@ -121,6 +122,11 @@ class CompiledLayer:
         table[slot.R_WIDTH] = weights.num_experts
         self.routed = router is not None and rule is not None
         if router is not None and rule is not None:
+            if not isinstance(router, TwoLayerRouter) or not isinstance(rule, TopK | Threshold):
+                raise UnavailableError(
+                    f"backend numba does not select by a {router.form} router with the rule {rule.name}",
+                    "give it the selection",
+                )
             table[slot.R_IN], table[slot.R_OUT] = self._address(router.w_in_RD), self._address(router.w_out_ER)
             table[slot.R_B_IN], table[slot.R_B_OUT] = self._address(router.b_in_R), self._address(router.b_out_E)
             table[slot.R_WIDTH] = router.w_in_RD.shape[0]
@@ -128,8 +134,7 @@ class CompiledLayer:
                 ACTIVATION_CODES[router.activation],
                 int(router.normalise),
             )
-            if rule.threshold is None:
-                assert rule.top_k is not None
+            if isinstance(rule, TopK):
                 table[slot.TOP_K] = active = rule.top_k
             else:
                 table[slot.THRESHOLD] = struct.unpack("<q", struct.pack("<fi", rule.threshold, 0))[0]

@@ -1,0 +1,122 @@
+"""Measure every row of `eval` in one pass over the data.
+
+Every batch goes through the stock dense model and then, in turn, through every row's layers, so that all rows see the
+same examples and share the machine's faster and slower moments.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from moefication_cli.config import EvalConfig
+from moefication_cli.evaluation.rows import compare_with, row_of
+from moefication_cli.evaluation.selections import SelectionRow, count_selections
+from moefication_cli.evaluation.table import EvalInputs, all_rows, ground_of
+from moefication_cli.models.loading import LoadedModel
+from moefication_cli.models.masking import TokenMask
+from moefication_cli.models.surgery import install
+from moefication_cli.runs.control import Control
+from moefication_cli.runs.data import load_whole, open_examples
+from moefication_cli.runs.inputs import RunModel
+from moefication_cli.runtime.layer import MoEFFN
+from moefication_cli.tasks.examples import Batch, Examples, Scores, Summary, compare, summarise
+
+BASELINES = ("static", "paper")  # what a router must beat
+
+
+def measure(
+    inputs: EvalInputs, selections: list[str], fractions: list[float], config: EvalConfig, control: Control
+) -> dict[str, Any]:
+    """The content of metrics.json. Raises ConfigError (no data, no router, a budget that cannot be met)."""
+    run, model = inputs.run, inputs.model
+    dense, converted = (load_whole(run, model, config.task, config.dtype) for _ in range(2))
+    examples = open_examples(run, dense, config, control)
+    variants = all_rows(ground_of(inputs, converted.model, config, control), selections, fractions)
+    mask = TokenMask(converted.model)
+    summary, seconds, tokens = _run_all(dense, converted, model, examples, variants, mask, config, control)
+    reference = {
+        "metric": summary.metric,
+        "value": summary.value,
+        "stderr": summary.stderr,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+    }
+    sizes = _dense_macs(model, variants)
+    scores = [Scores.join(variant.measured) for variant in variants]
+    rows = [
+        row_of(variant, found, reference, tokens, sizes, control.seed)
+        for variant, found in zip(variants, scores, strict=True)
+    ]
+    for baseline in BASELINES:
+        compare_with(baseline, variants, scores, rows, control.seed)
+    return {
+        "schema": "moefication/metrics@1",
+        "model": str(model.checkpoint.source.ref),
+        "data": config.data,
+        "examples": summary.num_examples,
+        "tokens": tokens,
+        "device": str(model.device),
+        "threads": torch.get_num_threads(),
+        "dense": reference,
+        "rows": rows,
+    }
+
+
+def _dense_macs(model: RunModel, variants: Sequence[SelectionRow]) -> list[float]:
+    """Each FFN's part of the dense work: an encoder-decoder's layers see different numbers of tokens."""
+    chance = next(variant for variant in variants if variant.selection == "random")
+    counted = [layer.num_counted for layer in chance.layers if isinstance(layer, MoEFFN)]
+    return [float(site.num_parameters * count) for site, count in zip(model.sites, counted, strict=True)]
+
+
+@torch.inference_mode()
+def _run_all(
+    dense: LoadedModel,
+    converted: LoadedModel,
+    model: RunModel,
+    examples: Examples,
+    variants: Sequence[SelectionRow],
+    mask: TokenMask,
+    config: EvalConfig,
+    control: Control,
+) -> tuple[Summary, float, int]:
+    """One pass over the data. Returns the dense model's summary, its seconds and the number of real tokens."""
+    reference: list[Scores] = []
+    seconds, tokens, warm = 0.0, 0, False
+    batches: Iterable[Batch] = examples.batches(config.batch_size)
+    for batch in control.track(batches, "eval"):
+        inputs = batch.to(dense.device).inputs
+        if not warm:  # the first pass compiles kernels and touches memory for the first time: untimed
+            dense.model(**inputs)
+            for variant in variants:
+                _install(converted, model, variant, mask)
+                converted.model(**inputs)
+                count_selections(variant)
+            warm = True
+        logits, spent = _timed(dense, inputs)
+        seconds += spent
+        tokens += batch.num_tokens
+        reference.append(examples.score(logits, batch))
+        for variant in variants:
+            _install(converted, model, variant, mask)
+            other, spent = _timed(converted, inputs)
+            variant.seconds += spent
+            variant.measured.append(compare(examples, logits, other, batch))
+    return summarise(examples.metric, reference), seconds, tokens
+
+
+def _install(converted: LoadedModel, model: RunModel, variant: SelectionRow, mask: TokenMask) -> None:
+    for site, layer in zip(model.sites, variant.layers, strict=True):
+        install(converted.model, site, layer, mask)
+
+
+def _timed(loaded: LoadedModel, inputs: dict[str, Any]) -> tuple[Any, float]:
+    if loaded.device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    logits = loaded.model(**inputs).logits
+    if loaded.device.type == "cuda":
+        torch.cuda.synchronize()
+    return logits, time.perf_counter() - started

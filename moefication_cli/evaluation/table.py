@@ -1,0 +1,155 @@
+"""The names of `--selection` that are no trained routers, and what each puts in place of every FFN.
+
+A new one is a function `(Ground, fraction) -> [SelectionRow]` in a file of its own and a line in `SELECTIONS`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from moefication_cli.config import ApplyConfig, EvalConfig, options_of
+from moefication_cli.conversion.plan import RoutedLayer, routed_layers
+from moefication_cli.conversion.plan_files import read_plans
+from moefication_cli.conversion.search import make_plans
+from moefication_cli.errors import ConfigError
+from moefication_cli.evaluation.baselines import paper_row, static_row
+from moefication_cli.evaluation.selections import NeuronOracleFFN, SelectionRow, routed_row, selected_row
+from moefication_cli.models.surgery import live_weights, permute_in_place
+from moefication_cli.runs.control import Control
+from moefication_cli.runs.inputs import RunModel
+from moefication_cli.store.artifact import Artifact
+from moefication_cli.store.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class EvalInputs:
+    """The artifacts that an evaluation reads. `applied` is RUN/model, if there is one."""
+
+    run: RunDir
+    model: RunModel
+    split: Artifact
+    routers: dict[str, Artifact]
+    applied: Artifact | None
+    activations: Artifact | None
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What all rows stand on: one model whose neurons are in the order of the split, and the options of the command.
+
+    `like` is what `apply` was last asked for: rows of routers are made as it would make them at another fraction.
+    """
+
+    inputs: EvalInputs
+    net: nn.Module
+    routed: dict[str, list[RoutedLayer]]
+    like: ApplyConfig
+    config: EvalConfig
+    control: Control
+
+    @property
+    def layers(self) -> list[RoutedLayer]:
+        """The layers with the router that `apply` used."""
+        return self.routed[str(self.like.router)]
+
+
+def ground_of(inputs: EvalInputs, net: nn.Module, config: EvalConfig, control: Control) -> Ground:
+    """Permutes `net` and reads the routers. Raises ConfigError where none is trained."""
+    tokens = None
+    if inputs.activations is not None:
+        tokens = [layer["tokens"] for layer in inputs.activations.metrics["layers"]]
+    routed = {name: routed_layers(inputs.model, inputs.split, stage, tokens) for name, stage in inputs.routers.items()}
+    if not routed:
+        root = inputs.run.root
+        raise ConfigError(f"{root}: no router is trained", f"moefication train-router {root}")
+    like = ApplyConfig(router=next(iter(routed)), fraction=0.0)
+    if inputs.applied is not None:
+        made = inputs.applied.config
+        known = {entry.name for entry in options_of(ApplyConfig)} & set(made)  # another version has others
+        like = ApplyConfig(**{name: made[name] for name in known})
+    ground = Ground(inputs, net, routed, like, config, control)
+    for layer in ground.layers:
+        permute_in_place(net, layer.site, layer.partition.order_F())
+    return ground
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A row of `SELECTIONS`. `always`: measured whatever is asked for, because other figures need it."""
+
+    rows: Callable[[Ground, float], list[SelectionRow]]
+    reads_activations: bool = False
+    always: bool = False
+
+
+def _groundtruth(ground: Ground, fraction: float) -> list[SelectionRow]:
+    return [_selected("groundtruth", ground, fraction, ground.control.seed)]
+
+
+def _random(ground: Ground, fraction: float) -> list[SelectionRow]:
+    first = ground.control.seed
+    return [_selected("random", ground, fraction, seed) for seed in range(first, first + ground.config.seeds)]
+
+
+def _selected(name: str, ground: Ground, fraction: float, seed: int) -> SelectionRow:
+    layers = ground.layers
+    return selected_row(name, ground.net, layers, fraction, layers[0].score, seed, ground.config.backend)
+
+
+def _neuron(ground: Ground, fraction: float) -> list[SelectionRow]:
+    oracles: list[Any] = [
+        NeuronOracleFFN(live_weights(ground.net, site), max(1, round(fraction * site.num_neurons)))
+        for site in ground.inputs.model.sites
+    ]
+    meta = {"score": "contribution", "rule": "top_k"}
+    return [SelectionRow("neuron", "oracle", fraction, oracles, meta=meta)]
+
+
+def _static(ground: Ground, fraction: float) -> list[SelectionRow]:
+    assert ground.inputs.activations is not None
+    return [static_row(ground.inputs.model, ground.inputs.activations, fraction, ground.control)]
+
+
+def _paper(ground: Ground, fraction: float) -> list[SelectionRow]:
+    return [paper_row(ground.inputs.run, ground.inputs.model, fraction, ground.config, ground.control)]
+
+
+SELECTIONS: dict[str, Selection] = {
+    "groundtruth": Selection(_groundtruth, always=True),
+    "random": Selection(_random, always=True),  # counts the tokens of every FFN for the other rows
+    "static": Selection(_static, reads_activations=True, always=True),
+    "neuron": Selection(_neuron),
+    "paper": Selection(_paper, reads_activations=True),
+}
+
+
+def all_rows(ground: Ground, selections: list[str], fractions: list[float]) -> list[SelectionRow]:
+    """The rows of every selection at every fraction, and of RUN/model where its fraction is not among them."""
+    rows: list[SelectionRow] = []
+    for fraction in fractions:
+        for name in selections:
+            rows += SELECTIONS[name].rows(ground, fraction) if name in SELECTIONS else [_routed(ground, name, fraction)]
+    applied, like = ground.inputs.applied, ground.like
+    if applied is not None and not any(row.applied for row in rows):
+        plans = read_plans(applied.path, ground.layers, ground.inputs.model.device)
+        rows.append(
+            routed_row(str(like.router), ground.net, plans, like.fraction, ground.config.backend, True, like.budget)
+        )
+    return rows
+
+
+def _routed(ground: Ground, name: str, fraction: float) -> SelectionRow:
+    """What `apply` with the options of last time would make of this router at this fraction."""
+    inputs, like = ground.inputs, ground.like
+    made = replace(like, router=name, fraction=fraction, fraction_of=ground.config.fraction_of, top_k=None)
+    if made == like:
+        assert inputs.applied is not None
+        plans = read_plans(inputs.applied.path, ground.routed[name], inputs.model.device)
+    else:
+        stages = {
+            "split": inputs.split, f"router/{name}": inputs.routers[name], "activations": inputs.activations,
+        }  # fmt: skip
+        plans = make_plans(inputs.run, inputs.model, ground.routed[name], stages, made, ground.control)
+    return routed_row(name, ground.net, plans, fraction, ground.config.backend, made == like, like.budget)
