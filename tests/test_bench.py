@@ -27,7 +27,7 @@ from moefication_cli.benchmark.layers import (
     sample_inputs,
     to_moe,
 )
-from moefication_cli.benchmark.rows import _measured
+from moefication_cli.benchmark.rows import measured
 from moefication_cli.benchmark.shapes import find_shape, set_firing, shape_model, share, without_ffns
 from moefication_cli.benchmark.timing import Call, Paired, alternate
 from moefication_cli.config import BenchConfig
@@ -64,9 +64,9 @@ FIELDS = {
 
 @pytest.fixture(autouse=True)
 def small_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moefication_cli.benchmark.subjects._COLD_BYTES", 1 << 15)
-    monkeypatch.setattr("moefication_cli.benchmark.subjects._CACHES", 0)
-    monkeypatch.setattr("moefication_cli.benchmark.timing._READ_BYTES", 1 << 20)
+    monkeypatch.setattr("moefication_cli.benchmark.subjects.COLD_BYTES", 1 << 15)
+    monkeypatch.setattr("moefication_cli.benchmark.subjects.CACHES", 0)
+    monkeypatch.setattr("moefication_cli.benchmark.timing.READ_BYTES", 1 << 20)
 
 
 def saved(name: str, folder: Path) -> Path:
@@ -268,9 +268,9 @@ def test_decoder_generates_what_generate_does(name: str) -> None:
             found = []
             for _ in range(4):
                 decoder.prepare()
-                found.append(decoder._next_B1)
+                found.append(decoder.next_B1)
                 decoder.step()
-            found.append(decoder._next_B1)
+            found.append(decoder.next_B1)
             assert torch.equal(torch.cat(found, 1), new)
 
 
@@ -279,7 +279,7 @@ def test_a_stack_without_a_router_has_its_row() -> None:
     site = find_sites(model)[0]
     always = PrunedFFN(ExpertWeights(live_weights(model, site), num_experts=5, num_shared=8))
     costs = [fixed_cost(site, always, 3, 4), fixed_cost(site, None, 3, 4)]
-    found = _measured([], costs, {"numba", "dense"})
+    found = measured([], costs, {"numba", "dense"})
     assert (found["top_k"], found["backend"], found["num_neurons"]) == (None, "dense+numba", F)
     assert found["active_fraction"] == pytest.approx((8 / F + 1) / 2)
 

@@ -76,8 +76,8 @@ def test_all_edges_equal_the_naive_outer_products(kind, panel_rows, chunk):
 
 @pytest.mark.parametrize("panel_rows", [F, 5])
 def test_the_blocks_of_wide_layers_are_put_together(monkeypatch, panel_rows):
-    monkeypatch.setattr("moefication_cli.split.coactivation._BLOCK", 5)
-    monkeypatch.setattr("moefication_cli.split.coactivation._TOPK_ROWS", 4)
+    monkeypatch.setattr("moefication_cli.split.coactivation.BLOCK_ROWS", 5)
+    monkeypatch.setattr("moefication_cli.split.coactivation.TOPK_ROWS", 4)
     h_TF = hidden(seed=1)
     graph = coactivation_graph(lambda: [h_TF], F, max_bytes=4 * F * panel_rows)
     assert np.allclose(dense(graph), naive(h_TF), rtol=1e-5)

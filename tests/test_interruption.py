@@ -29,12 +29,12 @@ def last_breath(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 setattr(owner, name, last_breath)
 if module.endswith("collect_activations"):
-    owner._SHARD_BYTES = 20_000
+    owner.SHARD_BYTES = 20_000
 main()
 """
 SAVE = "moefication_cli.store.writer:StageWriter.save"
 STAGES = {
-    "collect-activations": ("activations", "moefication_cli.stages.collect_activations:_collect_shard"),
+    "collect-activations": ("activations", "moefication_cli.stages.collect_activations:collect_shard"),
     "build-graph": ("graph", SAVE),
     "split": ("split", SAVE),
     "train-router": ("router/mlp", SAVE),
@@ -55,10 +55,10 @@ def test_every_stage_survives_sigkill(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run, _, source, evaluate = world("bert", "classification")
-    monkeypatch.setattr(collect_activations, "_SHARD_BYTES", 20_000)  # several shards
+    monkeypatch.setattr(collect_activations, "SHARD_BYTES", 20_000)  # several shards
     shards: list[int] = []
-    make_shard = collect_activations._collect_shard
-    monkeypatch.setattr(collect_activations, "_collect_shard", lambda *a: (shards.append(a[3].number), make_shard(*a)))  # type: ignore[func-returns-value]
+    make_shard = collect_activations.collect_shard
+    monkeypatch.setattr(collect_activations, "collect_shard", lambda *a: (shards.append(a[3].number), make_shard(*a)))  # type: ignore[func-returns-value]
     neurons = ["--fraction-of", "neurons"]
     options = {
         "collect-activations": source,

@@ -28,8 +28,8 @@ from moefication_cli.errors import MoEficationError
 from moefication_cli.stages import collect_activations
 from moefication_cli.store.writer import StageWriter
 
-collect_activations._SHARD_BYTES = {SHARD_BYTES}
-record, shard, rank = StageWriter._record, collect_activations._collect_shard, os.environ["RANK"]
+collect_activations.SHARD_BYTES = {SHARD_BYTES}
+record, shard, rank = StageWriter._record, collect_activations.collect_shard, os.environ["RANK"]
 
 def note(what):
     time.sleep(0.3)  # long enough for the other rank to take something
@@ -48,7 +48,7 @@ def noted_shard(*rest):
     note("shard")
     shard(*rest)
 
-StageWriter._record, collect_activations._collect_shard = noted_record, noted_shard
+StageWriter._record, collect_activations.collect_shard = noted_record, noted_shard
 app.main()
 """
 
@@ -148,7 +148,7 @@ def test_two_ranks_write_the_same_bytes_as_one(
         assert {take[0] for take in takes if take[1] == what} == {"0", "1"}, f"{what} was not shared"
     assert len([take for take in takes if take[1] == "split"]) == 4  # one writer per layer
 
-    monkeypatch.setattr(collect_activations, "_SHARD_BYTES", SHARD_BYTES)
+    monkeypatch.setattr(collect_activations, "SHARD_BYTES", SHARD_BYTES)
     shared = stage_bytes(run)
     assert len(shared) == 16
     assert shared == one_by_one(world, tmp_path / "alone", run_cli)
@@ -165,7 +165,7 @@ def test_two_ranks_write_the_same_bytes_as_one(
 def test_after_a_killed_rank_the_stage_fails_and_a_new_run_takes_the_rest(
     world: World, run_cli: Runner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(collect_activations, "_SHARD_BYTES", SHARD_BYTES)
+    monkeypatch.setattr(collect_activations, "SHARD_BYTES", SHARD_BYTES)
     run = tmp_path / "run"
     outcome = world.torchrun("collect-activations", run, *world.options, "--json", DIES="1 activations")
     assert outcome.code != 0

@@ -367,7 +367,7 @@ def test_torch_gains_equal_the_recomputed_decrease(weighted):
     w = w / w.mean()
     gram_FF, scale = kmeans.gram(x)
     labels = torch.arange(48) % 6
-    gain_F, partner_F = kmeans_cuda._State(gram_FF, labels, 6, w if weighted else None).best_partners()
+    gain_F, partner_F = kmeans_cuda.SwapState(gram_FF, labels, 6, w if weighted else None).best_partners()
     now = naive_inertia(x, labels, w)
     for i, (gain, j) in enumerate(zip(gain_F.tolist(), partner_F.tolist(), strict=True)):
         trial = labels.clone()
@@ -379,8 +379,8 @@ def test_torch_path_recovers_planted_clusters():
     x, truth_F = planted()
     gram_FF, _ = kmeans.gram(x)
     order = np.random.default_rng(0).permutation(len(x))
-    assert same_clusters(kmeans._solve_torch(gram_FF, 12, "grow", order, None), truth_F)
-    assert Partition(kmeans._solve_torch(gram_FF, 192, "grow", order, None)).num_experts == 192
+    assert same_clusters(kmeans.solve_torch(gram_FF, 12, "grow", order, None), truth_F)
+    assert Partition(kmeans.solve_torch(gram_FF, 192, "grow", order, None)).num_experts == 192
 
 
 @pytest.mark.cuda

@@ -61,7 +61,9 @@ def test_every_router_is_read_back_as_it_was_stored(name: str) -> None:
     from test_calibration import D, E, layer, rand
 
     weights, kind = layer(), router_kind(name)
-    sample = RouterSample(rand(200, D, seed=0), rand(200, E, seed=1).abs(), rand(50, D, seed=2), rand(50, E, seed=3).abs())
+    sample = RouterSample(
+        rand(200, D, seed=0), rand(200, E, seed=1).abs(), rand(50, D, seed=2), rand(50, E, seed=3).abs()
+    )
     for trained in kind.train(weights, sample, kind.training(RouterConfig(router=name, epochs=1), 0)):
         router = trained.router
         again = read_router(router.tensors(), router_settings(router), E)

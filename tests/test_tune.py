@@ -4,7 +4,7 @@ from typing import Any
 
 from cli_runner import Runner
 
-from moefication_cli.stages.tune import _mark_front
+from moefication_cli.stages.tune import mark_front
 
 OPTIONS = ("--methods", "activation,random", "--expert-sizes", "4,5,8", "--fractions", "0.4,0.7", "--max-tokens", 2000)
 
@@ -12,7 +12,7 @@ OPTIONS = ("--methods", "activation,random", "--expert-sizes", "4,5,8", "--fract
 def test_front_is_what_no_other_row_beats() -> None:
     points = [(0.1, 5.0), (0.2, 6.0), (0.3, 2.0), (0.3, 3.0), (0.5, 2.0), (0.6, 1.0)]
     rows: list[dict[str, Any]] = [{"cost": cost, "kl": kl} for cost, kl in points]
-    _mark_front(rows, "cost", "front")
+    mark_front(rows, "cost", "front")
     for row in rows:
         beaten = any(
             other["cost"] <= row["cost"] and other["kl"] <= row["kl"] and other is not row

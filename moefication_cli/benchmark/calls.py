@@ -86,9 +86,9 @@ class Decoder:
             encoded = self.model.get_encoder()(input_ids=self.ids_BS, attention_mask=self._mask_BS)
             self._given = {"encoder_outputs": encoded, "attention_mask": self._mask_BS}
             start = self.model.config.decoder_start_token_id or 0
-            self._next_B1 = self.ids_BS.new_full((len(self.ids_BS), 1), start)
+            self.next_B1 = self.ids_BS.new_full((len(self.ids_BS), 1), start)
             self._past = None
-            self._forward({"decoder_input_ids": self._next_B1})
+            self._forward({"decoder_input_ids": self.next_B1})
         else:
             self._given = {}
             self._past = None
@@ -98,13 +98,13 @@ class Decoder:
     def step(self) -> None:
         """One token more for every sequence."""
         if self.model.config.is_encoder_decoder:
-            self._forward({"decoder_input_ids": self._next_B1})
+            self._forward({"decoder_input_ids": self.next_B1})
         else:
             self._mask_BS = torch.cat([self._mask_BS, self._mask_BS[:, :1]], dim=1)
-            self._forward({"input_ids": self._next_B1, "attention_mask": self._mask_BS})
+            self._forward({"input_ids": self.next_B1, "attention_mask": self._mask_BS})
         self.done += 1
 
     def _forward(self, inputs: dict[str, Any]) -> None:
         out = self.model(**inputs, **self._given, past_key_values=self._past, use_cache=True)
         self._past = out.past_key_values
-        self._next_B1 = out.logits[:, -1:].argmax(-1)
+        self.next_B1 = out.logits[:, -1:].argmax(-1)

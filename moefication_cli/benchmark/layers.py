@@ -1,8 +1,8 @@
 """What `bench` sets side by side: a stock model, the same as a mixture of experts, and single FFNs of both.
 
 Dense stays what transformers made: the MoE is a twin that shares parameters until it repacks its own `down`. Random
-routers have the form and width of trained ones and their scores are standardised per expert, so that no expert is
-everybody's favourite. Axes as in `ffn`; R router width.
+routers have the form and width of trained ones and their scores are standardised per expert, so that experts are
+selected about equally often. Axes as in `ffn`; R router width.
 """
 
 import copy

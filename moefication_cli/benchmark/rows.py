@@ -91,7 +91,7 @@ def _ffn_row(state: Setting, layers: Layers, tokens: int) -> dict[str, Any]:
     dense, moe = _alternate(state, calls, warmup=count)
     names = {layer.last_backend for layer in layers.experts}
     row = {"mode": "ffn", "tokens": tokens, "batch": None, "seq": None, "layers": count, "other_seconds": None}
-    return row | _measured(costs, [], names) | Paired(dense, moe).summary() | {"bound": ffn_bound(costs, state.rates)}
+    return row | measured(costs, [], names) | Paired(dense, moe).summary() | {"bound": ffn_bound(costs, state.rates)}
 
 
 def _whole_row(state: Setting, case: BenchCase, other: Any, mode: str, batch: int, seq: int) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def _whole_row(state: Setting, case: BenchCase, other: Any, mode: str, batch: in
     of_ffns = ffn_bound([*costs, *fixed], state.rates)
     row = {"mode": mode, "tokens": tokens, "batch": batch, "seq": seq, "layers": len(costs) + len(fixed)}
     row |= {"other_seconds": other_seconds, "bound": whole_bound(paired["dense_seconds"], other_seconds, of_ffns)}
-    return row | _measured(costs, fixed, names) | paired
+    return row | measured(costs, fixed, names) | paired
 
 
 def _fixed(state: Setting, case: BenchCase, mode: str, tokens: int) -> tuple[list[FFNCost], set[str]]:
@@ -143,7 +143,7 @@ def _alternate(state: Setting, calls: list[Call], warmup: int) -> list[list[floa
     )
 
 
-def _measured(routed: Sequence[FFNCost], fixed: Sequence[FFNCost], backends: set[str]) -> dict[str, Any]:
+def measured(routed: Sequence[FFNCost], fixed: Sequence[FFNCost], backends: set[str]) -> dict[str, Any]:
     """Means over the FFNs; `top_k` over those with a router, None without any."""
     costs = [*routed, *fixed]
     first = costs[0]

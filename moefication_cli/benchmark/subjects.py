@@ -35,8 +35,8 @@ from moefication_cli.runtime.layer import MoEFFN
 
 MODES = ("ffn", "prefill", "decode")
 _EXPERT_SIZE = 32
-_CACHES = 4  # weights in rotation are so many times the cache, and 128 MiB at least
-_COLD_BYTES = 128 << 20
+CACHES = 4  # weights in rotation are so many times the cache, and 128 MiB at least
+COLD_BYTES = 128 << 20
 _PROMPT = (8, 32)  # sequences and tokens that FFN inputs are sampled from
 
 
@@ -189,7 +189,7 @@ def _sampling(state: Setting, model: Any) -> Any:
 
 
 def _firing(state: Setting, sites: Sequence[FFNSite]) -> float | None:
-    """The share random weights are given; only a ReLU without a gate has neurons that rest."""
+    """The share random weights are given; only in a ReLU FFN without a gate are neurons exactly zero."""
     return state.config.firing if is_relu(sites[0].activation) and not sites[0].gated else None
 
 
@@ -205,4 +205,4 @@ def _random_setups(
 
 def cold_bytes(state: Setting) -> int:
     """Weights in rotation: so many that none is still in a cache when its turn comes again."""
-    return max(_COLD_BYTES, _CACHES * cache_bytes(state.device))
+    return max(COLD_BYTES, CACHES * cache_bytes(state.device))

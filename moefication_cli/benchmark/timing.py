@@ -1,7 +1,7 @@
 """Clocks: several calls in alternation, what the machine is, and how fast it multiplies and reads.
 
-Knows nothing about models. Other programs disturb a clock, so calls take turns in one run and are compared pair by
-pair. Times are seconds on the wall or, for one thread on a busy machine, seconds of its processor.
+Knows nothing about models. Other programs slow a call down now and then, so calls take turns in one run and are
+compared pair by pair. Times are seconds on the wall or, for one thread on a busy machine, seconds of its processor.
 """
 
 import os
@@ -21,7 +21,7 @@ from moefication_cli.benchmark.bounds import Rates
 
 MIN_ROUNDS = 5
 _CACHE_UNKNOWN = 32 << 20
-_READ_BYTES = 256 << 20  # more than a cache
+READ_BYTES = 256 << 20  # more than a cache
 _PROBES = 5
 
 
@@ -121,7 +121,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype, clock: str = "wall")
     """The best of a few large matrix products (P) and of a few reads of uncached weights by a vector (W)."""
     width = 1024 if device.type == "cpu" else 8192
     x, w = (torch.ones(width, width, device=device, dtype=dtype) for _ in range(2))
-    rows = _READ_BYTES // (1024 * dtype.itemsize)
+    rows = READ_BYTES // (1024 * dtype.itemsize)
     vector = torch.ones(1, 1024, device=device, dtype=dtype)
     matrix = torch.ones(rows, 1024, device=device, dtype=dtype)
     multiply, read = Call(lambda: functional.linear(x, w)), Call(lambda: functional.linear(vector, matrix))

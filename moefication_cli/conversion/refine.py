@@ -1,4 +1,5 @@
-"""Fit a planned conversion to the whole model: what converted layers see differs from what the dense model showed.
+"""Fit a planned conversion to the whole model: plans are made layer by layer on the dense model's activations, and the
+inputs of a converted layer differ from those, because the layers before it are converted too.
 
 `settle` moves the thresholds until the converted model spends its budget on calibration data. `refine` trains routers,
 thresholds and compensations by gradient on KL(dense || converted), with a price on compute, and keeps the result only
@@ -26,7 +27,7 @@ from moefication_cli.runs.control import Control
 from moefication_cli.runs.data import flat_predictions, tokens_of_stacks
 from moefication_cli.tasks.examples import Batch
 
-SPEND = (0.965, 0.985)  # of the budget: what counts as spending it on calibration data, so that new data fits too
+SPEND = (0.965, 0.985)  # shares of the budget that calibration data may spend: other data then exceeds it rarely
 _PASSES = 8  # over the held-out sequences to find the thresholds; two or three are usual
 _TRIAL = 4  # the part of the steps after which training must have helped
 _LEARNING_RATE = 0.03  # of each parameter's size, per step
@@ -140,9 +141,10 @@ def settle(conversion: Conversion, batches: Sequence[Batch]) -> list[float]:
     """Shift the thresholds until the budget is spent on these batches; returns each FFN's share of dense.
 
     All layers move by the same number of standard deviations of their scores, or each for itself under a uniform
-    budget. Newton's method, the slope being the density of scores at the threshold; the last word is to keep the
-    budget, on all batches and on those of the longest sequences (people calibrate on phrases and evaluate on
-    sentences).
+    budget. Newton's method, the slope being the density of scores at the threshold: at most 8 steps of at most 0.5
+    standard deviations. Thresholds are accepted when the spend is within SPEND of the budget, from the fifth step on
+    when it is at most SPEND[1]. The spend is that of all batches or of the quarter with the longest sequences, whichever
+    is more: calibration data is often shorter (phrases) than what is evaluated (sentences).
     """
     budget, plans = conversion.budget, conversion.plans
     everyone = list(range(len(plans)))
@@ -231,7 +233,7 @@ def refine(
         if step == steps // _TRIAL and step:
             settle(conversion, heldout)
             after = mean_kl(conversion, heldout)
-            if not after < before:  # some plans are as good as they get: a few steps show it
+            if not after < before:  # the later steps are unlikely to help where the first quarter did not
                 break
         kl = conversion.kl(next(source))
         spent = conversion.spent()

@@ -219,8 +219,8 @@ class WholeModel:
     def _settled(self, config: ApplyConfig) -> tuple[Conversion, float, str]:
         """The conversion of least KL among a few shapes, its KL, and the shape's name.
 
-        Curves of single layers rank routers and corrections by local error, to second order; where much is lost, only
-        the whole model tells which shape it is best lost in.
+        Curves rank routers and corrections by the error of one layer's output, which stands for the KL to second order
+        only. At small budgets errors are large and the ranking is wrong: the KL of the whole model is measured instead.
         """
         found: list[tuple[float, str, Conversion]] = []
         for shape, restriction in _SHAPES.items():

@@ -63,7 +63,11 @@ class ReducedRank:
         gram_DD.diagonal().add_(RIDGE * gram_DD.diagonal().mean() + 1e-12)
         cholesky_DD = torch.linalg.cholesky(gram_DD)
         white_DT = torch.linalg.solve_triangular(cholesky_DD, x_TD.T, upper=False).mul_(self._root_T)
-        return cholesky_DD, white_DT, x_TD  # taking as much memory anew for every fit takes as long as filling it
+        return (
+            cholesky_DD,
+            white_DT,
+            x_TD,
+        )  # the third is reused by every fit: memory that is new to the process costs as much time as filling it
 
     def fit(self, residual_TD: Tensor, max_rank: int) -> "Correction":
         """The best linear map of rank up to `max_rank` (plus a constant) from the inputs to `residual_TD`."""

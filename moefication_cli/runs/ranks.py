@@ -1,8 +1,9 @@
 """Several processes over one stage: the ranks that torchrun started (or whatever else sets RANK, WORLD_SIZE, MASTER_*).
 
-Layers and data shards are shared through the store's locks: who is free takes the next one, so unequal machines end
-together, and what a dead rank held is free again. torch.distributed makes ranks begin and end a stage together and
-notice when one is gone; only a few hundred bytes of JSON cross, so gloo serves CUDA runs as well.
+Layers and data shards are shared through the store's locks: a rank that is free takes the next one, so that unequal
+machines end at about the same time, and a layer that a dead rank had taken is free again. torch.distributed makes ranks
+begin and end a stage together and notice when one is gone; only a few hundred bytes of JSON are exchanged, so gloo serves
+CUDA runs as well.
 """
 
 import os

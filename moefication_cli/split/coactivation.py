@@ -22,8 +22,8 @@ from moefication_cli.split.graph_kernels import adopt_lower_weights
 CoactivationKind = Literal["sum", "count"]
 Chunks = Callable[[], Iterable[Tensor]]
 
-_BLOCK = 1024  # rows of one product: 1024 x F sums are formed at a time
-_TOPK_ROWS = 1024
+BLOCK_ROWS = 1024  # rows of one product: 1024 x F sums are formed at a time
+TOPK_ROWS = 1024
 
 
 def coactivation_graph(
@@ -74,8 +74,8 @@ def _accumulate(
         active_TF = h_TF.clamp_min(0).to(dtype) if kind == "sum" else (h_TF > 0).to(torch.float32)
         if sums_RF is None:
             sums_RF = torch.zeros(stop - start, num_neurons, dtype=torch.float32, device=h_TF.device)
-        for low in range(start, stop, _BLOCK):
-            high = min(low + _BLOCK, stop)
+        for low in range(start, stop, BLOCK_ROWS):
+            high = min(low + BLOCK_ROWS, stop)
             first = low if whole else 0
             out_RF = sums_RF[low - start : high - start, first:]
             if active_TF.dtype == torch.float32:
@@ -85,8 +85,8 @@ def _accumulate(
     if sums_RF is None:
         return torch.zeros(stop - start, num_neurons, dtype=torch.float32)
     if whole:
-        for low in range(0, num_neurons, _BLOCK):
-            high = min(low + _BLOCK, num_neurons)
+        for low in range(0, num_neurons, BLOCK_ROWS):
+            high = min(low + BLOCK_ROWS, num_neurons)
             sums_RF[high:, low:high] = sums_RF[low:high, high:].t()
     if not bool(torch.isfinite(sums_RF).all()):
         raise NonFiniteError("sums of co-activation overflow float32", "use kind count for this layer")
@@ -98,8 +98,8 @@ def _edges(sums_RF: Tensor, start: int, neighbours: int | None) -> tuple[Tensor,
     num_rows, num_neurons = sums_RF.shape
     sums_RF[torch.arange(num_rows), torch.arange(start, start + num_rows)] = 0
     parts = []
-    for low in range(0, num_rows, _TOPK_ROWS):
-        block_RF = sums_RF[low : low + _TOPK_ROWS]
+    for low in range(0, num_rows, TOPK_ROWS):
+        block_RF = sums_RF[low : low + TOPK_ROWS]
         if neighbours is not None and neighbours < num_neurons:
             top = block_RF.topk(neighbours, dim=1)
             row = torch.arange(block_RF.shape[0], device=sums_RF.device)[:, None].expand_as(top.indices)

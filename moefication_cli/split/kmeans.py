@@ -124,7 +124,7 @@ def balanced_kmeans(
         return KMeansResult(expert_F, value, (value,))
 
     gram_FF, _ = gram(x_FD)
-    solve = _solve_torch if on_cuda else _solve_compiled
+    solve = solve_torch if on_cuda else _solve_compiled
     orders = [np.random.default_rng((seed, k)).permutation(n) for k in range(restarts)]
     grown: list[Tensor | str] = ["grow" if k % 2 == 0 else "random" for k in range(restarts)]
     starts = grown if init_F is None else [*grown, init_F]
@@ -178,9 +178,11 @@ def _solve_compiled(
     return torch.from_numpy(expert_F.astype(np.int64))
 
 
-def _solve_torch(
+def solve_torch(
     gram_FF: Tensor, num_experts: int, start: Tensor | str, order: np.ndarray, weights_F: Tensor | None
 ) -> Tensor:
+    """expert_F by `kmeans_cuda` on the device of `gram_FF`, from a start that is grown, random or given."""
+
     def grow() -> np.ndarray:
         grown = kmeans_cuda.grow_clusters(gram_FF, num_experts, torch.from_numpy(order), _GROW_ROUNDS)
         return grown.cpu().numpy()

@@ -42,7 +42,7 @@ def _ratio(numerator: Tensor, weight: Tensor) -> Tensor:
     return torch.where(weight > 1e-6, numerator / weight.clamp_min(1e-6), 0.0)
 
 
-class _State:
+class SwapState:
     """Sums over the present assignment; `weights_F` is None for the unweighted objective."""
 
     def __init__(self, gram_FF: Tensor, expert_F: Tensor, num_experts: int, weights_F: Tensor | None) -> None:
@@ -116,7 +116,7 @@ def swap_rounds(
 
     `tolerance` is the smallest decrease of the inertia that is taken. `weights_F` float32 [F], mean 1.
     """
-    state = _State(gram_FF, expert_F.clone(), num_experts, weights_F)
+    state = SwapState(gram_FF, expert_F.clone(), num_experts, weights_F)
     swaps = 0
     for _ in range(max_rounds):
         chosen = _disjoint(*state.best_partners(), state.expert_F, tolerance)

@@ -63,8 +63,8 @@ def partition_graph(graph: Graph, num_experts: int, seed: int = 0, refined: bool
     """Split the graph's neurons into `num_experts` equal experts with little co-activation between them.
 
     METIS (k-way, integer weights scaled from the graph's), `repair_balance`, and with `refined` also `refine`.
-    The same graph and seed give the same partition. A graph without edges is split as METIS and the repair see
-    fit. Raises ConfigError when E does not divide F.
+    The same graph and seed give the same partition. A graph without edges is split arbitrarily.
+    Raises ConfigError when E does not divide F.
     """
     n = graph.num_neurons
     check_divides(n, num_experts)

@@ -32,7 +32,7 @@ from moefication_cli.store.rundir import RunDir
 from moefication_cli.store.writer import StageWriter
 from moefication_cli.tasks.examples import Batch
 
-_SHARD_BYTES = 256 * 2**20  # of stored inputs, over all layers: what is redone after a kill
+SHARD_BYTES = 256 * 2**20  # of stored inputs, over all layers: what is redone after a kill
 # A backward pass costs as much as a forward one: it runs on every 32nd batch, and on the first so that small data has some.
 # By default these are the longest of each block of sequences sorted by length: token weights learnt from sequences of all
 # lengths in equal number kept less of the model's quality.
@@ -58,7 +58,7 @@ def collect_activations(run: RunDir, config: CollectConfig, control: Control) ->
             writes=run.path("activations"),
             num_bytes=config.max_tokens * width * getattr(torch, config.storage_dtype).itemsize,
             flops=2.0 * parameters * config.max_tokens,
-            memory=4.0 * parameters + _SHARD_BYTES,
+            memory=4.0 * parameters + SHARD_BYTES,
         )
     options = layer_options(config, control, model, {})
     options["only"] = None
@@ -88,15 +88,18 @@ def _run_shards(run: RunDir, model: RunModel, work: StageWriter, config: Collect
     )
     examples = open_examples(run, loaded, config, control)
     per_token = sum(site.d_model for site in model.sites) * getattr(torch, config.storage_dtype).itemsize
-    for wait in (False, True):  # first what is free, then what others hold: theirs, unless they die
+    for wait in (
+        False,
+        True,
+    ):  # first the free shards; then wait for those of other processes, which a dead one leaves free
         batches = examples.calibration(config.max_tokens, control.seed, config.batch_size)
         count = busy = 0
-        for shard in control.track(_shards(batches, max(1, _SHARD_BYTES // per_token)), "collect-activations"):
+        for shard in control.track(_shards(batches, max(1, SHARD_BYTES // per_token)), "collect-activations"):
             path = _shard_path(work, shard.number, config)
             if not path.exists():  # it does if this or another process was here before
                 with work.lock(path.stem, wait) as ours:
                     if ours and not path.exists():
-                        _collect_shard(loaded, model.sites, work, shard, config, control.seed)
+                        collect_shard(loaded, model.sites, work, shard, config, control.seed)
                     busy += not ours
             count += 1
         if not busy:
@@ -158,9 +161,10 @@ def _place(work: StageWriter, number: int, sites: Sequence[FFNSite], config: Col
     return found["chain"], found["stop"]
 
 
-def _collect_shard(
+def collect_shard(
     loaded: LoadedModel, sites: Sequence[FFNSite], work: StageWriter, shard: _Shard, config: CollectConfig, seed: int
 ) -> None:
+    """Run the batches of one shard and write its inputs and sums to scratch. Raises NonFiniteError naming the layer."""
     dtype = getattr(torch, config.storage_dtype)
     chain, start = _place(work, shard.number, sites, config)
     stop, first_row = list(start), shard.first_row

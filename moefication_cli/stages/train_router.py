@@ -75,11 +75,15 @@ def _train_index(
     train, heldout = training_tokens(config, weights, activations, index, seed)
     used = len(train) + len(heldout)
     if config.max_tokens is None and used < activations.metrics["layers"][index]["tokens"]:
-        control.say(f"{where}: trains on {used} tokens, which is what memory is meant for (--max-tokens)")
+        control.say(
+            f"{where}: trains on {used} of the collected tokens, as many as fit 768 MiB; --max-tokens takes another number"
+        )
     try:
         record = train_layer(config, weights, train, heldout, fractions, seed)
     except (ConfigError, NonFiniteError) as error:
         raise type(error)(f"{where}: {error.message}", error.hint) from None
     if any(row["router"] <= row["random"] for row in record.metrics["captured"] if row["fraction"] < 1):
-        control.say(f"warning: {where}: the router is no better than random")
+        control.say(
+            f"warning: {where}: the router captures no more than random experts; collect more tokens, or use another --router"
+        )
     return record

@@ -60,8 +60,8 @@ def tune(run: RunDir, config: TuneConfig, control: Control) -> Result:
             rows = jsonio.read_object(run.path("tune") / "metrics.json")["rows"]
         else:
             rows = _sweep(run, model, activations, config, control)
-            _mark_front(rows, "ffn_flops_fraction", "pareto_flops")
-            _mark_front(rows, "seconds", "pareto_time")
+            mark_front(rows, "ffn_flops_fraction", "pareto_flops")
+            mark_front(rows, "seconds", "pareto_time")
             jsonio.write(work.folder / "metrics.json", {"schema": "moefication/tune@1", "rows": rows})
             work.finish({"rows": len(rows)})
     front = [row for row in rows if row["pareto_flops"] or row["pareto_time"]]
@@ -187,7 +187,7 @@ def _row(trial: Trial, model: RunModel, num_batches: int) -> dict[str, Any]:
     }
 
 
-def _mark_front(rows: list[dict[str, Any]], cost: str, mark: str) -> None:
+def mark_front(rows: list[dict[str, Any]], cost: str, mark: str) -> None:
     """Marks the rows that no other row beats in KL at the same or a lower cost."""
     least = float("inf")
     for row in sorted(rows, key=lambda row: (row[cost], row["kl"])):
