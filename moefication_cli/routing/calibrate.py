@@ -21,7 +21,7 @@ from torch import Tensor
 from moefication_cli.ffn import ExpertWeights
 from moefication_cli.routing.compensation import Dropped, ReducedRank, ranks_for
 from moefication_cli.routing.router import Router
-from moefication_cli.routing.rules import quantile
+from moefication_cli.routing.rules import quantiles
 from moefication_cli.routing.tokens import Tokens
 
 QUANTILES = (0.01, 0.02, 0.03, 0.045, 0.065, 0.09, 0.12, 0.16, 0.2, 0.25, 0.31, 0.38, 0.46, 0.56, 0.68, 0.82)
@@ -72,15 +72,16 @@ def calibration_curve(
     for number, router in [(-1, None), *enumerate(routers)]:
         dropped, missing = Dropped(weights, fit_h_TF), Dropped(weights, heldout_h_TF)
         scores_TE, heldout_TE = (None if router is None else router.scores(part.x_TD) for part in (fit, heldout))
-        for share in reversed((0.0, *QUANTILES) if router is None else QUANTILES):
-            threshold, experts = 0.0, 0
+        shares = sorted((0.0, *QUANTILES) if router is None else QUANTILES, reverse=True)
+        thresholds = [0.0] * len(shares) if scores_TE is None else quantiles(scores_TE, [1 - share for share in shares])
+        for share, threshold in zip(shares, thresholds, strict=True):
+            experts = 0
             if scores_TE is None or heldout_TE is None:
                 experts = round(share * weights.num_experts)
                 fit_keep_TE, keep_TE = (
                     first_experts(weights.num_experts, experts, len(part), part.x_TD.device) for part in (fit, heldout)
                 )
             else:
-                threshold = quantile(scores_TE, 1 - share)
                 fit_keep_TE, keep_TE = scores_TE >= threshold, heldout_TE >= threshold
             residual_TD = dropped.output(fit_keep_TE)
             solution = regression.fit(residual_TD, ranks[-1])

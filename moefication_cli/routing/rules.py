@@ -10,7 +10,7 @@ goes among the choices of `config.ApplyConfig.rule`. Axes: T tokens, E experts, 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
@@ -208,8 +208,14 @@ def as_mask(selected: Tensor, num_experts: int) -> Tensor:
 
 def quantile(values: Tensor, share: float) -> float:
     """The value a share of all entries lies below (torch.quantile stops at 2**24 entries)."""
-    flat = values.flatten()
-    return float(flat.kthvalue(min(max(1, round(share * flat.numel())), flat.numel())).values)
+    return quantiles(values, [share])[0]
+
+
+def quantiles(values: Tensor, shares: Sequence[float]) -> list[float]:
+    """`quantile` at several shares from one sort: a selection for each would pass over all entries anew."""
+    ordered = values.flatten().sort().values
+    count = ordered.numel()
+    return [float(ordered[min(max(1, round(share * count)), count) - 1]) for share in shares]
 
 
 def _check_number(name: str, value: object) -> None:
