@@ -7,6 +7,7 @@ A dense `down` weight of shape [D, F] whose storage is neuron-major (strides (1,
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,20 +97,23 @@ class FFNWeights:
 class Compensation:
     """What stands in for dropped experts; acts only where at least one expert is off, so all-on stays exact.
 
-    y += constant_D - sum over selected e of taken_back_ED[e] + (x @ w_in_RD^T) @ w_out_RD
+    y += constant_D + (x @ w_in_RD^T) @ w_out_RD
     """
 
     constant_D: Tensor | None = None
-    taken_back_ED: Tensor | None = None
     w_in_RD: Tensor | None = None  # optional low-rank correction from the FFN's input
     w_out_RD: Tensor | None = None
 
     def output(self, x: Tensor) -> Tensor:
-        """What is added for inputs x [..., D]: [..., D], or [D] where it is the same for all; per-expert vectors left out."""
+        """What is added for inputs x [..., D]: [..., D], or [D] where it is the same for all."""
         constant_D = self.constant_D if self.constant_D is not None else x.new_zeros(x.shape[-1])
         if self.w_in_RD is None or self.w_out_RD is None:
             return constant_D
         return constant_D + (x @ self.w_in_RD.T) @ self.w_out_RD
+
+    def to(self, *args: Any, **kwargs: Any) -> "Compensation":
+        """The same tensors on another device or in another dtype."""
+        return replace(self, **{k: v.to(*args, **kwargs) for k, v in vars(self).items() if v is not None})
 
     def detach(self) -> "Compensation":
         """The same tensors, cut off from autograd."""

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "moefication_cli"
 LEVELS = (
     ("errors",),
     ("config",),
-    ("ffn",),  # the data all tensor code shares: the weights of a layer
+    ("ffn", "compiled"),  # the data all tensor code shares: the weights of a layer; where compiled kernels are kept
     ("split", "routing", "store", "tasks"),
     ("runtime",),
     ("models",),
@@ -31,7 +31,8 @@ HOMES = {
     "accelerate": {"models"},
     "pymetis": {"split"},
     "k_means_constrained": {"split"},
-    "numba": {"runtime", "split"},
+    "numba": {"runtime", "split", "compiled"},
+    "llvmlite": {"runtime", "compiled"},
     "triton": {"runtime"},
     "fmoe": {"runtime"},
     "matplotlib": {"evaluation"},

@@ -266,7 +266,7 @@ def convert(name, folder, top_k, num_experts=6, extra=False, dense=()):
         if site.index in dense:
             layers.append({"layer": site.name, "dense": True})
             continue
-        compensation = Compensation(torch.ones(16), torch.ones(num_experts, 16)) if extra else None
+        compensation = Compensation(torch.ones(16), torch.ones(2, 16), torch.ones(2, 16)) if extra else None
         tensors |= layer_tensors(site.index, TwoLayerRouter(torch.randn(num_experts, 16)), compensation)
         entry = {"layer": site.name, "num_experts": num_experts, "num_shared": 0, "rule": {"top_k": top_k}}
         layers.append(entry | {"router": {"activation": "identity", "normalise": False}})
@@ -295,7 +295,7 @@ def test_converted_folder_loads_as_moe_and_as_dense(name, tmp_path):
 def test_converted_folder_keeps_compensation(tmp_path):
     convert("bert", tmp_path / "moe", top_k=3, extra=True)
     layer = read_moe_folder(tmp_path / "moe").layers[0]
-    assert layer.compensation.taken_back_ED.shape == (6, 16) and layer.compensation.w_in_RD is None
+    assert layer.compensation.w_in_RD.shape == (2, 16) and layer.compensation.constant_D.shape == (16,)
     assert load_moe(tmp_path / "moe", device="cpu", dtype="bfloat16").dtype == torch.bfloat16
 
 

@@ -27,7 +27,7 @@ def random_layer(seed: int = 0, gated: bool = False) -> tuple[ExpertWeights, Two
         return torch.randn(*shape, generator=generator)
 
     ffn = FFNWeights(draw(F, D), draw(F, D), draw(F, D) if gated else None, b_up_F=draw(F), b_down_D=draw(D))
-    extra = Compensation(draw(D), None, draw(3, D), draw(3, D))
+    extra = Compensation(draw(D), draw(3, D), draw(3, D))
     router = TwoLayerRouter(draw(5, D), draw(5), draw(E, 5), draw(E), activation="relu")
     return ExpertWeights(ffn, E, S, extra), router, draw(T, D)
 

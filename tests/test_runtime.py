@@ -17,8 +17,7 @@ from moefication_cli.errors import ConfigError, UnavailableError
 from moefication_cli.ffn import ACTIVATIONS, Compensation, ExpertWeights, FFNWeights
 from moefication_cli.routing.router import TwoLayerRouter
 from moefication_cli.routing.rules import Threshold, TopK
-from moefication_cli.runtime import backends, reference
-from moefication_cli.runtime import torch_backends as portable
+from moefication_cli.runtime import backends, reference, torch_backends
 from moefication_cli.runtime.backends import ALL_ON_TOKENS, BACKENDS, available, choose
 from moefication_cli.runtime.layer import MoEFFN
 from moefication_cli.runtime.pruned import PrunedFFN
@@ -55,7 +54,7 @@ def make(
         rand(d, scale=0.3) if bias else None,
         act,
     )
-    parts = Compensation(rand(d), rand(E, d, scale=0.3), rand(5, d, scale=d**-0.5), rand(5, d)) if fix else None
+    parts = Compensation(rand(d), rand(5, d, scale=d**-0.5), rand(5, d)) if fix else None
     return ExpertWeights(ffn, E, S, parts)
 
 
@@ -94,7 +93,7 @@ def error(y: Tensor, expected: Tensor) -> float:
 def judge(name: str, w: ExpertWeights, x: Tensor, selected: Tensor) -> None:
     """Backend `name` equals the reference on this selection, and would be told from another selection."""
     with torch.inference_mode():
-        y = BACKENDS[name](x, selected, w)
+        y = BACKENDS[name].compute(x, selected, w)
         expected = masked(x.float(), selected, float32(w))
     assert y.shape == x.shape and y.dtype == x.dtype
     assert error(y, expected) < (2e-6 if x.dtype == torch.float32 else 2e-2)
@@ -122,7 +121,7 @@ def test_another_selection_is_told_apart(name: str) -> None:
     other = chosen.clone()
     other[3, 0] = next(e for e in range(12) if e not in chosen[3].tolist())
     with torch.inference_mode():
-        y, expected = BACKENDS[name](x, other, w), masked(x, chosen, w)
+        y, expected = BACKENDS[name].compute(x, other, w), masked(x, chosen, w)
     assert error(y, expected) > 1e-2
     same = torch.arange(9) != 3
     assert error(y[same], expected[same]) < 2e-6
@@ -137,7 +136,7 @@ def test_numba_knows_every_activation(act: str, gated: bool) -> None:
     other = "tanh" if act != "tanh" else "relu"
     with torch.inference_mode():
         wrong = masked(x, ids(6, 12, 5), dataclasses.replace(w, ffn=dataclasses.replace(w.ffn, activation=other)))
-        assert error(BACKENDS["numba"](x, ids(6, 12, 5), w), wrong) > 1e-3
+        assert error(BACKENDS["numba"].compute(x, ids(6, 12, 5), w), wrong) > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -162,7 +161,7 @@ def test_experts_that_nobody_selects_and_tokens_without_experts(name: str) -> No
 def test_no_token_and_non_contiguous_input(name: str) -> None:
     w = make()
     with torch.inference_mode():
-        assert BACKENDS[name](tokens(0, w), ids(0, 12, 3), w).shape == (0, 32)
+        assert BACKENDS[name].compute(tokens(0, w), ids(0, 12, 3), w).shape == (0, 32)
     wide = torch.randn(6, 64)
     judge(name, w, wide[:, ::2], ids(6, 12, 3))
     judge(name, w, torch.randn(32, 6).t(), ids(12, 12, 3)[::2])
@@ -172,7 +171,7 @@ def test_no_token_and_non_contiguous_input(name: str) -> None:
 @pytest.mark.parametrize("name", ["reference", *SPARSE])
 def test_bad_selections_are_errors(name: str) -> None:
     w, x = make(), tokens(4, make())
-    run = BACKENDS[name]
+    run = BACKENDS[name].compute
     with torch.inference_mode():
         for wrong in (12, -1, 10**9):
             bad = ids(4, 12, 3).clone()
@@ -193,7 +192,7 @@ def test_an_expert_named_twice_counts_once(name: str) -> None:
     twice = torch.cat([ids(5, 12, 3), ids(5, 12, 3)[:, :1]], dim=1)
     judge(name, w, x, twice)
     with torch.inference_mode():
-        assert error(BACKENDS[name](x, twice, w), masked(x, ids(5, 12, 3), w)) < 2e-6
+        assert error(BACKENDS[name].compute(x, twice, w), masked(x, ids(5, 12, 3), w)) < 2e-6
 
 
 def test_gradients() -> None:
@@ -201,15 +200,15 @@ def test_gradients() -> None:
     x = tokens(5, w).requires_grad_()
     (expected,) = torch.autograd.grad(masked(x, chosen, w).square().sum(), x)
     for name in ("torch", "grouped"):
-        (got,) = torch.autograd.grad(BACKENDS[name](x, chosen, w).square().sum(), x)
+        (got,) = torch.autograd.grad(BACKENDS[name].compute(x, chosen, w).square().sum(), x)
         assert error(got, expected) < 1e-5
     with pytest.raises(ConfigError, match="gradients"):
-        BACKENDS["numba"](x, chosen, w)
+        BACKENDS["numba"].compute(x, chosen, w)
     w.ffn.w_up_FD.requires_grad_()
     with pytest.raises(ConfigError, match="gradients"):
-        BACKENDS["numba"](x.detach(), chosen, w)
+        BACKENDS["numba"].compute(x.detach(), chosen, w)
     with torch.no_grad():
-        assert error(BACKENDS["numba"](x, chosen, w), masked(x, chosen, w)) < 2e-6
+        assert error(BACKENDS["numba"].compute(x, chosen, w), masked(x, chosen, w)) < 2e-6
 
 
 def test_bfloat16_conversion_keeps_nan_and_rounds_to_even() -> None:
@@ -221,11 +220,11 @@ def test_bfloat16_conversion_keeps_nan_and_rounds_to_even() -> None:
     x[1, 3] = float("nan")
     x[2, 5] = float("inf")
     with torch.inference_mode():
-        y = BACKENDS["numba"](x, torch.ones(3, 2, dtype=torch.bool), w)
+        y = BACKENDS["numba"].compute(x, torch.ones(3, 2, dtype=torch.bool), w)
     assert torch.equal(y[0, :16], x[0, :16]) and y[1].isnan().any() and not y[0].isnan().any()
     halves = make(E=2, N=8, bias=False, act="identity", dtype=torch.bfloat16)
     with torch.inference_mode():
-        y = BACKENDS["numba"](x[:1], torch.ones(1, 2, dtype=torch.bool), halves)
+        y = BACKENDS["numba"].compute(x[:1], torch.ones(1, 2, dtype=torch.bool), halves)
         exact = masked(x[:1].float(), torch.ones(1, 2, dtype=torch.bool), float32(halves))
     assert (y.float() - exact).abs().max() <= exact.abs().max() * 2**-8
 
@@ -479,6 +478,37 @@ class TestAlways:
         assert wide(x.detach().double()).dtype == torch.float64 and wide.last_backend == "torch"
 
 
+@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("S", [0, 16])
+def test_half_precision_is_added_up_in_float32(name: str, S: int) -> None:
+    """A hundred experts a token: every sum in bfloat16 rounds, in float32 only the result does."""
+    w = make(E=256, N=4 if name == "grouped" else 8, S=S, dtype=torch.bfloat16)  # experts of 4: rows of 8 bytes
+    x, mask_TE = tokens(40, w), some(40, 256)
+    with torch.inference_mode():
+        y, exact = BACKENDS[name].compute(x, mask_TE, w), masked(x.float(), mask_TE, float32(w))
+        other = masked(x.float(), ~mask_TE, float32(w))
+        in_half = torch.zeros_like(x)
+        for e in range(256):
+            alone = torch.zeros_like(mask_TE)
+            alone[:, e] = mask_TE[:, e]
+            in_half += masked(x, alone, dataclasses.replace(w, ffn=dataclasses.replace(w.ffn, b_down_D=None)))
+    assert y.dtype == torch.bfloat16
+    lost, lost_in_half = (float((found.float() - exact).std()) for found in (y, in_half + w.ffn.b_down_D))
+    assert float((other - exact).std()) > 50 * lost  # another selection would be seen
+    if not S:
+        assert lost < 0.6 * lost_in_half
+
+
+def test_kernels_know_every_activation_and_no_other() -> None:
+    from moefication_cli.ffn import ACTIVATIONS
+    from moefication_cli.routing.router import ROUTER_ACTIVATIONS
+    from moefication_cli.runtime.cpu.numba_backend import ACTIVATION_CODES, activation_code
+
+    assert set(ACTIVATION_CODES) == {*ACTIVATIONS, *ROUTER_ACTIVATIONS}
+    with pytest.raises(UnavailableError, match="'mish'"):
+        activation_code("mish")
+
+
 def test_unavailable_backends_name_what_is_missing() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     with pytest.raises(UnavailableError, match="no backend 'nmuba'"):
@@ -489,11 +519,12 @@ def test_unavailable_backends_name_what_is_missing() -> None:
         available("fastmoe", cuda, torch.float32)
     with pytest.raises(UnavailableError, match="float64"):
         available("numba", cpu, torch.float64)
-    with pytest.raises(UnavailableError, match="expert_size 6"):
-        available("grouped", cpu, torch.float32, make(N=6))
-    with pytest.raises(UnavailableError, match="expert_size 4"):
-        portable.grouped(tokens(3, make()).bfloat16(), ids(3, 12, 2), make(N=4, dtype=torch.bfloat16))
-    available("grouped", cpu, torch.float32, make(N=4))
+    with pytest.raises(UnavailableError, match="experts of 6"):
+        available("grouped", cpu, torch.float32, make(N=6, E=11))
+    with pytest.raises(UnavailableError, match="d_model 33"):
+        torch_backends.grouped(tokens(3, make(d=33)), ids(3, 12, 2), make(d=33))
+    for N, E in ((4, 11), (6, 12)):
+        available("grouped", cpu, torch.float32, make(N=N, E=E))
 
 
 def test_auto_choices(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -505,18 +536,20 @@ def test_auto_choices(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapture
     assert choose(cpu, torch.float32, 1, w, 0.95) == "dense"
     assert choose(cpu, torch.float32, 1, w, 0.2, needs_grad=True) == "torch"
     assert choose(cpu, torch.float64, 1000, w, 0.2) == "torch"
-    assert choose(cuda, torch.bfloat16, 512, w, 0.2) == "grouped"
-    assert choose(cuda, torch.bfloat16, 512, make(N=4, dtype=torch.bfloat16), 0.2) == "torch"
+    assert choose(cuda, torch.bfloat16, 512, make(N=32, dtype=torch.bfloat16), 0.2) == "grouped"
+    assert choose(cuda, torch.bfloat16, 512, make(N=4, dtype=torch.bfloat16), 0.2) == "dense"  # by arithmetic
+    assert choose(cuda, torch.bfloat16, 512, make(N=32, dtype=torch.bfloat16), 0.6) == "dense"
     # A kernel that works on addresses never gets rows it would misread
     strided = dataclasses.replace(w, ffn=dataclasses.replace(w.ffn, w_down_FD=w.ffn.w_down_FD.t().contiguous().t()))
-    assert choose(cpu, torch.float32, 1, strided, 0.2) == "dense"
+    assert choose(cpu, torch.float32, 1, strided, 0.2) == "torch"
+    assert choose(cpu, torch.float16, 1, w, 0.2) == "torch"  # the mixture, not the dense function
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())
     assert choose(cuda, torch.float32, 1, w, 0.2) == "triton"
-    assert choose(cuda, torch.float32, 1, strided, 0.2) == "torch"
+    assert choose(cuda, torch.float32, 1, make(N=32, E=3), 0.2) == "triton"
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
     backends._warn_once.cache_clear()
     caplog.clear()
-    assert choose(cpu, torch.float32, 1, w, 0.2) == "dense"
+    assert choose(cpu, torch.float32, 1, w, 0.2) == "torch"
     assert choose(cpu, torch.float32, 512, w, 0.2) == "torch"
     assert caplog.messages == [
         "backend numba is not available: the package numba is not installed; the next best is used"
@@ -598,14 +631,14 @@ class TestFastMoEAdapter:
 
         self.use(monkeypatch, Zero)
         with pytest.raises(UnavailableError, match="self-check"):
-            BACKENDS["fastmoe"](tokens(3, make()), ids(3, 12, 2), make())
+            BACKENDS["fastmoe"].compute(tokens(3, make()), ids(3, 12, 2), make())
 
     def test_is_not_used_where_it_cannot_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UnavailableError, match="cuda"):
-            BACKENDS["fastmoe"](tokens(3, make()), ids(3, 12, 2), make())
+            BACKENDS["fastmoe"].compute(tokens(3, make()), ids(3, 12, 2), make())
         monkeypatch.setattr(Tensor, "is_cuda", property(lambda self: True))
         with pytest.raises(UnavailableError, match="fmoe"):
-            BACKENDS["fastmoe"](tokens(3, make()), ids(3, 12, 2), make())
+            BACKENDS["fastmoe"].compute(tokens(3, make()), ids(3, 12, 2), make())
 
 
 @pytest.mark.cuda
@@ -632,7 +665,7 @@ class TestCuda:
             x = tokens(T, cpu)
             for chosen in (ids(T, 16, 3), some(T, 16)):
                 with torch.inference_mode():
-                    y = BACKENDS[name](x.cuda(), chosen.cuda(), w).cpu()
+                    y = BACKENDS[name].compute(x.cuda(), chosen.cuda(), w).cpu()
                     expected = masked(x.float(), chosen, float32(cpu))
                     wrong = masked(x.float(), ids(T, 16, 3, seed=9), float32(cpu))
                 assert error(y, expected) < (5e-3 if dtype == torch.float32 else 3e-2)  # TF32 may be on

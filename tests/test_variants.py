@@ -91,12 +91,14 @@ def test_compensation_vanishes_when_every_expert_is_on(backend: str) -> None:
     weights = make(fix=True, S=8)
     x_TD = tokens(9, weights)
     everything = torch.arange(12).expand(9, 12)
-    y_TD = BACKENDS[backend](x_TD, everything, weights)
+    y_TD = BACKENDS[backend].compute(x_TD, everything, weights)
     assert torch.allclose(y_TD, weights.ffn.forward(x_TD), atol=1e-5)
     # Negative control: with one expert off, it acts.
     bare = dataclasses.replace(weights, compensation=None)
     some = everything[:, 1:]
-    assert (BACKENDS[backend](x_TD, some, weights) - BACKENDS[backend](x_TD, some, bare)).abs().max() > 0.1
+    assert (
+        BACKENDS[backend].compute(x_TD, some, weights) - BACKENDS[backend].compute(x_TD, some, bare)
+    ).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -144,7 +146,7 @@ def test_flops_fraction_is_what_torch_multiplies(name: str, rule: TopK | Thresho
     moe.count_selections()
     always = PrunedFFN(ExpertWeights(ffn, 8, 16, extra), "torch")
     statistics = {key: torch.rand(48, generator=generator) for key in ("variance_F", "contribution_F", "mean_F")}
-    layers = [moe, always, prune(dense, statistics, 0.25, x_TD)[0], DenseFFN(dense)]
+    layers = [moe, always, prune(dense, statistics, 0.25, x_TD, "torch")[0], DenseFFN(dense)]
     plans = [
         LayerPlan(routed, rule, 0.0, router, 0, extra),
         LayerPlan(routed, TopK(0), 0.0, None, 2, extra),

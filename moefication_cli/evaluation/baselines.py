@@ -33,14 +33,14 @@ _SAMPLE_TOKENS = 2048
 _STATISTICS = ("variance_F", "contribution_F", "mean_F")
 
 
-def static_row(model: RunModel, activations: Artifact, fraction: float, control: Control) -> SelectionRow:
+def static_row(model: RunModel, activations: Artifact, fraction: float, backend: str, control: Control) -> SelectionRow:
     """Static pruning at this share of the neurons; per layer the best of four ways, see `selections.prune`."""
     layers: list[Any] = []
     for index in range(len(model.sites)):
         with activations.open_layer(index) as stored:
             statistics = {name: stored.tensor(name) for name in _STATISTICS}
         sample = read_tokens(activations, index, _SAMPLE_TOKENS, layer_seed(control.seed, index)).x_TD
-        layers.append(prune(model.read_ffn(index), statistics, fraction, sample.to(model.device))[0])
+        layers.append(prune(model.read_ffn(index), statistics, fraction, sample.to(model.device), backend)[0])
     return SelectionRow("static", "baseline", fraction, layers, meta={"rule": "static", "score": "best of four"})
 
 

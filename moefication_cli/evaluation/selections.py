@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from moefication_cli.conversion.plan import LayerPlan, RoutedLayer, describe_rule
-from moefication_cli.ffn import ExpertWeights, FFNWeights
+from moefication_cli.ffn import Compensation, ExpertWeights, FFNWeights
 from moefication_cli.models.surgery import FFNLayer, live_weights
 from moefication_cli.routing.cost import overhead_flops
 from moefication_cli.routing.scores import expert_scores
@@ -46,18 +46,6 @@ class SelectionRow:
     def backend(self) -> str:
         names = sorted({getattr(layer, "last_backend", "") for layer in self.layers} - {""})
         return "+".join(names) or "torch"
-
-
-class StaticFFN:
-    """A dense FFN of the kept neurons; `bias_D` stands in for the mean output of the dropped ones."""
-
-    def __init__(self, kept: FFNWeights, bias_D: Tensor | None, active_fraction: float) -> None:
-        self.kept, self.bias_D, self.active_fraction = kept, bias_D, active_fraction
-
-    def __call__(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        y = self.kept.hidden(x) @ self.kept.w_down_FD
-        bias_D = self.kept.b_down_D if self.bias_D is None else self.bias_D
-        return y if bias_D is None else y + bias_D
 
 
 class NeuronOracleFFN:
@@ -89,9 +77,9 @@ class DenseFFN:
 
 
 class PinnedFFN:
-    """A MoE layer with weights of its own: installing it does not exchange them for the model's."""
+    """A layer with weights of its own: installing it does not exchange them for the model's."""
 
-    def __init__(self, layer: MoEFFN) -> None:
+    def __init__(self, layer: MoEFFN | PrunedFFN) -> None:
         self.layer = layer
 
     @property
@@ -127,8 +115,8 @@ def random_selection(top_k: int, seed: int) -> Any:
 
 
 def prune(
-    dense: FFNWeights, statistics: dict[str, Tensor], fraction: float, sample_TD: Tensor
-) -> tuple[StaticFFN, dict[str, Any]]:
+    dense: FFNWeights, statistics: dict[str, Tensor], fraction: float, sample_TD: Tensor, backend: str = "auto"
+) -> tuple[FFNLayer, dict[str, Any]]:
     """The strongest static pruning we know at this fraction, judged by output error on a calibration sample.
 
     Tries importance by variance x norm^2 (FLAP) and by mean contribution, each with and without the dropped neurons'
@@ -142,7 +130,7 @@ def prune(
     }
     h_TF = dense.hidden(sample_TD)
     full_TD = h_TF @ dense.w_down_FD
-    best: tuple[float, StaticFFN, dict[str, Any]] | None = None
+    best: tuple[float, FFNLayer, dict[str, Any]] | None = None
     for name, score_F in scores.items():
         kept_F = score_F.topk(num_kept).indices.sort().values
         dropped_F = torch.ones_like(score_F).index_fill_(0, kept_F, 0)
@@ -151,10 +139,9 @@ def prune(
         for compensated in (False, True):
             error = float((full_TD - part_TD - (mean_D if compensated else 0)).square().sum())
             if best is None or error < best[0]:
-                bias_D = None
-                if compensated:
-                    bias_D = mean_D if dense.b_down_D is None else mean_D + dense.b_down_D
-                layer = StaticFFN(dense.permute(kept_F), bias_D, num_kept / dense.num_neurons)
+                extra = Compensation(constant_D=mean_D) if compensated else None
+                kept = ExpertWeights(dense.permute(kept_F), 1, num_kept, extra)
+                layer = PinnedFFN(PrunedFFN(kept, backend, dense.num_neurons))
                 best = (error, layer, {"importance": name, "compensated": compensated})
     assert best is not None
     return best[1], best[2]

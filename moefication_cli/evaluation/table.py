@@ -109,7 +109,7 @@ def _neuron(ground: Ground, fraction: float) -> list[SelectionRow]:
 
 def _static(ground: Ground, fraction: float) -> list[SelectionRow]:
     assert ground.inputs.activations is not None
-    return [static_row(ground.inputs.model, ground.inputs.activations, fraction, ground.control)]
+    return [static_row(ground.inputs.model, ground.inputs.activations, fraction, ground.config.backend, ground.control)]
 
 
 def _paper(ground: Ground, fraction: float) -> list[SelectionRow]:

@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -232,14 +232,12 @@ def _moe_ffn(model: nn.Module, site: FFNSite, layer: MoELayer, backend: str, fra
         rule = TopK(max(1, round(fraction * layer.num_experts)))
     pack(model, site)
     ffn = live_weights(model, site)
-    device, dtype = ffn.w_up_FD.device, ffn.w_up_FD.dtype
-    extra = layer.compensation
-    if extra is not None:
-        extra = replace(extra, **{k: v.to(device, dtype) for k, v in vars(extra).items() if v is not None})
+    device = ffn.w_up_FD.device  # routers and compensation stay float32, as they were measured
+    extra = None if layer.compensation is None else layer.compensation.to(device)
     weights = ExpertWeights(ffn, layer.num_experts, layer.num_shared, extra)
     if router is None:
         return PrunedFFN(weights, backend)
-    return MoEFFN(weights, router.to(device).to(dtype), rule, backend=backend)
+    return MoEFFN(weights, router.to(device), rule, backend=backend)
 
 
 def _model_class(config: Any, task: str | None) -> Any:

@@ -151,11 +151,8 @@ class _Installed:
         if not learns:
             detached: dict[str, Any] = {k: v.detach() for k, v in vars(ffn).items() if isinstance(v, Tensor)}
             ffn = replace(ffn, **detached)
-        device, dtype = ffn.w_up_FD.device, ffn.w_up_FD.dtype
-        extra = weights.compensation
-        if extra is not None:
-            moved = {k: v.to(device, dtype) for k, v in vars(extra).items() if isinstance(v, Tensor)}
-            extra = replace(extra, **moved)
+        device = ffn.w_up_FD.device
+        extra = None if weights.compensation is None else weights.compensation.to(device)
         self.layer.weights = replace(weights, ffn=ffn, compensation=extra)  # type: ignore[attr-defined]
         router = getattr(self.layer, "router", None)
         if router is not None:

@@ -1,12 +1,14 @@
 """The backends by name, what each needs, and the choice made under `auto`.
 
-Every backend is `(x_TD, selected, ExpertWeights) -> y_TD` and is judged by `reference.masked`; `dense` ignores the selection.
-Heavy packages (numba, triton, fmoe) are imported when their backend is first asked for, never here.
+Every backend computes `(x_TD, selected, ExpertWeights) -> y_TD` and is judged by `reference.masked`; `dense` ignores the
+selection. Heavy packages (numba, triton, fmoe) are imported when their backend is first asked for, never here.
+A new backend is a file and a line in `BACKENDS`.
 """
 
 import importlib.util
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -14,12 +16,14 @@ from torch import Tensor
 
 from moefication_cli.errors import UnavailableError
 from moefication_cli.ffn import ACTIVATIONS, ExpertWeights
-from moefication_cli.runtime import reference
-from moefication_cli.runtime import torch_backends as portable
+from moefication_cli.runtime import reference, torch_backends
 
 log = logging.getLogger(__name__)
-Backend = Callable[[Tensor, Tensor, ExpertWeights], Tensor]
 ALL_ON_TOKENS = 96  # below, the compiled kernel is faster than torch's matmuls even when every neuron runs
+# On CUDA nothing has been measured yet. By arithmetic alone: a grouped product of fewer than 32 neurons leaves most of a
+# tensor core's tile empty, and above half of the neurons its bookkeeping costs what the skipped half would.
+CUDA_LEAST_EXPERT, CUDA_MOST_ACTIVE = 32, 0.5
+CUDA_FEW_TOKENS = 32  # up to here the Triton kernels, which read each selected row once per token, are meant for
 
 
 def _numba(x_TD: Tensor, selected: Tensor, weights: ExpertWeights) -> Tensor:
@@ -40,42 +44,12 @@ def _fastmoe(x_TD: Tensor, selected: Tensor, weights: ExpertWeights) -> Tensor:
     return compute(x_TD, selected, weights)
 
 
-BACKENDS: dict[str, Backend] = {
-    "reference": reference.masked,
-    "dense": portable.dense,
-    "torch": portable.by_expert,
-    "grouped": portable.grouped,
-    "numba": _numba,
-    "triton": _triton,
-    "fastmoe": _fastmoe,
-}
+def _no_obstacle(weights: ExpertWeights, dtype: torch.dtype) -> str | None:
+    return None
 
 
-def available(name: str, device: torch.device, dtype: torch.dtype, weights: ExpertWeights | None = None) -> None:
-    """Raises UnavailableError, naming what is missing, unless backend `name` can run there (and on these weights)."""
-    if name not in BACKENDS:
-        raise UnavailableError(f"there is no backend {name!r}", f"use one of {', '.join(BACKENDS)}, or auto")
-    missing = _missing(name, device, dtype, weights)
-    if missing is not None:
-        raise UnavailableError(f"backend {name} is not available: {missing}", "use --backend auto")
-
-
-def _missing(name: str, device: torch.device, dtype: torch.dtype, weights: ExpertWeights | None) -> str | None:
-    if name == "grouped" and weights is not None:
-        return portable.grouped_obstacle(weights)
-    package, kind = {"numba": ("numba", "cpu"), "triton": ("triton", "cuda"), "fastmoe": ("fmoe", "cuda")}.get(
-        name, ("", "")
-    )
-    if not package:
-        return None
-    if device.type != kind:
-        return f"it runs on {kind}, the tensors are on {device.type}"
-    if importlib.util.find_spec(package) is None:
-        return f"the package {package} is not installed"
-    if name == "numba":
-        if dtype not in (torch.float32, torch.bfloat16):
-            return f"it computes in float32 and bfloat16, not {dtype}"
-    return None if weights is None or name == "fastmoe" else _unreadable(weights, dtype)
+def _grouped_obstacle(weights: ExpertWeights, dtype: torch.dtype) -> str | None:
+    return torch_backends.grouped_obstacle(weights)
 
 
 def _unreadable(weights: ExpertWeights, dtype: torch.dtype) -> str | None:
@@ -89,6 +63,55 @@ def _unreadable(weights: ExpertWeights, dtype: torch.dtype) -> str | None:
         if w_FD is not None and not w_FD.is_contiguous():
             return f"the {name} projection is not neuron-major and contiguous"
     return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A row of `BACKENDS`: what computes, and what it needs. None: any device, no package, any dtype.
+
+    `obstacle` says what about these weights, for inputs of this dtype, it cannot work with.
+    """
+
+    compute: Callable[[Tensor, Tensor, ExpertWeights], Tensor]
+    device: str | None = None
+    package: str | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
+    obstacle: Callable[[ExpertWeights, torch.dtype], str | None] = _no_obstacle
+
+    def missing(self, device: torch.device, dtype: torch.dtype, weights: ExpertWeights | None) -> str | None:
+        """Why it cannot run there (on these weights), or None."""
+        if self.device is not None and device.type != self.device:
+            return f"it runs on {self.device}, the tensors are on {device.type}"
+        if self.package is not None and importlib.util.find_spec(self.package) is None:
+            return f"the package {self.package} is not installed"
+        if self.dtypes is not None and dtype not in self.dtypes:
+            return f"it computes in {', '.join(str(d).removeprefix('torch.') for d in self.dtypes)}, not {dtype}"
+        return None if weights is None else self.obstacle(weights, dtype)
+
+
+BACKENDS: dict[str, Backend] = {
+    "reference": Backend(reference.masked),
+    "dense": Backend(torch_backends.dense),
+    "torch": Backend(torch_backends.by_expert),
+    "grouped": Backend(torch_backends.grouped, obstacle=_grouped_obstacle),
+    "numba": Backend(_numba, "cpu", "numba", (torch.float32, torch.bfloat16), _unreadable),
+    "triton": Backend(_triton, "cuda", "triton", obstacle=_unreadable),
+    "fastmoe": Backend(_fastmoe, "cuda", "fmoe"),
+}
+
+
+def backend_of(name: str) -> Backend:
+    """The backend of that name. Raises UnavailableError naming those there are."""
+    if name not in BACKENDS:
+        raise UnavailableError(f"there is no backend {name!r}", f"use one of {', '.join(BACKENDS)}, or auto")
+    return BACKENDS[name]
+
+
+def available(name: str, device: torch.device, dtype: torch.dtype, weights: ExpertWeights | None = None) -> None:
+    """Raises UnavailableError, naming what is missing, unless backend `name` can run there (and on these weights)."""
+    missing = backend_of(name).missing(device, dtype, weights)
+    if missing is not None:
+        raise UnavailableError(f"backend {name} is not available: {missing}", "use --backend auto")
 
 
 @cache
@@ -106,11 +129,12 @@ def choose(
 ) -> str:
     """The backend `auto` uses for `num_tokens` tokens of which each computes `active_fraction` of the neurons.
 
-    Warns, once, where the fastest one cannot run on this machine or these weights.
+    Warns, once, where the fastest one cannot run on this machine or these weights; what is used then computes the same
+    mixture. `dense` is only chosen where it is faster: it computes every neuron.
     """
 
     def can(name: str) -> bool:
-        missing = _missing(name, device, dtype, weights)
+        missing = BACKENDS[name].missing(device, dtype, weights)
         if missing is not None:
             _warn_once(f"backend {name} is not available: {missing}; the next best is used")
         return missing is None
@@ -121,9 +145,9 @@ def choose(
     if needs_grad:
         return "torch"
     if device.type == "cuda":
-        if num_tokens <= 32 and can("triton"):
+        if num_tokens <= CUDA_FEW_TOKENS and can("triton"):
             return "triton"
+        if weights.expert_size < CUDA_LEAST_EXPERT or active_fraction > CUDA_MOST_ACTIVE:
+            return "dense"
         return "grouped" if can("grouped") else "torch"
-    if can("numba"):
-        return "numba"
-    return "torch" if num_tokens >= 64 else "dense"
+    return "numba" if can("numba") else "torch"

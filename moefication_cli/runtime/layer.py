@@ -16,6 +16,7 @@ from moefication_cli.ffn import ExpertWeights
 from moefication_cli.routing.router import Router
 from moefication_cli.routing.rules import Rule, TopK
 from moefication_cli.runtime.backends import ALL_ON_TOKENS, BACKENDS, available, choose
+from moefication_cli.runtime.torch_backends import grouped_obstacle
 
 if TYPE_CHECKING:
     from moefication_cli.runtime.cpu.numba_backend import CompiledLayer
@@ -116,7 +117,7 @@ class MoEFFN:
             self._fast = None  # so that the next call of few tokens says its path again
             if self.counts_E is not None:
                 self._count(None, x_TD if real_T is None else x_TD[real_T])
-            return BACKENDS[name](x_TD, x_TD, self.weights)
+            return BACKENDS[name].compute(x_TD, x_TD, self.weights)
         if name == "numba" and self._fused:
             compiled = self._compile()
             y_TD = self._run_compiled(compiled, x_TD, real_T)
@@ -178,7 +179,7 @@ class MoEFFN:
         self._count(selected, x_TD)
         if name == "numba":
             return self._compile()(x_TD, selected)
-        return BACKENDS[name](x_TD, selected, self.weights)
+        return BACKENDS[name].compute(x_TD, selected, self.weights)
 
     def _auto(self, x_TD: Tensor) -> str:
         weights, top_k = self.weights, self._top_k
@@ -187,7 +188,9 @@ class MoEFFN:
             share = (weights.num_shared + weights.expert_size * top_k) / weights.ffn.num_neurons
         needs_grad = torch.is_grad_enabled() and (x_TD.requires_grad or weights.ffn.w_up_FD.requires_grad)
         name = choose(x_TD.device, x_TD.dtype, x_TD.shape[0], weights, share, needs_grad)
-        return "torch" if name == "dense" and not (self.may_go_dense or self._all_on) else name
+        if name == "dense" and not (self.may_go_dense or self._all_on):
+            return "grouped" if x_TD.is_cuda and grouped_obstacle(weights) is None else "torch"
+        return name
 
     def _count(self, selected: Tensor | None, x_TD: Tensor) -> None:
         if self.counts_E is None:

@@ -51,18 +51,18 @@ def selection_mask(selected: Tensor, num_tokens: int, num_experts: int) -> Tenso
     return mask_TE.scatter_(1, selected.long(), True)
 
 
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which experts' outputs are added up: float32 for half precision, whose sums would lose a percent."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def compensation(x_TD: Tensor, mask_TE: Tensor, weights: ExpertWeights) -> Tensor | None:
-    """What stands in for the dropped experts, [T, D] (see weights.Compensation); zero for tokens with every expert on."""
+    """What stands in for the dropped experts, [T, D] (see ffn.Compensation); zero for tokens with every expert on."""
     parts = weights.compensation
     if parts is None:
         return None
-    y_TD = torch.zeros_like(x_TD)
-    if parts.constant_D is not None:
-        y_TD = y_TD + parts.constant_D.to(x_TD.dtype)
-    if parts.taken_back_ED is not None:
-        y_TD = y_TD - mask_TE.to(x_TD.dtype) @ parts.taken_back_ED.to(x_TD.dtype)
-    if parts.w_in_RD is not None and parts.w_out_RD is not None:
-        y_TD = y_TD + (x_TD @ parts.w_in_RD.to(x_TD.dtype).t()) @ parts.w_out_RD.to(x_TD.dtype)
+    wide_TD = x_TD.to(sum_dtype(x_TD.dtype))
+    y_TD = parts.to(wide_TD).output(wide_TD).expand(len(x_TD), -1)
     return y_TD.masked_fill(mask_TE.all(dim=1, keepdim=True), 0.0)
 
 
@@ -75,8 +75,8 @@ def masked(x_TD: Tensor, selected: Tensor, weights: ExpertWeights) -> Tensor:
     keep_TF[:, weights.num_shared :] = mask_TE.repeat_interleave(weights.expert_size, dim=1)
     # T5 keeps its down-projection in float32 under float16: follow the weight's dtype, answer in the input's.
     y_TD = h_TF.masked_fill(~keep_TF, 0.0).to(ffn.w_down_FD.dtype) @ ffn.w_down_FD
+    y_TD = y_TD.to(sum_dtype(y_TD.dtype))
     if ffn.b_down_D is not None:
         y_TD = y_TD + ffn.b_down_D
     extra_TD = compensation(x_TD, mask_TE, weights)
-    y_TD = y_TD.to(x_TD.dtype)
-    return y_TD if extra_TD is None else y_TD + extra_TD
+    return (y_TD if extra_TD is None else y_TD + extra_TD).to(x_TD.dtype)

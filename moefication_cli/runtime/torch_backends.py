@@ -5,6 +5,7 @@ launches a few kernels per expert, `grouped` needs rows that are multiples of 16
 Shapes and meaning of `selected`: `runtime.reference`. Source of the grouped form: Hugging Face `integrations/moe.py`.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional
 
 from moefication_cli.errors import UnavailableError
 from moefication_cli.ffn import ACTIVATIONS, ExpertWeights, FFNWeights
-from moefication_cli.runtime.reference import compensation, selection_mask
+from moefication_cli.runtime.reference import compensation, selection_mask, sum_dtype
 
 GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STRIDE_BYTES = 16  # grouped_mm: "strides should be multiple of 16 bytes"
@@ -41,14 +42,14 @@ def rows(ffn: FFNWeights, begin: int, end: int) -> FFNWeights:
 
 
 def always_on(x_TD: Tensor, mask_TE: Tensor, weights: ExpertWeights) -> Tensor:
-    """y_TD of the parts that no selection touches: bias, shared neurons, compensation."""
+    """y_TD of the parts that no selection touches: bias, shared neurons, compensation; float32 for half-precision weights."""
     ffn = weights.ffn
-    y_TD = torch.zeros(x_TD.shape, dtype=ffn.w_down_FD.dtype, device=x_TD.device)
+    y_TD = torch.zeros(x_TD.shape, dtype=sum_dtype(ffn.w_down_FD.dtype), device=x_TD.device)
     if ffn.b_down_D is not None:
         y_TD = y_TD + ffn.b_down_D
     if weights.num_shared:
         shared = rows(ffn, 0, weights.num_shared)
-        y_TD = y_TD + shared.hidden(x_TD).to(y_TD.dtype) @ shared.w_down_FD
+        y_TD = y_TD + shared.hidden(x_TD).to(shared.w_down_FD.dtype) @ shared.w_down_FD
     extra_TD = compensation(x_TD, mask_TE, weights)
     return y_TD if extra_TD is None else y_TD + extra_TD
 
@@ -67,8 +68,8 @@ def by_expert(x_TD: Tensor, selected: Tensor, weights: ExpertWeights) -> Tensor:
         begin += count
         first = weights.num_shared + expert * size
         own = rows(ffn, first, first + size)
-        h_PN = own.hidden(x_TD[tokens_P]).to(y_TD.dtype)
-        y_TD.index_add_(0, tokens_P, h_PN @ own.w_down_FD)
+        h_PN = own.hidden(x_TD[tokens_P]).to(own.w_down_FD.dtype)
+        y_TD.index_add_(0, tokens_P, (h_PN @ own.w_down_FD).to(y_TD.dtype))
     return y_TD.to(x_TD.dtype)
 
 
@@ -80,28 +81,40 @@ def grouped_obstacle(weights: ExpertWeights) -> str | None:
     if ffn.w_up_FD.dtype not in GROUPED_DTYPES or ffn.w_down_FD.dtype != ffn.w_up_FD.dtype:
         return f"grouped_mm takes one dtype of float32, bfloat16, float16; the layer has {ffn.w_up_FD.dtype}"
     width = ffn.w_up_FD.element_size()
-    for name, length in (("d_model", ffn.d_model), ("expert_size", weights.expert_size)):
-        if length * width % STRIDE_BYTES:
-            return f"grouped_mm needs rows of a multiple of {STRIDE_BYTES} bytes; {name} {length} in {ffn.w_up_FD.dtype} is not"
+    rule = f"grouped_mm needs rows of a multiple of {STRIDE_BYTES} bytes in {ffn.w_up_FD.dtype}"
+    if ffn.d_model * width % STRIDE_BYTES:
+        return f"{rule}; d_model {ffn.d_model} is not"
+    if weights.num_experts % experts_together(weights):
+        return f"{rule}; experts of {weights.expert_size} cannot be joined to such: {weights.num_experts} of them are too odd a number"
     if not (ffn.w_up_FD.is_contiguous() and ffn.w_down_FD.is_contiguous()):
         return "grouped_mm needs neuron-major, contiguous projections"
     return None
 
 
+def experts_together(weights: ExpertWeights) -> int:
+    """How many neighbouring experts make a row of hidden activations that is a multiple of STRIDE_BYTES long."""
+    row = weights.expert_size * weights.ffn.w_up_FD.element_size()
+    return STRIDE_BYTES // math.gcd(STRIDE_BYTES, row)
+
+
 def grouped(x_TD: Tensor, selected: Tensor, weights: ExpertWeights) -> Tensor:
     """The `grouped` backend: tokens sorted by expert, one grouped matmul per projection. Gives y_TD.
 
+    Experts whose rows are shorter than STRIDE_BYTES are computed with their neighbours, whose neurons are masked. Every
+    token's outputs are added up in the order of its experts, so that the same call gives the same bytes on CUDA too.
     Raises UnavailableError where the stride rules of `grouped_mm` do not hold.
     """
     obstacle = grouped_obstacle(weights)
     if obstacle is not None:
         raise UnavailableError(obstacle, "use --backend torch")
-    ffn, E, N = weights.ffn, weights.num_experts, weights.expert_size
-    mask_TE = selection_mask(selected, x_TD.shape[0], E)
-    y_TD = always_on(x_TD, mask_TE, weights)
+    ffn, together = weights.ffn, experts_together(weights)
+    E, N = weights.num_experts // together, weights.expert_size * together
+    single_TE = selection_mask(selected, x_TD.shape[0], weights.num_experts)
+    y_TD = always_on(x_TD, single_TE, weights)
+    mask_TE = single_TE if together == 1 else single_TE.unflatten(1, (E, together)).any(-1)
     expert_P, token_P = mask_TE.t().nonzero().unbind(1)
     if token_P.numel() == 0:
-        return y_TD
+        return y_TD.to(x_TD.dtype)
     offs_E = mask_TE.sum(dim=0).cumsum(0, dtype=torch.int32)
     x_PD = x_TD[token_P]
 
@@ -113,5 +126,10 @@ def grouped(x_TD: Tensor, selected: Tensor, weights: ExpertWeights) -> Tensor:
     up_PN = project(ffn.w_up_FD, ffn.b_up_F)
     act = ACTIVATIONS[ffn.activation]
     h_PN = act(up_PN) if ffn.w_gate_FD is None else act(project(ffn.w_gate_FD, ffn.b_gate_F)) * up_PN
+    if together > 1:
+        on_PG = single_TE.unflatten(1, (E, together))[token_P, expert_P]
+        h_PN = h_PN * on_PG.repeat_interleave(weights.expert_size, dim=1)
     out_PD = functional.grouped_mm(h_PN, ffn.w_down_FD[weights.num_shared :].view(E, N, ffn.d_model), offs=offs_E)
-    return y_TD.index_add(0, token_P, out_PD)
+    order_P = token_P.argsort(stable=True)
+    added_TD = torch.segment_reduce(out_PD[order_P].to(y_TD.dtype), "sum", lengths=mask_TE.sum(dim=1), initial=0)
+    return (y_TD + added_TD).to(x_TD.dtype)

@@ -19,10 +19,12 @@ lock (nogil) and share nothing, so restarts run in threads and give the same res
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import numba
 import numpy as np
+
+from moefication_cli.compiled import cached_njit
 
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 Array = np.ndarray[Any, Any]
@@ -33,7 +35,7 @@ _LOWEST = np.float32(-3e38)
 
 def compiled(function: Kernel) -> Kernel:
     """`function` compiled at its first call, kept in numba's cache, running without the interpreter's lock."""
-    return cast(Kernel, numba.njit(cache=True, nogil=True)(function))
+    return cast(Kernel, cached_njit(Path(__file__).parent, nogil=True)(function))
 
 
 @compiled

@@ -28,7 +28,6 @@ SCHEMA = "moefication/model@1"
 FOLDER, SETTINGS, ROUTERS = "moefication", "moefication.json", "routers.safetensors"
 _COMPENSATION = {
     "constant_D": "constant_D",
-    "taken_back_ED": "taken_back_ED",
     "corr_in_RD": "w_in_RD",
     "corr_out_RD": "w_out_RD",
 }
@@ -157,10 +156,7 @@ def _layer(path: Path, index: int, entry: Any, tensors: dict[str, Tensor]) -> Mo
         raise CorruptArtifactError(f"{path}, layer {index}: {error.message}", _AGAIN) from None
     some_D = extra.get("constant_D")
     d_model = router.d_model if router is not None else -1 if some_D is None else len(some_D)
-    sizes = {"D": d_model, "E": num_experts}
-    for name in ("constant_D", "taken_back_ED"):
-        expected = tuple(sizes[axis] for axis in name.rpartition("_")[2])
-        check(name not in extra or tuple(extra[name].shape) == expected, f"tensor {name} is not of shape {expected}")
+    check(some_D is None or tuple(some_D.shape) == (d_model,), f"tensor constant_D is not of shape {(d_model,)}")
     inward, outward = extra.get("corr_in_RD"), extra.get("corr_out_RD")
     check((inward is None) == (outward is None), "half of a correction")
     if inward is not None and outward is not None:

@@ -39,9 +39,17 @@ DTYPES = (torch.float32, torch.bfloat16)
 SERIAL_WORK = 300_000  # multiply-adds of a call below which a second thread costs more than it brings
 TOKENS_TO_SPLIT = 96  # from here on threads take tokens, below they take experts
 CHUNK_TOKENS = 512  # at most: a chunk reads the experts of its tokens once, and more of it leaves the cache
-# A thread of the team that another process keeps from its core costs a scheduler's quantum, many times a decode step's work. A
-# call that took as long as only that explains (three times a slow core's time, and a millisecond) is followed by calls on one thread.
+# Where another process holds one of the cores, a thread of the team waits for it, milliseconds long, while a decode step takes
+# microseconds. A call that took a millisecond more than its arithmetic at 0.7 GFLOP/s per second is taken for such a case; the
+# next 32 calls of few tokens run on one thread.
 BUSY_SECONDS, BUSY_WORK_PER_SECOND, BUSY_CALLS = 1e-3, 0.7e9, 32
+
+
+def activation_code(name: str) -> int:
+    """The kernels' number of an activation. Raises UnavailableError for one they do not compute."""
+    if name not in ACTIVATION_CODES:
+        raise UnavailableError(f"backend numba does not know the activation {name!r}", "use --backend torch")
+    return ACTIVATION_CODES[name]
 
 
 @lru_cache(maxsize=1)
@@ -92,10 +100,6 @@ class CompiledLayer:
                 raise UnavailableError(
                     "backend numba needs neuron-major, contiguous projections", "use --backend torch"
                 )
-        if ffn.activation not in ACTIVATION_CODES:
-            raise UnavailableError(
-                f"backend numba does not know the activation {ffn.activation!r}", "use --backend torch"
-            )
         self.weights, self.dtype, self.width = weights, dtype, ffn.d_model
         self._wide, self._kept = wide, list[Tensor]()
         table = np.zeros(slot.LAYER_SLOTS, np.int64)
@@ -106,12 +110,9 @@ class CompiledLayer:
         table[slot.B_DOWN] = self._address(ffn.b_down_D)
         table[slot.D], table[slot.E] = ffn.d_model, weights.num_experts
         table[slot.N], table[slot.S] = weights.expert_size, weights.num_shared
-        table[slot.ACT], table[slot.W_BYTES] = ACTIVATION_CODES[ffn.activation], size
+        table[slot.ACT], table[slot.W_BYTES] = activation_code(ffn.activation), size
         if fix is not None:
-            table[slot.CONSTANT], table[slot.TAKEN] = (
-                self._address(fix.constant_D),
-                self._address(fix.taken_back_ED),
-            )
+            table[slot.CONSTANT] = self._address(fix.constant_D)
             if fix.w_in_RD is not None and fix.w_out_RD is not None:
                 table[slot.C_IN], table[slot.C_OUT] = (
                     self._address(fix.w_in_RD, dtype),
@@ -131,7 +132,7 @@ class CompiledLayer:
             table[slot.R_B_IN], table[slot.R_B_OUT] = self._address(router.b_in_R), self._address(router.b_out_E)
             table[slot.R_WIDTH] = router.w_in_RD.shape[0]
             table[slot.R_ACT], table[slot.R_NORMALISE] = (
-                ACTIVATION_CODES[router.activation],
+                activation_code(router.activation),
                 int(router.normalise),
             )
             if isinstance(rule, TopK):

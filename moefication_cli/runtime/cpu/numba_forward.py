@@ -12,13 +12,17 @@ Functions take int64 addresses (see `simd`): `layer` and `s` are the tables of `
 bounds.
 """
 
-import numpy as np
-from numba import cfunc, njit
+from pathlib import Path
 
+import numpy as np
+
+from moefication_cli.compiled import cached_cfunc, cached_njit
 from moefication_cli.runtime.cpu import numba_table as slot
 from moefication_cli.runtime.cpu import simd as v
 from moefication_cli.runtime.cpu.numba_kernels import BATCH, F32, IDENTITY, internal
 from moefication_cli.runtime.cpu.numba_routing import done, route, select, take, wait
+
+HERE = Path(__file__).parent
 
 MANY_PIECE, FEW_PIECE = 128, 32
 BF16 = np.uint16(0)
@@ -134,7 +138,7 @@ def _finish(s, t, first, last, partials):
     layer = v.at(s, slot.LAYER)
     width, experts, tokens = v.at(layer, slot.D), v.at(layer, slot.E), v.at(s, slot.T)
     kept, size = v.get_i64(v.at(s, slot.KEPT) + 8 * t), v.at(layer, slot.W_BYTES)
-    constant, taken, bias = v.at(layer, slot.CONSTANT), v.at(layer, slot.TAKEN), v.at(layer, slot.B_DOWN)
+    constant, bias = v.at(layer, slot.CONSTANT), v.at(layer, slot.B_DOWN)
     for c in range(first, last, 16):
         lanes, y = min(last - c, 16), v.zero()
         if kept >= 0:
@@ -142,13 +146,8 @@ def _finish(s, t, first, last, partials):
                 y = v.add(y, v.load_part(F32, v.at(s, slot.ACC) + 4 * ((p * tokens + t) * width + c), lanes))
             if bias != 0:
                 y = v.add(y, v.load_part(F32, bias + 4 * c, lanes))
-            if kept < experts:
-                if constant != 0:
-                    y = v.add(y, v.load_part(F32, constant + 4 * c, lanes))
-                if taken != 0:
-                    for e in range(experts):
-                        if v.get_u8(v.at(s, slot.ON) + e * tokens + t) != 0:
-                            y = v.sub(y, v.load_part(F32, taken + 4 * (e * width + c), lanes))
+            if kept < experts and constant != 0:
+                y = v.add(y, v.load_part(F32, constant + 4 * c, lanes))
         where = v.at(s, slot.Y) + size * (t * width + c)
         if size == 4:
             v.store_part(F32, where, y, lanes)
@@ -194,7 +193,7 @@ def _arrange(s, base):
     return end + team * each
 
 
-@cfunc("void(int64)", cache=True, error_model="numpy")
+@cached_cfunc(HERE, "void(int64)", error_model="numpy")
 def run(s):
     """All steps for the tokens of `s`, alone or as one thread of its team."""
     layer = v.at(s, slot.LAYER)
@@ -232,7 +231,7 @@ def run(s):
         _finish(s, t, part * columns, min(width, (part + 1) * columns), partials)
 
 
-@cfunc("void(int64)", cache=True, error_model="numpy")
+@cached_cfunc(HERE, "void(int64)", error_model="numpy")
 def run_chunks(s):
     """Many tokens: chunk after chunk, each as a team of one with its own table and scratch."""
     own = v.at(s, slot.STATES) + v.at(s, slot.SCRATCH_BYTES) * v.atomic_add(s + 8 * slot.TICKET, 1)
@@ -263,7 +262,7 @@ def run_chunks(s):
             v.put(s, slot.ERROR, 1)
 
 
-@njit("int64(" + ", ".join(["int64"] * 15) + ")", nogil=True, cache=True, error_model="numpy")
+@cached_njit(HERE, "int64(" + ", ".join(["int64"] * 15) + ")", nogil=True, error_model="numpy")
 def forward(
     layer, run_all, run_some, parallel, give_way, x, y, tokens, kind, selected, k, real, counts, threads, chunk
 ):

@@ -6,11 +6,16 @@ size; no bounds are checked. The kernels are C functions called by address: numb
 its callers, and three levels of that took half a minute.
 """
 
-import numpy as np
-from numba import cfunc, njit
+from pathlib import Path
 
+import numpy as np
+from numba import njit
+
+from moefication_cli.compiled import cached_cfunc
 from moefication_cli.runtime.cpu import simd as v
 from moefication_cli.runtime.cpu import simd_blocks as block
+
+HERE = Path(__file__).parent
 
 RELU, RELU2, GELU, GELU_TANH, QUICK_GELU, SILU, TANH, IDENTITY, SQUARE = range(9)
 BATCH = 128  # tokens per call of a piece: h stays in the second-level cache
@@ -208,13 +213,13 @@ def piece(tag, call, rows, ys, m, up, gate, down, b_up, b_gate, n, length, row_b
         _spread_dense(tag, ys, m, down, row_bytes, n, length, h, h_bytes)
 
 
-@cfunc("void(" + ", ".join(["int64"] * 8) + ")", cache=True, error_model="numpy")
+@cached_cfunc(HERE, "void(" + ", ".join(["int64"] * 8) + ")", error_model="numpy")
 def project_float32(rows, m, w, row_bytes, n, length, h, h_bytes):
     """`project` for float32 weights."""
     project(F32, rows, m, w, row_bytes, n, length, h, h_bytes)
 
 
-@cfunc("void(" + ", ".join(["int64"] * 14) + ")", cache=True, error_model="numpy")
+@cached_cfunc(HERE, "void(" + ", ".join(["int64"] * 14) + ")", error_model="numpy")
 def piece_float32(call, rows, ys, m, up, gate, down, b_up, b_gate, n, length, row_bytes, act, scratch):
     """`piece` for float32 weights."""
     piece(F32, call, rows, ys, m, up, gate, down, b_up, b_gate, n, length, row_bytes, act, scratch)

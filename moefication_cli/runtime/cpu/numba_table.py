@@ -1,16 +1,15 @@
 """The two tables of int64 that the compiled forward pass works on: which entry is what.
 
 The layer's table is filled once by `numba_backend`, the call's table by `numba_forward`. Axes: T tokens, D width, E experts, N neurons
-per expert, S shared neurons, R router or compensation rank. The numbers are compiled in, and numba notices changes of the file
-a function stands in only: after editing this one, touch `numba_routing` and `numba_forward`.
+per expert, S shared neurons, R router or compensation rank. The numbers are compiled in.
 """
 
 # A layer: addresses of tensors (0 if absent), sizes, codes.
-W_UP, W_GATE, W_DOWN, B_UP, B_GATE, B_DOWN, D, E, N, S, ACT, CONSTANT, TAKEN, C_IN, C_OUT, C_RANK = range(16)
+W_UP, W_GATE, W_DOWN, B_UP, B_GATE, B_DOWN, D, E, N, S, ACT, CONSTANT, C_IN, C_OUT, C_RANK = range(15)
 R_IN, R_B_IN, R_OUT, R_B_OUT, R_WIDTH, R_ACT, R_NORMALISE, TOP_K, THRESHOLD, W_BYTES, PROJECT, PIECES, ROUTE = range(
-    16, 29
+    15, 28
 )
-LAYER_SLOTS = 29
+LAYER_SLOTS = 28
 # A call. ON is [E, T] bytes, KEPT [T] int64: how many experts the token has, or -1 at padding.
 LAYER, X, Y, T, KIND, SELECTED, K, REAL, COUNTS, YIELD, TEAM, PIECE, CHUNK, RUN = range(14)
 XF, ACC, ON, KEPT, Z, Z_BYTES, SCORES, SCORE_BYTES, SCRATCH, SCRATCH_BYTES, STATES = range(14, 25)

@@ -1,0 +1,78 @@
+"""Where numba keeps compiled kernels: in a folder named after everything that goes into them.
+
+numba itself looks at the time and size of the one file that a function stands in. A kernel that takes constants or
+functions from another file would meet code compiled from the old ones after an edit there.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+
+@lru_cache
+def source_key(folder: Path) -> str:
+    """Hex digest of the names and contents of all Python files in `folder`, and of the versions of numba and llvmlite."""
+    import llvmlite
+    import numba
+
+    digest = hashlib.sha256(f"numba {numba.__version__} llvmlite {llvmlite.__version__}".encode())
+    for path in sorted(folder.glob("*.py")):
+        data = path.read_bytes()
+        digest.update(f"{path.name} {len(data)}\n".encode() + data)
+    return digest.hexdigest()[:16]
+
+
+def cache_folder(folder: Path) -> Path:
+    """Where kernels of the files in `folder` are kept: beside them, or below the user's cache where that is not writable.
+
+    NUMBA_CACHE_DIR, where it is set, takes the place of both.
+    """
+    import numba
+
+    if numba.config.CACHE_DIR:
+        parent = Path(numba.config.CACHE_DIR)
+    elif os.access(folder, os.W_OK):
+        parent = folder / "__pycache__"
+    else:
+        parent = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moefication"
+    return parent / f"kernels-{source_key(folder)}"
+
+
+def cached_njit(folder: Path, *signature: str, **options: Any) -> Callable[[Any], Any]:
+    """`numba.njit(*signature, **options)` for a function of a file in `folder`, its compiled code in `cache_folder`."""
+
+    def decorate(function: Any) -> Any:
+        import numba
+
+        with _caching_in(cache_folder(folder)):
+            return numba.njit(*signature, cache=True, **options)(function)
+
+    return decorate
+
+
+def cached_cfunc(folder: Path, signature: str, **options: Any) -> Callable[[Any], Any]:
+    """`numba.cfunc(signature, **options)`, likewise."""
+
+    def decorate(function: Any) -> Any:
+        import numba
+
+        with _caching_in(cache_folder(folder)):
+            return numba.cfunc(signature, cache=True, **options)(function)
+
+    return decorate
+
+
+@contextmanager
+def _caching_in(folder: Path) -> Iterator[None]:
+    """numba reads its setting when a decorator runs; it is as before afterwards."""
+    import numba
+
+    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(folder)
+    try:
+        yield
+    finally:
+        numba.config.CACHE_DIR = before
