@@ -25,6 +25,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def flops_per_neuron(d_model: int, gated: bool) -> int:
+    """Multiply-adds per token of one neuron: D per projection it takes part in."""
+    return d_model * (3 if gated else 2)
+
+
 @dataclass(frozen=True)
 class FFNWeights:
     """One feed-forward layer: y = act(x W_up^T + b_up) W_down + b_down, or act(gate) * up when gated."""
@@ -51,8 +56,8 @@ class FFNWeights:
 
     @property
     def flops_per_neuron(self) -> int:
-        """Multiply-adds per token of one neuron: D per projection it takes part in."""
-        return self.d_model * (3 if self.gated else 2)
+        """Multiply-adds per token of one neuron."""
+        return flops_per_neuron(self.d_model, self.gated)
 
     def hidden(self, x_TD: Tensor) -> Tensor:
         """Activations h_TF of all neurons."""

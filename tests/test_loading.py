@@ -72,9 +72,7 @@ def test_copy_is_bytewise_apart_from_the_neurons(tmp_path):
     checkpoint.write_permuted(tmp_path / "c", orders)
     os.umask(mask)
     before, after = (load_file(tmp_path / d / "model.safetensors") for d in "ab")
-    touched = {
-        checkpoint._locate(p)[1] for s in checkpoint.sites for p, (_, axis) in s.tensors().items() if axis is not None
-    }
+    touched = {checkpoint.locate(p.parameter)[1] for s in checkpoint.sites for p in s.slices() if p.axis is not None}
     assert before.keys() == after.keys() and len(touched) == 6
     for key, value in before.items():
         assert value.dtype == after[key].dtype and value.shape == after[key].shape

@@ -54,9 +54,10 @@ def world(tmp_path: Path, run_cli: Runner):
 
 
 CASES = [("bert", "classification"), ("t5", "text2text"), ("llama", "lm"), ("gpt2", "lm")]
+FUSED = [("phi3", "lm"), ("glm4", "lm"), ("modernbert", "classification")]  # gate and up in one projection
 
 
-@pytest.mark.parametrize(("name", "task"), CASES)
+@pytest.mark.parametrize(("name", "task"), [*CASES, *FUSED])
 def test_pipeline(name: str, task: str, world: Any, run_cli: Runner) -> None:
     run, model, collect, evaluate = world(name, task)
     run_cli.ok("collect-activations", run, *collect)
@@ -84,13 +85,17 @@ def test_pipeline(name: str, task: str, world: Any, run_cli: Runner) -> None:
     )["up_to_date"]
 
 
-def test_converted_folder_is_dense_for_transformers_and_exact_with_all_experts(world: Any, run_cli: Runner) -> None:
-    run, model, collect, _ = world("bert", "classification")
+@pytest.mark.parametrize(("name", "task"), [("bert", "classification"), *FUSED])
+def test_converted_folder_is_dense_for_transformers_and_exact_with_all_experts(
+    name: str, task: str, world: Any, run_cli: Runner
+) -> None:
+    run, model, collect, _ = world(name, task)
     run_cli.ok("run", run, *collect, *HALF)
     ids = torch.randint(3, 60, (4, 9), generator=torch.Generator().manual_seed(0))
+    kind = AutoModelForCausalLM if task == "lm" else AutoModelForSequenceClassification
     with torch.inference_mode():
-        original = AutoModelForSequenceClassification.from_pretrained(model)(ids).logits
-        plain = AutoModelForSequenceClassification.from_pretrained(run / "model")(ids).logits
+        original = kind.from_pretrained(model)(ids).logits
+        plain = kind.from_pretrained(run / "model")(ids).logits
         everything = load(run / "model", fraction=1.0)(ids).logits
         half = load(run / "model")(ids).logits
     assert torch.allclose(original, plain, atol=1e-4)

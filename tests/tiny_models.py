@@ -81,6 +81,14 @@ TINY: dict[str, tuple[str, Callable[[], Any]]] = {
     "nemotron": ("NemotronForCausalLM", lambda: tf.NemotronConfig(**_HF, num_key_value_heads=1)),
     "phi": ("PhiForCausalLM", lambda: tf.PhiConfig(**_HF)),
     "mpt": ("MptForCausalLM", lambda: tf.MptConfig(vocab_size=VOCAB, d_model=D, n_layers=2, n_heads=2, max_seq_len=64)),
+    "phi3": ("Phi3ForCausalLM", lambda: tf.Phi3Config(**_HF, num_key_value_heads=1, pad_token_id=0)),
+    "glm4": ("Glm4ForCausalLM", lambda: tf.Glm4Config(**_HF, **_KV)),
+    "modernbert": (
+        "ModernBertForSequenceClassification",
+        lambda: tf.ModernBertConfig(
+            **_HF, pad_token_id=0, bos_token_id=1, eos_token_id=1, cls_token_id=1, sep_token_id=1, mlp_bias=True
+        ),
+    ),
     "distilbert": (
         "DistilBertForSequenceClassification",
         lambda: tf.DistilBertConfig(

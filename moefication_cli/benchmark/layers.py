@@ -108,8 +108,11 @@ class FFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y[..., D] of x[..., D]."""
-        if self.gate is None:
-            y: Tensor = self.down(self.act(self.up(x)))
+        if self.gate is self.up:
+            gate, up = self.up(x).chunk(2, dim=-1)
+            y: Tensor = self.down(self.act(gate) * up)
+        elif self.gate is None:
+            y = self.down(self.act(self.up(x)))
         else:
             y = self.down(self.act(self.gate(x)) * self.up(x))
         return y
@@ -158,7 +161,7 @@ def rotation(
 
 
 def _alone(site: FFNSite) -> FFNSite:
-    values = site.__dict__ | {"up": "up", "down": "down", "gate": site.gate and "gate", "act": "act"}
+    values = site.__dict__ | {"up": "up", "down": "down", "gate": "up" if site.fused else site.gate and "gate", "act": "act"}
     return FFNSite(**values)
 
 

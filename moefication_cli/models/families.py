@@ -4,7 +4,8 @@ Source: the `modeling_*.py` files of transformers 5.23. `block` is a regular exp
 module path; `up`, `gate` and `down` are module paths below that block, `act` is the attribute path of the activation
 callable (alternatives separated by `|`). The first row whose paths all resolve wins, so gated rows stand before plain
 ones. A row says nothing about sizes, biases, `Conv1D` or the activation's kind: `sites` reads those from the modules.
-Not here: fused projections (`gate_up_proj`, `Wi`), which `sites` refuses by name.
+Where one projection holds two parts, `gate` and `up` name the same module: its first half is the gate, which the
+activation acts on, its second half is up.
 """
 
 import re
@@ -52,6 +53,17 @@ FAMILIES: tuple[FFNSpec, ...] = (
     ),
     # Llama, Mistral, Qwen2/3, Gemma 1/2/3, OLMo2, Cohere, StableLM, SmolLM3, Granite, EXAONE 4
     FFNSpec("llama", _BLOCK, up="mlp.up_proj", gate="mlp.gate_proj", down="mlp.down_proj", act="mlp.act_fn"),
+    # Phi-3, Phi-4, GLM, GLM-4: one projection, gate rows first
+    FFNSpec(
+        "phi3",
+        _BLOCK,
+        up="mlp.gate_up_proj",
+        gate="mlp.gate_up_proj",
+        down="mlp.down_proj",
+        act="mlp.activation_fn",
+    ),
+    # ModernBERT: the half that the activation acts on is called `input` there, the other `gate`
+    FFNSpec("modernbert", r"layers\.\d+", up="mlp.Wi", gate="mlp.Wi", down="mlp.Wo", act="mlp.act"),
     # Nemotron, Arcee, Jais2: the same names without a gate (relu2)
     FFNSpec("nemotron", _BLOCK, up="mlp.up_proj", down="mlp.down_proj", act="mlp.act_fn"),
     # MPT: `ffn`, whose forward also adds the residual

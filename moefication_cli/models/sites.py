@@ -15,10 +15,29 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from moefication_cli.errors import UnsupportedModelError
-from moefication_cli.ffn import ACTIVATIONS
+from moefication_cli.ffn import ACTIVATIONS, flops_per_neuron
 from moefication_cli.models.families import ACT_NAMES, FAMILIES, FFNSpec, custom_spec
 
 _BY_HAND = 'describe its FFNs by hand: --ffn "up=layers.*.mlp.up,gate=layers.*.mlp.gate,down=layers.*.mlp.down"'
+
+
+@dataclass(frozen=True)
+class ParamSlice:
+    """Where a model keeps one tensor of an FFN: `start` <= i < `stop` of a parameter's axis that runs over neurons.
+
+    The down projection's bias has no such axis: None. `kind` is "weight" or "bias".
+    """
+
+    parameter: str
+    part: Literal["up", "gate", "down"]
+    kind: Literal["weight", "bias"]
+    axis: int | None
+    start: int = 0
+    stop: int = 0
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The slice as a view of the parameter."""
+        return tensor if self.axis is None else tensor.narrow(self.axis, self.start, self.stop - self.start)
 
 
 @dataclass(frozen=True)
@@ -51,9 +70,14 @@ class FFNSite:
         return self.gate is not None
 
     @property
+    def fused(self) -> bool:
+        """Whether gate and up are halves of one projection."""
+        return self.gate == self.up
+
+    @property
     def flops_per_neuron(self) -> int:
-        """Multiply-adds per token of one neuron: D per projection it takes part in."""
-        return self.d_model * (3 if self.gated else 2)
+        """Multiply-adds per token of one neuron."""
+        return flops_per_neuron(self.d_model, self.gated)
 
     @property
     def num_parameters(self) -> int:
@@ -61,18 +85,32 @@ class FFNSite:
         matrices = self.num_neurons * self.flops_per_neuron
         return matrices + self.num_neurons * (self.bias_up + self.bias_gate) + self.d_model * self.bias_down
 
-    def tensors(self) -> dict[str, tuple[str, int | None]]:
-        """Full parameter name -> (part: up|gate|down, the axis that runs over neurons, None for the down bias)."""
-        out: dict[str, tuple[str, int | None]] = {}
-        for part, path, bias in (("up", self.up, self.bias_up), ("gate", self.gate, self.bias_gate)):
+    def slices(self) -> list[ParamSlice]:
+        """Every tensor of the FFN."""
+        F, reads = self.num_neurons, 1 if self.conv1d else 0
+        found = []
+        parts: list[tuple[Literal["up", "gate"], str | None, bool]] = [
+            ("up", self.up, self.bias_up),
+            ("gate", self.gate, self.bias_gate),
+        ]
+        for part, path, bias in parts:
             if path is not None:
-                out[f"{path}.weight"] = (part, 1 if self.conv1d else 0)
+                start = F if self.fused and part == "up" else 0
+                found.append(ParamSlice(f"{path}.weight", part, "weight", reads, start, start + F))
                 if bias:
-                    out[f"{path}.bias"] = (part, 0)
-        out[f"{self.down}.weight"] = ("down", 0 if self.conv1d else 1)
+                    found.append(ParamSlice(f"{path}.bias", part, "bias", 0, start, start + F))
+        found.append(ParamSlice(f"{self.down}.weight", "down", "weight", 1 - reads, 0, F))
         if self.bias_down:
-            out[f"{self.down}.bias"] = ("down", None)
-        return out
+            found.append(ParamSlice(f"{self.down}.bias", "down", "bias", None))
+        return found
+
+    def parameter_orders(self, order_F: torch.Tensor) -> dict[str, tuple[int, torch.Tensor]]:
+        """Parameter -> (axis, order along the whole of it) that puts neuron order_F[i] in position i of every slice."""
+        orders: dict[str, tuple[int, list[torch.Tensor]]] = {}
+        for piece in sorted(self.slices(), key=lambda piece: piece.start):
+            if piece.axis is not None:
+                orders.setdefault(piece.parameter, (piece.axis, []))[1].append(order_F + piece.start)
+        return {name: (axis, torch.cat(parts)) for name, (axis, parts) in orders.items()}
 
 
 def find_sites(model: nn.Module, ffn: str | None = None) -> list[FFNSite]:
@@ -130,8 +168,11 @@ def _describe(model: nn.Module, path: str, block: nn.Module, spec: FFNSpec) -> F
     up, down = block.get_submodule(spec.up), block.get_submodule(spec.down)
     gate = block.get_submodule(spec.gate) if spec.gate else None
     (d_model, neurons), parts = projection_shape(up), [up, down] + ([gate] if gate is not None else [])
-    sizes_fit = projection_shape(down) == (neurons, d_model)
-    sizes_fit &= gate is None or projection_shape(gate) == (d_model, neurons)
+    sizes_fit = gate is None or projection_shape(gate) == (d_model, neurons)
+    if gate is up:
+        sizes_fit &= neurons % 2 == 0
+        neurons //= 2
+    sizes_fit &= projection_shape(down) == (neurons, d_model)
     conv1d = isinstance(up, Conv1D)
     if not sizes_fit or any(isinstance(part, Conv1D) != conv1d for part in parts):
         shapes = ", ".join("x".join(map(str, projection_shape(part))) for part in parts)
@@ -217,7 +258,7 @@ def _refuse_packed(model: nn.Module) -> None:
 def _refuse_shared(model: nn.Module, sites: list[FFNSite]) -> None:
     seen: dict[int, str] = {}
     for site in sites:
-        for path in (site.up, site.gate, site.down):
+        for path in dict.fromkeys((site.up, site.gate, site.down)):
             if path is None:
                 continue
             other = seen.setdefault(id(model.get_submodule(path).weight), path)
@@ -241,12 +282,6 @@ def _unknown(model: nn.Module, ffn: str | None) -> UnsupportedModelError:
     # The widest block is the likeliest to hold an FFN; the first of its kind is enough
     name, layers = max(found.items(), key=lambda item: len(item[1]))
     text = f"{name} of {kind} has: {', '.join(layers)}"
-    fused = [layer.split()[0] for layer in layers if layer.split()[0].rpartition(".")[2] in ("gate_up_proj", "Wi")]
     if ffn:
         return UnsupportedModelError(f"--ffn {ffn!r} matches nothing. {text}", _BY_HAND)
-    if fused:
-        return UnsupportedModelError(
-            f"gate and up are fused in one projection ({fused[0]}), which is not supported. {text}",
-            "split the projection into gate_proj and up_proj (a Llama-style checkpoint) first",
-        )
     return UnsupportedModelError(f"no known FFN family fits. {text}", _BY_HAND)

@@ -36,7 +36,7 @@ def live_weights(model: nn.Module, site: FFNSite) -> FFNWeights:
 
     Derive them again after `.to()`, `deepcopy` or anything else that replaces parameters (`install` does so by itself).
     """
-    return _views(_part(model, site.up), _part(model, site.gate), _part(model, site.down), site.activation)
+    return _views(_part(model, site.up), _part(model, site.gate), _part(model, site.down), site)
 
 
 def pack(model: nn.Module, site: FFNSite) -> None:
@@ -51,10 +51,9 @@ def pack(model: nn.Module, site: FFNSite) -> None:
 def permute_in_place(model: nn.Module, site: FFNSite, order_F: Tensor) -> None:
     """Reorders the neurons of one FFN; the model computes the same function. Position i becomes neuron order_F[i]."""
     with torch.no_grad():
-        for name, (_, axis) in site.tensors().items():
-            if axis is not None:
-                parameter = model.get_parameter(name)
-                parameter.copy_(parameter.index_select(axis, order_F.to(parameter.device)))
+        for name, (axis, order) in site.parameter_orders(order_F).items():
+            parameter = model.get_parameter(name)
+            parameter.copy_(parameter.index_select(axis, order.to(parameter.device)))
 
 
 def install(model: nn.Module, site: FFNSite, layer: FFNLayer, token_mask: TokenMask | None = None) -> None:
@@ -80,6 +79,8 @@ def install(model: nn.Module, site: FFNSite, layer: FFNLayer, token_mask: TokenM
     state = _Installed(up, gate, down, parent, name, site, layer, token_mask)
     object.__setattr__(up, _STATE, state)
     swaps: list[tuple[Any, Any]] = [(up, _Experts), (down, _PassThrough), (gate, _One)]
+    if site.fused:
+        swaps = [(up, _FusedExperts), (down, _PassThrough)]
     for part, mixin in swaps:
         if part is not None:
             part.__class__ = _subclass(part.__class__, mixin)
@@ -91,9 +92,8 @@ def uninstall(model: nn.Module, site: FFNSite) -> None:
     state = _part(model, site.up).__dict__.pop(_STATE, None)
     if not isinstance(state, _Installed):
         return
-    for part in (state.up, state.gate, state.down):
-        if part is not None:
-            part.__class__ = type(part).__mro__[2]
+    for part in {id(part): part for part in (state.up, state.gate, state.down) if part is not None}.values():
+        part.__class__ = type(part).__mro__[2]
     setattr(state.act_parent, state.act_name, state.act)
 
 
@@ -145,7 +145,7 @@ class _Installed:
             return
         if not (_rows(self.up, True).is_contiguous() and _rows(self.down, False).is_contiguous()):
             _pack(self.up, self.gate, self.down)
-        ffn = _views(self.up, self.gate, self.down, self.site.activation)
+        ffn = _views(self.up, self.gate, self.down, self.site)
         if not learns and _same_memory(ffn, weights.ffn):
             return  # installed before (`eval` takes layers in turns): what the layer has prepared stays good
         if not learns:
@@ -173,6 +173,14 @@ class _Experts:
         return self.__dict__[_STATE](x)  # type: ignore[no-any-return]
 
 
+class _FusedExperts:
+    """Both halves of a fused projection: ones for the gate, on which the activation is the identity, and y for up."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.__dict__[_STATE](x)
+        return torch.cat([torch.ones_like(y), y], dim=-1)
+
+
 class _PassThrough:
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -196,7 +204,7 @@ def _part(model: nn.Module, path: str | None) -> Any:
 
 
 def _pack(up: Any, gate: Any, down: Any) -> None:
-    parts = [part for part in (up, gate, down) if part is not None]
+    parts = [part for part in (up, None if gate is up else gate, down) if part is not None]
     dtype = max((part.weight.dtype for part in parts), key=lambda kind: kind.itemsize)
     for part in parts:
         old, learns = part.weight, part.weight.requires_grad
@@ -234,13 +242,18 @@ def _same_memory(new: FFNWeights, old: FFNWeights) -> bool:
     return True
 
 
-def _views(up: Any, gate: Any, down: Any, activation: str) -> FFNWeights:
+def _views(up: Any, gate: Any, down: Any, site: FFNSite) -> FFNWeights:
+    modules = {"up": up, "gate": gate, "down": down}
+    found: dict[tuple[str, str], Tensor] = {}
+    for piece in site.slices():
+        view = piece.of(getattr(modules[piece.part], piece.kind))
+        found[piece.part, piece.kind] = view if piece.kind == "bias" or piece.axis == 0 else view.t()
     return FFNWeights(
-        w_up_FD=_rows(up, True),
-        w_down_FD=_rows(down, False),
-        w_gate_FD=None if gate is None else _rows(gate, True),
-        b_up_F=up.bias,
-        b_gate_F=None if gate is None else gate.bias,
-        b_down_D=down.bias,
-        activation=activation,
+        w_up_FD=found["up", "weight"],
+        w_down_FD=found["down", "weight"],
+        w_gate_FD=found.get(("gate", "weight")),
+        b_up_F=found.get(("up", "bias")),
+        b_gate_F=found.get(("gate", "bias")),
+        b_down_D=found.get(("down", "bias")),
+        activation=site.activation,
     )

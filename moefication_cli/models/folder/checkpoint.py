@@ -18,6 +18,7 @@ from moefication_cli.ffn import FFNWeights
 from moefication_cli.models.folder.permuted import TensorPlan, copy_side_files, write_shards
 from moefication_cli.models.folder.source import TensorFile, load_config, meta_model, resolve_source
 from moefication_cli.models.sites import FFNSite, find_sites, refuse_quantised
+from moefication_cli.split.partition import divisors
 from moefication_cli.store import jsonio
 from moefication_cli.store.files import sha256 as file_sha256
 
@@ -71,25 +72,25 @@ class Checkpoint:
 
         Raises ConfigError if a tensor is missing or has another shape than the configuration says.
         """
-        read: dict[str, Tensor] = {}
-        for name, (part, axis) in site.tensors().items():
-            tensor = self._tensor(name)
+        read: dict[tuple[str, str], Tensor] = {}
+        for piece in site.slices():
+            name, tensor = piece.parameter, self._tensor(piece.parameter)
             expected = tuple(self._architecture.get_parameter(name).shape)
             if tuple(tensor.shape) != expected:
                 shapes = f"shape {tuple(tensor.shape)}, the configuration says {expected}"
                 raise ConfigError(f"{self.source.ref}: {name} has {shapes}", "download or save the model again")
-            if name.endswith(".weight"):
-                tensor = tensor if axis == 0 else tensor.t()
-            kind = "w" if name.endswith(".weight") else "b"
+            tensor = piece.of(tensor)
+            if piece.kind == "weight" and piece.axis == 1:
+                tensor = tensor.t()
             # .to() may return the mapped tensor itself; contiguous() then copies only transposed ones
-            read[f"{kind}_{part}"] = tensor.to(dtype or tensor.dtype).contiguous()
+            read[piece.part, piece.kind] = tensor.to(dtype or tensor.dtype).contiguous()
         return FFNWeights(
-            w_up_FD=read["w_up"],
-            w_down_FD=read["w_down"],
-            w_gate_FD=read.get("w_gate"),
-            b_up_F=read.get("b_up"),
-            b_gate_F=read.get("b_gate"),
-            b_down_D=read.get("b_down"),
+            w_up_FD=read["up", "weight"],
+            w_down_FD=read["down", "weight"],
+            w_gate_FD=read.get(("gate", "weight")),
+            b_up_F=read.get(("up", "bias")),
+            b_gate_F=read.get(("gate", "bias")),
+            b_down_D=read.get(("down", "bias")),
             activation=site.activation,
         )
 
@@ -150,10 +151,9 @@ class Checkpoint:
             site = self.site(name)
             if not torch.equal(order_F.long().sort().values.cpu(), torch.arange(site.num_neurons)):
                 raise ConfigError(f"{name}: the order is not a permutation of its {site.num_neurons} neurons")
-            for parameter, (_, axis) in site.tensors().items():
-                if axis is not None:
-                    file, key = self._locate(parameter)
-                    plan[file.path, key] = TensorPlan(axis, order_F.long().cpu())
+            for parameter, (axis, order) in site.parameter_orders(order_F.long().cpu()).items():
+                file, key = self.locate(parameter)
+                plan[file.path, key] = TensorPlan(axis, order)
         out_dir.mkdir(parents=True, exist_ok=True)
         written = copy_side_files(self.folder, out_dir, code=self.trust_remote_code)
         return written + write_shards(list(self._tensor_files.values()), out_dir, plan)
@@ -168,7 +168,8 @@ class Checkpoint:
         rename = renamer(self._architecture)
         return {rename(key): (file, key) for file in self._tensor_files.values() for key in file.keys}
 
-    def _locate(self, parameter: str) -> tuple[TensorFile, str]:
+    def locate(self, parameter: str) -> tuple[TensorFile, str]:
+        """(weight file, name in it) of a parameter of the model. Raises ConfigError where the files have no such tensor."""
         found = self._locations.get(parameter)
         if found is None:
             raise ConfigError(
@@ -178,16 +179,11 @@ class Checkpoint:
         return found
 
     def _tensor(self, parameter: str) -> Tensor:
-        file, key = self._locate(parameter)
+        file, key = self.locate(parameter)
         return file.get(key)
 
     def _tensor_dtype(self) -> torch.dtype:
         return self._tensor(f"{self.sites[0].up}.weight").dtype
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors: the expert counts that split F exactly."""
-    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def renamer(model: nn.Module) -> Callable[[str], str]:
