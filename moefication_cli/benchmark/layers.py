@@ -161,7 +161,12 @@ def rotation(
 
 
 def _alone(site: FFNSite) -> FFNSite:
-    values = site.__dict__ | {"up": "up", "down": "down", "gate": "up" if site.fused else site.gate and "gate", "act": "act"}
+    values = site.__dict__ | {
+        "up": "up",
+        "down": "down",
+        "gate": "up" if site.fused else site.gate and "gate",
+        "act": "act",
+    }
     return FFNSite(**values)
 
 

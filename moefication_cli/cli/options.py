@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from moefication_cli.config import ControlConfig, options_of, same_option
+from moefication_cli.config.option import OptionType, flag, list_text, option_types, parse_list
 from moefication_cli.errors import ConfigError
 
 ENV_PREFIX = "MOEFICATION_"
@@ -43,12 +44,12 @@ def register(
     parameters = [_argument(argument, argument_help, argument_default), _context(), _config_file(name)]
     offered: dict[str, Any] = {}
     for config in (*configs, ControlConfig):
-        hints = get_type_hints(config)
+        hints, types = get_type_hints(config), option_types(config)
         panel = "Running" if config is ControlConfig else None
         for entry in options_of(config):
             if entry.name != argument and entry.name not in offered and entry.name not in without:
                 offered[entry.name] = entry
-                parameters.append(_option(entry, hints[entry.name], panel))
+                parameters.append(_option(entry, hints[entry.name], types[entry.name], panel))
 
     def command(**values: Any) -> None:
         context = values["context"]
@@ -56,7 +57,7 @@ def register(
         sources: Sources = {}
         for config in (*configs, ControlConfig):
             own = {e.name for e in options_of(config) if e.name in offered and same_option(e, offered[e.name])}
-            instances.append(config(**{key: values[key] for key in own}))
+            instances.append(config(**{key: _value(config, offered[key], values[key]) for key in own}))
             asked = own | ({"seed"} & offered.keys())
             sources[config] = {key: _SOURCES.get(source_name(context, key), "default") for key in asked}
         body(values[argument], *instances, sources)
@@ -73,21 +74,31 @@ def source_name(context: typer.Context, key: str) -> str:
     return "DEFAULT" if source is None else str(source.name)
 
 
-def _option(entry: Any, hint: Any, panel: str | None) -> inspect.Parameter:
-    flag = "--" + entry.name.replace("_", "-")
+def _value(config: type, entry: Any, value: Any) -> Any:
+    """What the config is given for an option: a tuple where the command line has a comma list."""
+    kind = option_types(config)[entry.name]
+    if not kind.many or value is None:
+        return value
+    return parse_list(value, flag(entry), kind, entry.metadata["kind"])
+
+
+def _option(entry: Any, hint: Any, kind: OptionType, panel: str | None) -> inspect.Parameter:
+    spelling, default = flag(entry), entry.default
     if hint is bool:
-        flag += "/--no-" + entry.name.replace("_", "-") if entry.default else ""
+        spelling += "/--no-" + entry.name.replace("_", "-") if entry.default else ""
+    if kind.many:
+        hint, default = (str | None if kind.optional else str), list_text(entry.default)
     info = typer.Option(
-        *(entry.metadata["names"] or (flag,)),
+        *(entry.metadata["names"] or (spelling,)),
         help=entry.metadata["help"],
-        min=entry.metadata["minimum"],
-        max=entry.metadata["maximum"],
+        min=None if kind.many else entry.metadata["minimum"],
+        max=None if kind.many else entry.metadata["maximum"],
         envvar=ENV_PREFIX + entry.name.upper(),
         show_envvar=False,
         rich_help_panel=panel,
     )
-    kind = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(entry.name, kind, default=entry.default, annotation=Annotated[hint, info])
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(entry.name, keyword, default=default, annotation=Annotated[hint, info])
 
 
 def _argument(name: str, help: str, default: Any) -> inspect.Parameter:
@@ -118,17 +129,30 @@ def _config_file(command: str) -> inspect.Parameter:
 def read_config(path: str) -> dict[str, dict[str, Any]]:
     """The tables of a TOML file, keys with dashes or underscores. Raises ConfigError."""
     try:
+        if not Path(path).is_file() and Path(path).exists():  # reading a pipe or a device could wait for ever
+            raise ConfigError(f"--config {path} is not a file")
         tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"--config {path} is not valid TOML: {error}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"--config {path} is not UTF-8 text") from None
+    except ValueError as error:
+        if isinstance(error, tomllib.TOMLDecodeError):
+            raise ConfigError(f"--config {path} is not valid TOML: {error}") from None
+        raise ConfigError(f"--config {path!r} is not a path") from None
     stray = [key for key, value in tables.items() if not isinstance(value, dict)]
     if stray:
         raise ConfigError(
             f"--config {path}: `{stray[0]}` stands outside a table", "write one table per command: [split]"
         )
-    return {name: {key.replace("-", "_"): value for key, value in table.items()} for name, table in tables.items()}
+    return {
+        name: {key.replace("-", "_"): _as_text(value) for key, value in table.items()} for name, table in tables.items()
+    }
+
+
+def _as_text(value: Any) -> Any:
+    """A TOML array as the comma list of the command line."""
+    return list_text(tuple(value)) if isinstance(value, list) else value
 
 
 def check_keys(context: typer.Context, command: str, path: str) -> None:

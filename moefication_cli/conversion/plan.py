@@ -19,7 +19,7 @@ from moefication_cli.routing.router import Router
 from moefication_cli.routing.routers import read_router
 from moefication_cli.routing.rules import Rule, Threshold, TopK, as_mask, rule_class
 from moefication_cli.routing.tokens import Tokens
-from moefication_cli.runs.control import parse_layers
+from moefication_cli.runs.control import chosen_layers
 from moefication_cli.runs.inputs import RunModel, expert_weights, layer_seed, read_partition, read_tokens
 from moefication_cli.split.partition import Partition
 from moefication_cli.store.artifact import Artifact
@@ -94,7 +94,7 @@ class Budget:
     rule: str | None = None  # a name of `RULES`
     sharing: Literal["auto", "uniform"] | None = None
     compensation: str = "auto"  # a name of `COMPENSATIONS`
-    keep_dense: str | None = None
+    keep_dense: Sequence[int] | None = None
     # Restrictions that `search` tries on the whole model, whose KL the curves of single layers do not show:
     only_router: int | None = None  # index into the layer's routers
     least_rank_cost: float = 0.0  # of the correction, relative to the dense FFN's multiply-adds
@@ -167,7 +167,7 @@ def _choose(
     layers: Sequence[RoutedLayer], activations: Artifact | None, budget: Budget
 ) -> Sequence[LayerPlan | int | None]:
     """Per layer a finished plan of a fixed k, the row of its curve, or None for another rule set to a mean count."""
-    dense = set(parse_layers(budget.keep_dense, len(layers)) or [])
+    dense = set(chosen_layers(budget.keep_dense, len(layers), "--keep-dense") or [])
     calibrated = all(layer.curve is not None for layer in layers) and activations is not None
     rule = None if budget.rule is None else rule_class(budget.rule)
     if rule is not None and rule.needs_calibrated and not calibrated:

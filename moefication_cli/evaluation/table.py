@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from moefication_cli.config import ApplyConfig, EvalConfig, options_of
+from moefication_cli.config import ApplyConfig, EvalConfig
 from moefication_cli.conversion.plan import RoutedLayer, routed_layers
 from moefication_cli.conversion.plan_files import read_plans
 from moefication_cli.conversion.search import make_plans
@@ -66,9 +66,7 @@ def ground_of(inputs: EvalInputs, net: nn.Module, config: EvalConfig, control: C
         raise ConfigError(f"{root}: no router is trained", f"moefication train-router {root}")
     like = ApplyConfig(router=next(iter(routed)), fraction=0.0)
     if inputs.applied is not None:
-        made = inputs.applied.config
-        known = {entry.name for entry in options_of(ApplyConfig)} & set(made)  # another version has others
-        like = ApplyConfig(**{name: made[name] for name in known})
+        like = ApplyConfig.recorded(inputs.applied.config)
     ground = Ground(inputs, net, routed, like, config, control)
     for layer in ground.layers:
         permute_in_place(net, layer.site, layer.partition.order_F())

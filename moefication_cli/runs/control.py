@@ -4,7 +4,7 @@ A stage is a function `(RunDir, Config, Control) -> Result`. It raises, it never
 people (stderr), `track` wraps the loop over layers or batches so that the command line can show progress.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -34,7 +34,7 @@ class Control:
 
     device: str = "auto"
     seed: int = 0
-    layers: str | None = None
+    layers: tuple[int, ...] | None = None
     force: bool = False
     dry_run: bool = False
     sources: dict[type, dict[str, str]] = field(default_factory=dict)  # config class -> option -> where it came from
@@ -54,28 +54,11 @@ class Result:
     notes: list[str] = field(default_factory=list)  # sentences under the table
 
 
-def parse_layers(text: str | None, num_layers: int) -> list[int] | None:
-    """`0,3-7` as a sorted list of layer numbers; None means all. Raises ConfigError for what is not there."""
-    if text is None:
+def chosen_layers(layers: Sequence[int] | None, num_layers: int, option: str = "--layers") -> list[int] | None:
+    """Layer numbers in order; None means all. Raises ConfigError for one that the model has not."""
+    if layers is None:
         return None
-    chosen: set[int] = set()
-    for piece in text.split(","):
-        first, dash, last = piece.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise ConfigError(f"--layers {text!r}: {piece!r} is not a layer number or range", "write e.g. 0,3-7")
-        chosen.update(range(int(first), int(last if dash else first) + 1))
-    beyond = [i for i in chosen if i >= num_layers]
-    if beyond or not chosen:
-        raise ConfigError(f"--layers {text!r}: this model has FFN layers 0 to {num_layers - 1}")
-    return sorted(chosen)
-
-
-def parse_fractions(text: str, option: str = "--fractions") -> list[float]:
-    """`0.1,0.2` as numbers in (0, 1]. Raises ConfigError naming the option."""
-    try:
-        values = [float(piece) for piece in text.split(",") if piece.strip()]
-    except ValueError:
-        raise ConfigError(f"{option} {text!r} is not a comma list of numbers", "write e.g. 0.1,0.2,0.3") from None
-    if not values or any(not 0 < value <= 1 for value in values):
-        raise ConfigError(f"{option} {text!r}: every fraction must be above 0 and at most 1")
-    return values
+    if any(not 0 <= layer < num_layers for layer in layers):
+        text = ",".join(map(str, layers))
+        raise ConfigError(f"{option} {text}: this model has FFN layers 0 to {num_layers - 1}")
+    return sorted(set(layers))

@@ -4,7 +4,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from moefication_cli.config import CollectConfig, EvalConfig, options_of
+from moefication_cli.config import CollectConfig, EvalConfig
+from moefication_cli.config.option import list_text
 from moefication_cli.errors import ConfigError
 from moefication_cli.models.loading import LoadedModel, guess_task, load_model
 from moefication_cli.runs.control import Control
@@ -36,8 +37,10 @@ def open_examples(run: RunDir, loaded: LoadedModel, config: CollectConfig | Eval
         raise ConfigError(
             "the task cannot be guessed from this model", "name it with --task classification|text2text|lm"
         )
-    prompt, words = config.prompt or info.prompt, config.label_words or info.label_words
-    fields = {name: getattr(config, name) or known.get(name) for name in ("text_field", "label_field", "max_length")}
+    prompt, words = config.prompt or info.prompt, list_text(config.label_words) or info.label_words
+    said = {"text_field": list_text(config.text_field), "label_field": config.label_field}
+    said["max_length"] = config.max_length  # type: ignore[assignment]
+    fields: dict[str, Any] = {name: value or known.get(name) for name, value in said.items()}
     rows = load_rows(
         config.data,
         split=config.split,
@@ -88,8 +91,7 @@ def load_whole(run: RunDir, model: RunModel, task: str | None = None, dtype: str
 
 def calibration_data(activations: Artifact) -> CollectConfig:
     """The options the activations were collected with: the same data, read again."""
-    made = activations.config
-    return CollectConfig(**{entry.name: made[entry.name] for entry in options_of(CollectConfig)})
+    return CollectConfig.recorded(activations.config)
 
 
 def tokens_of_stacks(batch: Batch) -> dict[str, int]:

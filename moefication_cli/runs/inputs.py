@@ -18,7 +18,7 @@ from moefication_cli.ffn import ExpertWeights, FFNWeights
 from moefication_cli.models.folder.checkpoint import Checkpoint
 from moefication_cli.models.sites import FFNSite
 from moefication_cli.routing.tokens import Tokens
-from moefication_cli.runs.control import Control, Result, parse_layers
+from moefication_cli.runs.control import Control, Result, chosen_layers
 from moefication_cli.split.graph import Graph
 from moefication_cli.split.partition import Partition
 from moefication_cli.store.artifact import Artifact
@@ -96,8 +96,9 @@ def as_before(run: RunDir, stage: str, config: Any) -> Any:
     made = run.manifest(stage)
     if made is None:
         return config
+    before = type(config).recorded(made.values)
     unsaid = [entry.name for entry in options_of(TaskConfig) if getattr(config, entry.name) is None]
-    return replace(config, **{name: made.values.get(name) for name in unsaid})
+    return replace(config, **{name: getattr(before, name) for name in unsaid})
 
 
 def _absolute(model: str | None) -> str | None:
@@ -122,7 +123,7 @@ def layer_options(
     config: Any, control: Control, model: RunModel, inputs: Mapping[str, Artifact | None]
 ) -> dict[str, Any]:
     """`begin_options` of a stage with one file per layer, of which this process does those `--layers` names."""
-    layers = {"layers": model.names, "only": parse_layers(control.layers, len(model.sites))}
+    layers = {"layers": model.names, "only": chosen_layers(control.layers, len(model.sites))}
     return begin_options(config, control, model, inputs) | layers
 
 

@@ -4,6 +4,8 @@
 and shapes, not quality. Writes no files.
 """
 
+import os
+
 import torch
 
 from moefication_cli.benchmark.rows import rows_of
@@ -12,7 +14,7 @@ from moefication_cli.benchmark.timing import hardware, measure_rates, threads
 from moefication_cli.config import BenchConfig
 from moefication_cli.errors import ConfigError
 from moefication_cli.models.loading import resolve_device
-from moefication_cli.runs.control import Control, Result, parse_fractions
+from moefication_cli.runs.control import Control, Result
 from moefication_cli.runtime.backends import BACKENDS
 
 
@@ -30,12 +32,17 @@ def bench(target: str | None, config: BenchConfig, control: Control) -> Result:
         config,
         control,
         resolve_device(control.device),
-        _modes(config.mode),
-        _numbers(config.tokens, "--tokens"),
-        _numbers(config.batch, "--batch"),
-        _numbers(config.seq, "--seq"),
-        None if config.fractions is None else parse_fractions(config.fractions),
+        None if config.mode is None else list(dict.fromkeys(config.mode)),
+        list(dict.fromkeys(config.tokens)),
+        list(dict.fromkeys(config.batch)),
+        list(dict.fromkeys(config.seq)),
+        None if config.fractions is None else list(dict.fromkeys(config.fractions)),
     )
+    most = 4 * (os.cpu_count() or 1)
+    if config.threads is not None and config.threads > most:
+        raise ConfigError(
+            f"--threads {config.threads}: this machine has {os.cpu_count()} cores; at most {most} are tried"
+        )
     if config.clock == "cpu" and (state.device.type != "cpu" or config.threads != 1):
         raise ConfigError("--clock cpu counts one thread of the CPU", "add --threads 1 --device cpu")
     name = target or str(config.shape)
@@ -49,23 +56,6 @@ def bench(target: str | None, config: BenchConfig, control: Control) -> Result:
             for row in control.track(rows_of(state, case), "bench"):
                 state.rows.append(row)
         return _result(state, name, torch.get_num_threads())
-
-
-def _modes(text: str | None) -> list[str] | None:
-    if text is None:
-        return None
-    asked = list(dict.fromkeys(piece.strip() for piece in text.split(",") if piece.strip()))
-    unknown = [mode for mode in asked if mode not in MODES]
-    if unknown or not asked:
-        raise ConfigError(f"--mode {text}: no such mode", f"use {', '.join(MODES)} or a comma list of them")
-    return asked
-
-
-def _numbers(text: str, option: str) -> list[int]:
-    pieces = [piece.strip() for piece in text.split(",") if piece.strip()]
-    if not pieces or any(not piece.isdigit() or int(piece) < 1 for piece in pieces):
-        raise ConfigError(f"{option} {text!r} is not a comma list of counts", "write e.g. 1,8,64")
-    return [int(piece) for piece in pieces]
 
 
 def _planned(state: Setting, name: str) -> Result:

@@ -61,10 +61,9 @@ def run_all(
     if extra.eval_data is None:
         control.say("no --eval-data: nothing was measured; moefication eval RUN --data ... does it")
         return _last(done)
-    fractions = evaluate.fractions or f"{apply.fraction:g}"
-    if f"{apply.fraction:g}" not in fractions.split(","):
-        fractions += f",{apply.fraction:g}"
-    selection = evaluate.selection or f"groundtruth,neuron,random,static,paper,{apply.router}"
+    fractions = tuple(dict.fromkeys((*(evaluate.fractions or ()), apply.fraction)))
+    baselines = ("groundtruth", "neuron", "random", "static", "paper")
+    selection = evaluate.selection or (*baselines, str(apply.router))
     config = replace(
         evaluate,
         data=extra.eval_data,

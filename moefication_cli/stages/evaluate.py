@@ -8,7 +8,7 @@ from moefication_cli.evaluation.measure import BASELINES, measure
 from moefication_cli.evaluation.plots import plot_quality
 from moefication_cli.evaluation.rows import lost_to
 from moefication_cli.evaluation.table import SELECTIONS, EvalInputs
-from moefication_cli.runs.control import Control, Result, parse_fractions
+from moefication_cli.runs.control import Control, Result
 from moefication_cli.runs.estimate import estimate
 from moefication_cli.runs.inputs import begin_options, open_model
 from moefication_cli.store import jsonio
@@ -75,14 +75,14 @@ def _fractions(config: EvalConfig, applied: Artifact | None) -> list[float]:
     own = None if applied is None else applied.config.get("fraction")
     if config.fractions is None:
         return [float(own) if own else 0.2]
-    return parse_fractions(config.fractions)
+    return list(dict.fromkeys(config.fractions))
 
 
 def _selections(config: EvalConfig, routers: dict[str, Artifact]) -> list[str]:
     always = [name for name, selection in SELECTIONS.items() if selection.always]
     if config.selection is None:
         return [*always, "neuron", *routers]
-    asked = [name.strip() for name in config.selection.split(",") if name.strip()]
+    asked = config.selection
     known = {*SELECTIONS, *routers}
     for name in asked:
         if name not in known:

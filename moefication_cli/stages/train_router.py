@@ -4,7 +4,7 @@ from moefication_cli.config import RouterConfig
 from moefication_cli.errors import ConfigError, NonFiniteError
 from moefication_cli.routing.routers import router_kind
 from moefication_cli.routing.train import TrainedLayer, train_layer
-from moefication_cli.runs.control import Control, Result, parse_fractions
+from moefication_cli.runs.control import Control, Result
 from moefication_cli.runs.estimate import estimate, ffn_bytes, total_ffn_flops
 from moefication_cli.runs.inputs import (
     RunModel,
@@ -29,7 +29,6 @@ def train_router(run: RunDir, config: RouterConfig, control: Control) -> Result:
     Writes RUN/router/<name>/layer_NNN.safetensors. Raises MissingArtifactError, StaleArtifactError, NonFiniteError.
     """
     model = open_model(run, None, control)
-    fractions = parse_fractions(config.fractions)
     activations, split = run.require("activations"), run.require("split")
     if control.dry_run:
         d_model, neurons = (max(getattr(site, name) for site in model.sites) for name in ("d_model", "num_neurons"))
@@ -54,7 +53,7 @@ def train_router(run: RunDir, config: RouterConfig, control: Control) -> Result:
     options = layer_options(config, control, model, {"activations": activations, "split": split})
     with control.ranks.begin(run, f"router/{config.router}", **options) as work:
         for index in control.track(work.pending(), "train-router", len(model.sites)):
-            record = _train_index(model, activations, split, index, config, fractions, control)
+            record = _train_index(model, activations, split, index, config, control)
             work.save(index, record.tensors, record.settings, metrics=record.metrics)
         manifest = control.ranks.finish(work)
     return layered_result("train-router", work, manifest)
@@ -66,7 +65,6 @@ def _train_index(
     split: Artifact,
     index: int,
     config: RouterConfig,
-    fractions: list[float],
     control: Control,
 ) -> TrainedLayer:
     """Reads one layer and trains its routers; a function of its own, so that the layer is gone before the next is read."""
@@ -79,7 +77,7 @@ def _train_index(
             f"{where}: trains on {used} of the collected tokens, as many as fit 768 MiB; --max-tokens takes another number"
         )
     try:
-        record = train_layer(config, weights, train, heldout, fractions, seed)
+        record = train_layer(config, weights, train, heldout, config.fractions, seed)
     except (ConfigError, NonFiniteError) as error:
         raise type(error)(f"{where}: {error.message}", error.hint) from None
     if any(row["router"] <= row["random"] for row in record.metrics["captured"] if row["fraction"] < 1):

@@ -22,7 +22,7 @@ from moefication_cli.evaluation.selections import SelectionRow, count_selections
 from moefication_cli.models.loading import LoadedModel
 from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.surgery import install, permute_in_place
-from moefication_cli.runs.control import Control, Result, parse_fractions
+from moefication_cli.runs.control import Control, Result
 from moefication_cli.runs.data import calibration_data, flat_predictions, load_whole, open_examples
 from moefication_cli.runs.inputs import RunModel, begin_options, open_model
 from moefication_cli.split.methods import expert_counts
@@ -73,29 +73,16 @@ def tune(run: RunDir, config: TuneConfig, control: Control) -> Result:
     return Result("tune", table, {"all": rows}, up_to_date=work.reason is None, notes=notes)
 
 
-def _words(text: str, option: str, known: Sequence[str]) -> list[str]:
-    found = [word.strip() for word in text.split(",") if word.strip()]
-    if odd := [word for word in found if word not in known]:
-        raise ConfigError(f"{option} {odd[0]}: not one of {', '.join(known)}")
-    return found
-
-
 def _sweep(
     run: RunDir, model: RunModel, activations: Artifact, config: TuneConfig, control: Control
 ) -> list[dict[str, Any]]:
-    methods = _words(config.methods, "--methods", ("activation", "kmeans", "random"))
-    routers = _words(config.routers, "--routers", ("regression", "linear", "quadratic"))
-    budgets = _words(config.budgets, "--budgets", ("auto", "uniform"))
-    compensations = _words(config.compensations, "--compensations", ("auto", "mean", "none"))
-    fractions = parse_fractions(config.fractions)
-    sizes = _words(config.expert_sizes, "--expert-sizes", [str(n) for n in range(1, 4097)])
     dense, converted = (load_whole(run, model) for _ in range(2))
     batches = _heldout(run, dense, activations, config, control)
     mask = TokenMask(converted.model)
     rows: list[dict[str, Any]] = []
     quiet = Control(device=control.device, seed=control.seed, say=control.say)
-    for method, size in control.track(list(itertools.product(methods, map(int, sizes))), "tune"):
-        splitting = SplitConfig(method=method, expert_size=size)  # type: ignore[arg-type]
+    for method, size in control.track(list(itertools.product(config.methods, config.expert_sizes)), "tune"):
+        splitting = SplitConfig(method=method, expert_size=size)
         try:
             for site in model.sites:
                 expert_counts(site.num_neurons, splitting)
@@ -105,13 +92,15 @@ def _sweep(
         trial = run.branch(f"trials/{method}-{size}", share=["activations"])
         split_neurons(trial, splitting, quiet)
         trials: list[Trial] = []
-        for router in routers:
-            training = RouterConfig(router=router, max_tokens=config.max_tokens)  # type: ignore[arg-type]
+        for router in config.routers:
+            training = RouterConfig(router=router, max_tokens=config.max_tokens)
             train_router(trial, training, quiet)
             tokens = [layer["tokens"] for layer in activations.metrics["layers"]]
             layers = routed_layers(model, trial.require("split"), trial.require(f"router/{router}"), tokens)
-            for budget, compensation, fraction in itertools.product(budgets, compensations, fractions):
-                asked = ApplyConfig(fraction=fraction, budget=budget, compensation=compensation)  # type: ignore[arg-type]
+            for budget, compensation, fraction in itertools.product(
+                config.budgets, config.compensations, dict.fromkeys(config.fractions)
+            ):
+                asked = ApplyConfig(fraction=fraction, budget=budget, compensation=compensation)
                 try:
                     check_budget(layers, activations, budget_of(asked))
                 except ConfigError:

@@ -139,7 +139,7 @@ def differences(
     """
     was, now = _compared(manifest.config), jsonio.plain(compared)
     reasons = [f"`{name}` {_show(was, name)} -> {_show(now, name)}" for name in sorted({*was, *now}) if name not in was
-               or name not in now or was[name] != now[name]]  # fmt: skip
+               or name not in now or not _same(was[name], now[name])]  # fmt: skip
     for name in sorted({*manifest.inputs, *inputs}):
         if name not in inputs:
             reasons.append(f"`{name}` is no longer an input")
@@ -151,6 +151,23 @@ def differences(
         reasons.append(f"`layers` {len(manifest.layers)} -> {len(layers)}"
                        if len(manifest.layers) != len(layers) else "`layers` changed")  # fmt: skip
     return "; ".join(reasons) or None
+
+
+def _same(was: Any, now: Any) -> bool:
+    """Equal, or a list and the comma list that versions before 0.2 recorded for it."""
+    if isinstance(was, list) != isinstance(now, list):
+        return _items(was) == _items(now)
+    return bool(was == now)
+
+
+def _items(value: Any) -> list[Any] | None:
+    pieces = value.split(",") if isinstance(value, str) else value
+    if not isinstance(pieces, list):
+        return None
+    try:
+        return [float(piece) for piece in pieces]
+    except ValueError:
+        return [str(piece).strip() for piece in pieces]
 
 
 def _show(values: Mapping[str, Any], name: str) -> str:

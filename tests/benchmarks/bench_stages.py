@@ -32,7 +32,7 @@ from moefication_cli.routing.routers import router_kind
 from moefication_cli.routing.scores import oracle_scores
 from moefication_cli.routing.train import captured as captured_rows
 from moefication_cli.routing.training import RouterSample
-from moefication_cli.runs.control import Control, parse_layers
+from moefication_cli.runs.control import Control, chosen_layers
 from moefication_cli.runs.data import open_examples
 from moefication_cli.runs.inputs import expert_weights, layer_options, open_model, read_partition, read_tokens
 from moefication_cli.runs.ranks import open_ranks
@@ -62,7 +62,7 @@ def router(args: argparse.Namespace) -> Iterator[Row]:
     split_neurons(run, SplitConfig(method="kmeans", expert_size=32), Control())
     model, activations, made = open_model(run, None, Control()), run.require("activations"), run.require("split")
     total: dict[str, float] = {}
-    chosen = parse_layers(args.layers, len(model.sites)) or range(len(model.sites))
+    chosen = chosen_layers(args.layers, len(model.sites)) or range(len(model.sites))
     for index in chosen:
         weights = expert_weights(model.read_ffn(index), read_partition(made, index))
         tokens = read_tokens(activations, index)
@@ -233,7 +233,7 @@ def main() -> None:
     parser.add_argument("part", choices=[*parts, "worker"])
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--tokens", type=int)
-    parser.add_argument("--layers", help="router: only these")
+    parser.add_argument("--layers", type=int, nargs="*", help="router: only these")
     parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--stages", default="split,train-router", help="ranks: only these")
     parser.add_argument("--model", type=Path, default=SHARED / "models" / "bert-relu-minilm-sst2")

@@ -1,63 +1,43 @@
-"""Every option's name, type, default and help, once.
+"""Every option's name, type, default, bounds and help, once.
 
 One frozen dataclass per command. `cli/options.py` turns a dataclass into Typer options; the library takes the same
-dataclasses. Imports nothing heavy, so `--help` stays instant. Metadata of a field:
-
-    help        the option's help text
-    compared    False: recorded in the manifest but no reason to redo a stage (batch size, ...)
-    minimum, maximum    bounds the command line checks
-    names       the option's spelling when it is not `--field-name`
+dataclasses, which check themselves (`option.Options`). Lists are tuples here and comma lists on the command line.
+Imports nothing heavy, so `--help` stays instant.
 """
 
-from dataclasses import Field, dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
+
+from moefication_cli.config.option import (
+    LAYERS,
+    Options,
+    compared_values,
+    option,
+    options_of,
+    recorded_values,
+    same_option,
+)
+
+__all__ = [
+    "LAYERS", "ApplyConfig", "BenchConfig", "CollectConfig", "ControlConfig", "DataConfig", "DemoConfig", "EvalConfig",
+    "GraphConfig", "ModelConfig", "Options", "RouterConfig", "RunConfig", "Score", "SplitConfig", "TaskConfig", "TaskName",
+    "TuneConfig", "compared_values", "option", "options_of", "recorded_values", "same_option",
+]  # fmt: skip
 
 TaskName = Literal["classification", "text2text", "lm"]
 Score = Literal["activation", "contribution", "norm"]
 FRACTION_OF = "What fractions bound: flops (everything counted, router included) or neurons (the paper's reading)"
 
 
-def option(
-    default: Any,
-    help: str,
-    *,
-    compared: bool = True,
-    minimum: float | None = None,
-    maximum: float | None = None,
-    names: tuple[str, ...] = (),
-) -> Any:
-    """A dataclass field that is also a command-line option."""
-    metadata = {"help": help, "compared": compared, "minimum": minimum, "maximum": maximum, "names": names}
-    return field(default=default, metadata=metadata)
-
-
-def options_of(config: Any) -> list[Field[Any]]:
-    """The option fields of a config class or instance, in order."""
-    return [f for f in fields(config) if "help" in f.metadata]
-
-
-def same_option(first: Field[Any], second: Field[Any]) -> bool:
-    """Whether two config classes mean the same thing by a name: a command that has both then offers it once."""
-    return first.name == second.name and first.metadata["help"] == second.metadata["help"]
-
-
-def compared_values(config: Any) -> dict[str, Any]:
-    """The values whose change makes a finished stage stale."""
-    return {f.name: getattr(config, f.name) for f in options_of(config) if f.metadata["compared"]}
-
-
-def recorded_values(config: Any) -> dict[str, Any]:
-    """Every value, as a manifest records it."""
-    return {f.name: getattr(config, f.name) for f in options_of(config)}
-
-
 @dataclass(frozen=True)
-class ControlConfig:
+class ControlConfig(Options):
     """What every stage takes and no result depends on, `seed` apart."""
 
     device: str = option("auto", "auto, cpu, cuda or cuda:N", compared=False)
     seed: int = option(0, "Seed; each layer derives its own from it", minimum=0)
-    layers: str | None = option(None, "Only these layers, e.g. 0,3-7 (batch arrays)", compared=False)
+    layers: tuple[int, ...] | None = option(
+        None, "Only these layers, e.g. 0,3-7 (batch arrays)", compared=False, kind=LAYERS
+    )
     force: bool = option(False, "Redo the stage even if it is up to date", compared=False)
     dry_run: bool = option(
         False, "Say what would be read, written and how long it would take; do nothing", compared=False
@@ -67,7 +47,7 @@ class ControlConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Options):
     """Which model; remembered in run.json by the first stage that names it. Stages compare its fingerprint, not its name."""
 
     model: str | None = option(None, "Hub id or local folder; later stages find it in run.json", compared=False)
@@ -79,19 +59,21 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class TaskConfig:
+class TaskConfig(Options):
     """How text becomes model input; remembered in run.json."""
 
     task: TaskName | None = option(None, "classification, text2text or lm; guessed from the architecture")
     prompt: str | None = option(None, 'text2text: a template such as "sst2 sentence: {sentence}", or a GLUE task name')
-    label_words: str | None = option(None, "text2text: the words of the labels, in label order: negative,positive")
-    text_field: str | None = option(None, "Field with the text; a,b for a sentence pair")
+    label_words: tuple[str, ...] | None = option(
+        None, "text2text: the words of the labels, in label order: negative,positive"
+    )
+    text_field: tuple[str, ...] | None = option(None, "Field with the text; a,b for a sentence pair")
     label_field: str | None = option(None, "Field with the label")
     max_length: int | None = option(None, "Tokens per sequence (default: the model's limit, at most 512)", minimum=2)
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Options):
     """Where rows come from."""
 
     data: str | None = option(None, "Hub dataset (glue/sst2) or local .tsv/.csv/.jsonl/.parquet/.txt file")
@@ -116,7 +98,7 @@ class CollectConfig(ModelConfig, TaskConfig, DataConfig):
 
 
 @dataclass(frozen=True)
-class GraphConfig:
+class GraphConfig(Options):
     """build-graph: which neurons fire together."""
 
     weights: Literal["sum", "count"] = option("sum", "Edge weight: sum of products of positive activations, or count")
@@ -149,7 +131,7 @@ class SplitConfig(ModelConfig):
 
 
 @dataclass(frozen=True)
-class RouterConfig:
+class RouterConfig(Options):
     """train-router: which experts does this token need?"""
 
     router: Literal["regression", "mlp", "linear", "quadratic", "similarity", "random"] = option(
@@ -170,12 +152,14 @@ class RouterConfig:
         0.1, "Share of sequences held out to measure and to stop", minimum=0.01, maximum=0.9
     )
     max_tokens: int | None = option(None, "Use at most this many of the collected tokens", minimum=1)
-    fractions: str = option("0.05,0.1,0.2,0.3,0.5", "Active fractions the captured share is reported at")
+    fractions: tuple[float, ...] = option(
+        (0.05, 0.1, 0.2, 0.3, 0.5), "Active fractions the captured share is reported at", above=0, maximum=1
+    )
     recipe: Literal["default", "paper"] = option("default", "paper: the published training (30 epochs, batch 512)")
 
 
 @dataclass(frozen=True)
-class ApplyConfig:
+class ApplyConfig(Options):
     """apply: write RUN/model, a normal Hugging Face folder that is also the MoE."""
 
     router: str | None = option(None, "Which trained router (default: the one there is)")
@@ -199,7 +183,7 @@ class ApplyConfig:
     compensation: Literal["auto", "mean", "none"] = option(
         "auto", "What stands in for dropped experts: their mean, or the best low-rank correction as well"
     )
-    keep_dense: str | None = option(None, "Layers left as they are, e.g. 0,11")
+    keep_dense: tuple[int, ...] | None = option(None, "Layers left as they are, e.g. 0,11", kind=LAYERS)
     refine: int | None = option(
         None,
         "Steps that fit routers, thresholds and corrections to the whole model on calibration data; its own weights stay "
@@ -215,10 +199,12 @@ class ApplyConfig:
 class EvalConfig(TaskConfig, DataConfig):
     """eval: quality and time of the MoE beside the dense model, oracles and baselines."""
 
-    selection: str | None = option(
+    selection: tuple[str, ...] | None = option(
         None, "Comma list of groundtruth,neuron,random,static,paper and routers (default: all there are)"
     )
-    fractions: str | None = option(None, "Comma list (default: the fraction of RUN/model)")
+    fractions: tuple[float, ...] | None = option(
+        None, "Comma list (default: the fraction of RUN/model)", above=0, maximum=1
+    )
     seeds: int = option(1, "Rows of random selection, each with a seed of its own", minimum=1)
     fraction_of: Literal["flops", "neurons"] = option("flops", FRACTION_OF)
     name: str = option("default", "Keeps several evaluations apart", compared=False)
@@ -228,7 +214,7 @@ class EvalConfig(TaskConfig, DataConfig):
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Options):
     """run: what the whole pipeline takes besides the options of its stages."""
 
     eval_data: str | None = option(None, "Data to evaluate on; without it the run ends with RUN/model")
@@ -238,42 +224,55 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class DemoConfig:
+class DemoConfig(Options):
     """demo: the shipped model, converted and measured on standard-library modules it never saw."""
 
-    fractions: str = option("0.1,0.2,0.3,0.5", "What an FFN may compute, as shares of dense")
+    fractions: tuple[float, ...] = option(
+        (0.1, 0.2, 0.3, 0.5), "What an FFN may compute, as shares of dense", above=0, maximum=1
+    )
 
 
 @dataclass(frozen=True)
-class TuneConfig:
+class TuneConfig(Options):
     """tune: every combination of these, judged on held-out calibration data. All are comma lists."""
 
-    methods: str = option("activation,kmeans", "Splits: activation, kmeans, random")
-    expert_sizes: str = option("4,16,32", "Neurons per expert")
-    routers: str = option("regression", "regression, linear, quadratic")
-    budgets: str = option("auto", "auto, uniform")
-    compensations: str = option("auto,none", "auto, mean, none")
-    fractions: str = option("0.1,0.2,0.3,0.5", "What an FFN may compute, as shares of dense")
+    methods: tuple[Literal["activation", "kmeans", "random"], ...] = option(
+        ("activation", "kmeans"), "Splits: activation, kmeans, random"
+    )
+    expert_sizes: tuple[int, ...] = option((4, 16, 32), "Neurons per expert", minimum=1)
+    routers: tuple[Literal["regression", "linear", "quadratic"], ...] = option(
+        ("regression",), "regression, linear, quadratic"
+    )
+    budgets: tuple[Literal["auto", "uniform"], ...] = option(("auto",), "auto, uniform")
+    compensations: tuple[Literal["auto", "mean", "none"], ...] = option(("auto", "none"), "auto, mean, none")
+    fractions: tuple[float, ...] = option(
+        (0.1, 0.2, 0.3, 0.5), "What an FFN may compute, as shares of dense", above=0, maximum=1
+    )
     max_tokens: int = option(32768, "Tokens every router is trained on", minimum=1)
     heldout_tokens: int = option(16384, "Tokens to judge on", minimum=64)
     batch_size: int = option(32, "Sequences per forward pass", minimum=1)
 
 
 @dataclass(frozen=True)
-class BenchConfig:
+class BenchConfig(Options):
     """bench: time of the MoE beside the dense model, and how fast it could be."""
 
     shape: Literal["t5-base", "bert-large", "opt-1.3b", "llama-7b-layer"] | None = option(
         None, "Random weights of this architecture instead of MODEL_OR_RUN"
     )
-    mode: str | None = option(None, "Comma list of ffn, prefill, decode (default: all the model has)")
-    tokens: str = option("1,8,64,512", "ffn: tokens per call, a comma list")
-    batch: str = option("1", "prefill, decode: sequences at once, a comma list")
-    seq: str = option("128", "prefill: tokens per sequence, a comma list")
+    mode: tuple[Literal["ffn", "prefill", "decode"], ...] | None = option(
+        None, "Comma list of ffn, prefill, decode (default: all the model has)"
+    )
+    tokens: tuple[int, ...] = option((1, 8, 64, 512), "ffn: tokens per call, a comma list", minimum=1)
+    batch: tuple[int, ...] = option((1,), "prefill, decode: sequences at once, a comma list", minimum=1)
+    seq: tuple[int, ...] = option((128,), "prefill: tokens per sequence, a comma list", minimum=1)
     prompt_tokens: int = option(32, "decode: tokens before the first generated one", minimum=1)
     new_tokens: int = option(32, "decode: tokens generated before starting again from the prompt", minimum=1)
-    fractions: str | None = option(
-        None, "Active share of the experts, a comma list (default: 0.2; of a run, what RUN/model does)"
+    fractions: tuple[float, ...] | None = option(
+        None,
+        "Active share of the experts, a comma list (default: 0.2; of a run, what RUN/model does)",
+        above=0,
+        maximum=1,
     )
     expert_size: int | None = option(
         None, "Neurons per expert of random routers (default: 32; llama-7b-layer 128)", minimum=1
