@@ -22,7 +22,7 @@ from moefication_cli.errors import (
 from moefication_cli.ffn import Compensation
 from moefication_cli.models.folder.checkpoint import Checkpoint
 from moefication_cli.models.folder.moe_folder import layer_tensors, read_moe_folder, write_moe_settings
-from moefication_cli.models.loading import guess_task, load_model, load_moe, resolve_device, resolve_dtype
+from moefication_cli.models.loading import guess_task, load, load_model, resolve_device, resolve_dtype
 from moefication_cli.models.sites import find_sites
 from moefication_cli.models.surgery import installed_layers, live_weights
 from moefication_cli.routing.router import TwoLayerRouter
@@ -279,12 +279,12 @@ def test_converted_folder_loads_as_moe_and_as_dense(name, tmp_path):
     inputs = tiny_inputs(name, padded=False)
     with torch.no_grad():
         dense = model(**inputs).logits
-        moe = load_moe(tmp_path / "moe", device="cpu", backend="torch")
+        moe = load(tmp_path / "moe", device="cpu", backend="torch")
         layers = installed_layers(moe)
         assert len(layers) == len(find_sites(model)) - 1
         assert {layer.rule.top_k for layer in layers.values()} == {2}
         assert not torch.allclose(moe(**inputs).logits, dense, atol=1e-2)
-        whole = load_moe(tmp_path / "moe", device="cpu", fraction=1.0)
+        whole = load(tmp_path / "moe", device="cpu", fraction=1.0)
         assert torch.allclose(whole(**inputs).logits, dense, atol=1e-4)
     if name in ("llama", "gpt2", "opt"):
         assert moe.generate(**inputs, max_new_tokens=4, pad_token_id=0).shape == (3, 11)
@@ -294,7 +294,7 @@ def test_converted_folder_keeps_compensation(tmp_path):
     convert("bert", tmp_path / "moe", top_k=3, extra=True)
     layer = read_moe_folder(tmp_path / "moe").layers[0]
     assert layer.compensation.w_in_RD.shape == (2, 16) and layer.compensation.constant_D.shape == (16,)
-    assert load_moe(tmp_path / "moe", device="cpu", dtype="bfloat16").dtype == torch.bfloat16
+    assert load(tmp_path / "moe", device="cpu", dtype="bfloat16").dtype == torch.bfloat16
 
 
 def edit(path, change):
@@ -326,7 +326,7 @@ def test_altered_settings_are_refused(what, change, tmp_path):
     convert("bert", tmp_path / "moe", top_k=2)
     edit(tmp_path / "moe" / "moefication" / "moefication.json", change)
     with pytest.raises(CorruptArtifactError, match=what):
-        load_moe(tmp_path / "moe", device="cpu")
+        load(tmp_path / "moe", device="cpu")
 
 
 def test_missing_or_altered_routers_are_refused(tmp_path):
@@ -336,12 +336,12 @@ def test_missing_or_altered_routers_are_refused(tmp_path):
     data[-1] ^= 1
     (folder / "routers.safetensors").write_bytes(data)
     with pytest.raises(CorruptArtifactError, match="was altered"):
-        load_moe(tmp_path / "moe", device="cpu")
+        load(tmp_path / "moe", device="cpu")
     (folder / "routers.safetensors").unlink()
     with pytest.raises(CorruptArtifactError, match="is missing"):
-        load_moe(tmp_path / "moe", device="cpu")
+        load(tmp_path / "moe", device="cpu")
     with pytest.raises(MissingArtifactError, match="not a MoEfied model"):
-        load_moe(tmp_path / "source", device="cpu")
+        load(tmp_path / "source", device="cpu")
     with pytest.raises(CorruptArtifactError, match="no router tensors"):
         entry = {
             "layer": "x",

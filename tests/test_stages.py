@@ -136,7 +136,7 @@ def test_embedded_code_gives_the_moe_to_those_who_trust_it(
     assert torch.allclose(trusted, ours, atol=1e-5)
     assert torch.allclose(plain, dense, atol=1e-4)
     assert (trusted - plain).abs().max() > 0.05  # negative control
-    monkeypatch.setitem(sys.modules, "moefication_cli.models.folder.embedded", None)
+    monkeypatch.setitem(sys.modules, "moefication_cli.models.embedded", None)
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "others"))
     for module in [m for m in sys.modules if "modeling_moefication" in m]:
         monkeypatch.delitem(sys.modules, module)
@@ -269,3 +269,60 @@ def test_planted_experts_are_found_by_router(world: Any, run_cli: Runner) -> Non
     for layer in found["metrics"]["layers"]:
         for row in layer["captured"]:
             assert row["random"] < row["router"] <= row["oracle"] + 1e-6
+
+
+def test_data_and_tokenizer_are_inputs(world: Any, run_cli: Runner) -> None:
+    run, model, collect, evaluate = world("bert", "classification")
+    train, dev = Path(collect[-1]), Path(evaluate[1])
+    collected = run_cli.ok("collect-activations", run, *collect)["metrics"]
+    assert run_cli.ok("collect-activations", run, *collect)["up_to_date"]
+    same = train.with_name("other.tsv")
+    same.write_bytes(train.read_bytes())
+    assert run_cli.ok("collect-activations", run, *collect[:-1], same)["up_to_date"]  # the content counts, not the name
+    run_cli.ok("split", run, "--expert-size", 4)
+    run_cli.ok("train-router", run, "--router", "similarity")
+    first = run_cli.ok("eval", run, *evaluate, "--fraction-of", "neurons")
+    assert run_cli.ok("eval", run, *evaluate, "--fraction-of", "neurons")["up_to_date"]
+    dev.write_text("".join(dev.read_text().splitlines(keepends=True)[:-4]))
+    second = run_cli.ok("eval", run, *evaluate, "--fraction-of", "neurons")
+    assert not second["up_to_date"] and second["examples"] == first["examples"] - 4
+    train.write_text("".join(train.read_text().splitlines(keepends=True)[:60]))
+    again = run_cli("collect-activations", run, *collect, "--json")
+    assert not again.json["up_to_date"] and again.json["metrics"] != collected
+    tokenizer = model / "tokenizer_config.json"
+    tokenizer.write_text(tokenizer.read_text().replace("64", "63"))
+    assert not run_cli.ok("collect-activations", run, *collect)["up_to_date"]
+
+
+def test_a_collection_killed_before_the_data_changed_is_not_continued(
+    world: Any, run_cli: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moefication_cli.stages import collect_activations as stage
+
+    run, _, collect, _ = world("bert", "classification")
+    monkeypatch.setattr(stage, "SHARD_BYTES", 20_000)
+    whole, made = stage.collect_shard, []
+
+    def two(*arguments: Any) -> None:
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(whole(*arguments))
+
+    monkeypatch.setattr(stage, "collect_shard", two)
+    assert run_cli("collect-activations", run, *collect).code == 130
+    monkeypatch.setattr(stage, "collect_shard", whole)
+    train = Path(collect[-1])
+    train.write_text(train.read_text().replace("w1 ", "w2 "))
+    run_cli.ok("collect-activations", run, *collect)
+    run_cli.ok("collect-activations", run.with_name("fresh"), *collect)
+    mixed, fresh = (folder / "activations" / "layer_000.safetensors" for folder in (run, run.with_name("fresh")))
+    assert mixed.read_bytes() == fresh.read_bytes()
+
+
+def test_refinement_refuses_data_that_changed(calibrated_run: Any, run_cli: Runner) -> None:
+    run, _ = calibrated_run
+    data = run.with_name("train.txt")
+    data.write_text(data.read_text().replace("w3 ", "w4 "))
+    refused = run_cli("apply", run, "--fraction", 0.6, "--refine", 2, "--json")
+    assert refused.code == 3 and "calibration data" in refused.json["error"]["message"]
+    assert "collect-activations" in refused.json["error"]["hint"]

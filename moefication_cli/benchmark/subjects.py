@@ -27,7 +27,7 @@ from moefication_cli.benchmark.timing import cache_bytes
 from moefication_cli.config import BenchConfig
 from moefication_cli.errors import ConfigError, MissingArtifactError
 from moefication_cli.models.folder.moe_folder import FOLDER, read_moe_folder
-from moefication_cli.models.loading import load_model, load_moe, resolve_dtype
+from moefication_cli.models.loading import load, load_model, resolve_dtype
 from moefication_cli.models.sites import FFNSite, find_sites
 from moefication_cli.models.surgery import FFNLayer, installed_layers
 from moefication_cli.runs.control import Control
@@ -169,7 +169,7 @@ def _converted(state: Setting, folder: Path) -> BenchCase:
     options: dict[str, Any] = {"device": state.device, "dtype": config.dtype, "task": config.task}
     options["trust_remote_code"] = config.trust_remote_code
     settings = read_moe_folder(folder).settings
-    moe = load_moe(folder, backend=config.backend, **options).requires_grad_(False)
+    moe = load(folder, backend=config.backend, **options).requires_grad_(False)
     dense = load_model(folder, tokenizer=False, quiet=True, **options).model.requires_grad_(False)
     modes = _check_modes(state.modes, _possible(dense), str(folder))
     sites = find_sites(dense, settings.get("ffn"))

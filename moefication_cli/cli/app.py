@@ -164,13 +164,13 @@ def _pipeline(
     sources: Sources,
 ) -> None:
     """All stages in order for any model, skipping what is up to date."""
-    from moefication_cli.stages.convert import run_all
+    from moefication_cli.stages.convert import run_stages
     from moefication_cli.store.rundir import RunDir
 
     _run(
         control,
         sources,
-        lambda c: run_all(RunDir(run), extra, collect, split, router, apply, evaluate, c),
+        lambda c: run_stages(RunDir(run), extra, collect, split, router, apply, evaluate, c),
         shared=True,
     )
 

@@ -9,7 +9,15 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from moefication_cli.config import ControlConfig, options_of, same_option
-from moefication_cli.config.option import OptionType, flag, list_text, option_types, parse_list
+from moefication_cli.config.option import (
+    OptionType,
+    distribute,
+    flag,
+    list_text,
+    offered_options,
+    option_types,
+    parse_list,
+)
 from moefication_cli.errors import ConfigError
 
 ENV_PREFIX = "MOEFICATION_"
@@ -42,22 +50,25 @@ def register(
     `body` gets the argument, one instance of each config class, a ControlConfig and where each value came from.
     """
     parameters = [_argument(argument, argument_help, argument_default), _context(), _config_file(name)]
-    offered: dict[str, Any] = {}
-    for config in (*configs, ControlConfig):
+    everything = (*configs, ControlConfig)
+    offered = {n: e for n, e in offered_options(everything).items() if n != argument and n not in without}
+    kinds: dict[str, OptionType] = {}
+    for config in everything:
         hints, types = get_type_hints(config), option_types(config)
         panel = "Running" if config is ControlConfig else None
         for entry in options_of(config):
-            if entry.name != argument and entry.name not in offered and entry.name not in without:
-                offered[entry.name] = entry
+            if offered.get(entry.name) is entry and entry.name not in kinds:
+                kinds[entry.name] = types[entry.name]
                 parameters.append(_option(entry, hints[entry.name], types[entry.name], panel))
 
     def command(**values: Any) -> None:
         context = values["context"]
-        instances: list[Any] = []
+        instances = distribute(
+            {name: _value(entry, kinds[name], values[name]) for name, entry in offered.items()}, everything
+        )
         sources: Sources = {}
-        for config in (*configs, ControlConfig):
+        for config in everything:
             own = {e.name for e in options_of(config) if e.name in offered and same_option(e, offered[e.name])}
-            instances.append(config(**{key: _value(config, offered[key], values[key]) for key in own}))
             asked = own | ({"seed"} & offered.keys())
             sources[config] = {key: _SOURCES.get(source_name(context, key), "default") for key in asked}
         body(values[argument], *instances, sources)
@@ -74,9 +85,8 @@ def source_name(context: typer.Context, key: str) -> str:
     return "DEFAULT" if source is None else str(source.name)
 
 
-def _value(config: type, entry: Any, value: Any) -> Any:
+def _value(entry: Any, kind: OptionType, value: Any) -> Any:
     """What the config is given for an option: a tuple where the command line has a comma list."""
-    kind = option_types(config)[entry.name]
     if not kind.many or value is None:
         return value
     return parse_list(value, flag(entry), kind, entry.metadata["kind"])

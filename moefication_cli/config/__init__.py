@@ -76,7 +76,10 @@ class TaskConfig(Options):
 class DataConfig(Options):
     """Where rows come from."""
 
-    data: str | None = option(None, "Hub dataset (glue/sst2) or local .tsv/.csv/.jsonl/.parquet/.txt file")
+    # Its content is compared, as an input of the stage, and not its name
+    data: str | None = option(
+        None, "Hub dataset (glue/sst2) or local .tsv/.csv/.jsonl/.parquet/.txt file", compared=False
+    )
     split: str | None = option(None, "Split of the dataset (default: train to calibrate, validation to evaluate)")
     header: bool = option(True, "The first row of a .tsv/.csv names its fields; else fields are column numbers from 0")
     documents: Literal["auto", "file", "line"] = option("auto", "In .txt data, one document per file or per line")

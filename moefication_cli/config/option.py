@@ -1,7 +1,7 @@
 """What an option is, and the check of every value against it. Imports nothing heavy, so `--help` stays instant."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from functools import cache
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
@@ -153,6 +153,28 @@ def _layer_numbers(pieces: list[str], option: str, text: str) -> tuple[int, ...]
     if not chosen:
         raise ConfigError(f"{option} {text!r} names no layer", "write e.g. 0,3-7")
     return tuple(sorted(chosen))
+
+
+def offered_options(configs: Sequence[type]) -> dict[str, Field[Any]]:
+    """The options that several configs offer together, by name.
+
+    Where two mean different things by a name, the first has it and the others keep their default.
+    """
+    offered: dict[str, Field[Any]] = {}
+    for config in configs:
+        for entry in options_of(config):
+            offered.setdefault(entry.name, entry)
+    return offered
+
+
+def distribute(values: Mapping[str, Any], configs: Sequence[type]) -> list[Any]:
+    """One instance of each config from values by option name, which may be left out. See `offered_options`."""
+    offered = offered_options(configs)
+    made = []
+    for config in configs:
+        own = [e.name for e in options_of(config) if e.name in values and same_option(e, offered[e.name])]
+        made.append(config(**{name: values[name] for name in own}))
+    return made
 
 
 def list_text(values: tuple[Any, ...] | None) -> str | None:

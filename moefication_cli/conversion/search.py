@@ -196,7 +196,7 @@ class WholeModel:
             permute_in_place(self.loaded.model, layer.site, layer.partition.order_F())
         self.mask = TokenMask(self.loaded.model)
         examples = open_examples(
-            run, self.loaded, calibration_data(activations), replace(control, say=lambda message: None)
+            run, self.loaded, calibration_data(run, model, activations), replace(control, say=lambda message: None)
         )
         first = activations.metrics["layers"][0]
         size = max(1, round(_STEP_TOKENS * min(1.0, first["sequences"] / first["tokens"])))

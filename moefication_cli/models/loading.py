@@ -5,9 +5,10 @@ Weights are read from local files only (`source` finds or downloads them); pickl
 Does not place models over several devices unless `device_map` says so.
 """
 
+import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,10 @@ _AUTO = {
     "text2text": transformers.AutoModelForSeq2SeqLM,
     "lm": transformers.AutoModelForCausalLM,
 }
+_TOKENIZER_FILES = (
+    "*tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "normalizer.json", "*.model",
+    "*.tiktoken", "chat_template*",
+)  # fmt: skip
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -158,6 +163,12 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
     return words
 
 
+def tokenizer_digest(folder: Path, sha256: Callable[[Path], str]) -> str:
+    """Identifies the tokenizer of a model's folder by the names and contents of its files."""
+    files = sorted(p for p in folder.iterdir() if p.is_file() and any(p.match(pattern) for pattern in _TOKENIZER_FILES))
+    return hashlib.sha256("".join(f"{path.name}\0{sha256(path)}\n" for path in files).encode()).hexdigest()
+
+
 def total_memory(device: torch.device) -> int:
     """Bytes of memory where the model would run, free or not: the same every time."""
     if device.type == "cuda":
@@ -165,7 +176,7 @@ def total_memory(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def load_moe(
+def load(
     path: str | Path,
     *,
     device: str | torch.device = "auto",
@@ -178,14 +189,21 @@ def load_moe(
 ) -> Any:
     """A folder written by `moefication apply`, as the mixture of experts: a transformers model in evaluation mode.
 
-    `fraction` replaces the recorded rule by the best `max(1, round(fraction * E))` experts of every layer.
-    Raises MissingArtifactError (not a converted model), CorruptArtifactError (routers missing, altered, not fitting)
-    and what `load_model` raises. Plain `from_pretrained` of the same folder gives the dense model.
+        model = load("RUN/model")
+
+    `fraction` replaces the recorded rule by the best `max(1, round(fraction * E))` experts; a layer without a router runs
+    that share of its experts, the most important ones, for every token. Layers that were left dense stay so.
+    Raises ConfigError (path or fraction of another kind), MissingArtifactError (not a converted model),
+    CorruptArtifactError (routers missing, altered, not fitting) and what `load_model` raises. Plain `from_pretrained` of
+    the same folder gives the dense model.
     """
+    if not isinstance(path, str | Path):
+        raise ConfigError(f"load takes the path of a folder, not {path!r}", "load('RUN/model')")
+    number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
+    if fraction is not None and not (number and 0 < fraction <= 1):
+        raise ConfigError(f"fraction {fraction!r} is not a number in (0, 1]")
     folder = Path(path)
     moe = read_moe_folder(folder)
-    if fraction is not None and not 0 < fraction <= 1:
-        raise ConfigError(f"fraction {fraction} is not in (0, 1]")
     loaded = load_model(
         folder,
         task=task,
@@ -211,7 +229,7 @@ def attach_experts(
         )
     token_mask = TokenMask(model)
     for site, layer in zip(sites, moe.layers, strict=True):
-        if not layer.dense and not (fraction == 1 and layer.router is None):  # every neuron on is the dense layer
+        if not layer.dense and not (fraction == 1 and layer.router is None):  # all neurons on: the dense layer
             install(model, site, _moe_ffn(model, site, layer, backend, fraction), token_mask)
     experts = sum(not layer.dense for layer in moe.layers)
     log.info("%s: mixture of experts in %d of %d FFNs, backend %s", folder, experts, len(sites), backend)
@@ -228,13 +246,18 @@ def _moe_ffn(model: nn.Module, site: FFNSite, layer: MoELayer, backend: str, fra
             f"does not fit F={site.num_neurons}, D={site.d_model}",
             "write the folder again: moefication apply RUN --force",
         )
+    num_experts, num_shared = layer.num_experts, layer.num_shared
     if fraction is not None and router is not None:
-        rule = TopK(max(1, round(fraction * layer.num_experts)))
+        rule = TopK(max(1, round(fraction * num_experts)))
+    elif fraction is not None:  # neurons stand in order of importance, expert after expert
+        size = neurons // num_experts
+        num_shared = min(max(1, round(fraction * site.num_neurons / size)) * size, site.num_neurons - size)
+        num_experts = (site.num_neurons - num_shared) // size
     pack(model, site)
     ffn = live_weights(model, site)
     device = ffn.w_up_FD.device  # routers and compensation stay float32, as they were measured
     extra = None if layer.compensation is None else layer.compensation.to(device)
-    weights = ExpertWeights(ffn, layer.num_experts, layer.num_shared, extra)
+    weights = ExpertWeights(ffn, num_experts, num_shared, extra)
     if router is None:
         return PrunedFFN(weights, backend)
     return MoEFFN(weights, router.to(device), rule, backend=backend)

@@ -6,6 +6,7 @@ people (stderr), `track` wraps the loop over layers or batches so that the comma
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from moefication_cli.errors import ConfigError
@@ -52,6 +53,11 @@ class Result:
     payload: dict[str, Any] = field(default_factory=dict)
     up_to_date: bool = False
     notes: list[str] = field(default_factory=list)  # sentences under the table
+
+    @property
+    def path(self) -> Path:
+        """The folder that the command wrote, where it says so: RUN/model of `apply_experts` and `convert`."""
+        return Path(self.payload["path"])
 
 
 def chosen_layers(layers: Sequence[int] | None, num_layers: int, option: str = "--layers") -> list[int] | None:

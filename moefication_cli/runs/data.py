@@ -6,14 +6,14 @@ from torch import Tensor
 
 from moefication_cli.config import CollectConfig, EvalConfig
 from moefication_cli.config.option import list_text
-from moefication_cli.errors import ConfigError
-from moefication_cli.models.loading import LoadedModel, guess_task, load_model
+from moefication_cli.errors import ConfigError, StaleArtifactError
+from moefication_cli.models.loading import LoadedModel, guess_task, load_model, tokenizer_digest
 from moefication_cli.runs.control import Control
 from moefication_cli.runs.inputs import RunModel
 from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.rundir import RunDir
 from moefication_cli.tasks.examples import Batch, Examples, TaskOptions
-from moefication_cli.tasks.reading import load_rows
+from moefication_cli.tasks.reading import data_digest, load_rows
 from moefication_cli.tasks.task import prepare
 
 _TASKS = ("classification", "text2text", "lm")
@@ -24,7 +24,7 @@ def open_examples(run: RunDir, loaded: LoadedModel, config: CollectConfig | Eval
 
     Raises ConfigError: no data, no such field, a task the model cannot do.
     """
-    purpose: Literal["calibrate", "evaluate"] = "calibrate" if isinstance(config, CollectConfig) else "evaluate"
+    purpose = _purpose(config)
     if config.data is None:
         raise ConfigError("no data was named", "name a file or hub dataset with --data")
     info = run.info
@@ -59,6 +59,21 @@ def open_examples(run: RunDir, loaded: LoadedModel, config: CollectConfig | Eval
     return examples
 
 
+def data_inputs(run: RunDir, model: RunModel, config: CollectConfig | EvalConfig) -> dict[str, str]:
+    """Digests of what a stage that runs the model on data depends on besides other stages: the data and the tokenizer.
+
+    Raises ConfigError where no data is named or it is not there.
+    """
+    if config.data is None:
+        raise ConfigError("no data was named", "name a file or hub dataset with --data")
+    digest = data_digest(config.data, config.split, _purpose(config), run.hashes.sha256)
+    return {"data": digest, "tokenizer": tokenizer_digest(model.checkpoint.folder, run.hashes.sha256)}
+
+
+def _purpose(config: CollectConfig | EvalConfig) -> Literal["calibrate", "evaluate"]:
+    return "calibrate" if isinstance(config, CollectConfig) else "evaluate"
+
+
 def predictions(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
     """The logits that are predictions, and which of them are real: per sequence, or per token but the last."""
     if logits.dim() == 2:
@@ -89,9 +104,20 @@ def load_whole(run: RunDir, model: RunModel, task: str | None = None, dtype: str
     )
 
 
-def calibration_data(activations: Artifact) -> CollectConfig:
-    """The options the activations were collected with: the same data, read again."""
-    return CollectConfig.recorded(activations.config)
+def calibration_data(run: RunDir, model: RunModel, activations: Artifact) -> CollectConfig:
+    """The options the activations were collected with: the same data, read again.
+
+    Raises StaleArtifactError when the data or the tokenizer changed since.
+    """
+    config = CollectConfig.recorded(activations.config)
+    recorded = activations.manifest.inputs
+    for name, digest in data_inputs(run, model, config).items():
+        if recorded.get(name, digest) != digest:  # versions before 0.2 did not record it
+            what = f"the calibration data {config.data}" if name == "data" else "the model's tokenizer"
+            raise StaleArtifactError(
+                f"{what} changed since `activations` were collected", f"run `{run.command('activations')}`"
+            )
+    return config
 
 
 def tokens_of_stacks(batch: Batch) -> dict[str, int]:

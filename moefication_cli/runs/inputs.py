@@ -64,7 +64,7 @@ def open_model(run: RunDir, config: ModelConfig | None, control: Control) -> Run
     info = run.info
     named: dict[str, Any] = {}
     if config is not None:
-        named = {"model": _absolute(config.model), "revision": config.revision, "ffn": config.ffn}
+        named = {"model": absolute(config.model), "revision": config.revision, "ffn": config.ffn}
         named |= {"trust_remote_code": True} if config.trust_remote_code else {}
     model = named.get("model") or info.model
     if model is None:
@@ -101,30 +101,47 @@ def as_before(run: RunDir, stage: str, config: Any) -> Any:
     return replace(config, **{name: getattr(before, name) for name in unsaid})
 
 
-def _absolute(model: str | None) -> str | None:
-    return str(Path(model).resolve()) if model is not None and Path(model).exists() else model
+def absolute(path: str | None) -> str | None:
+    """A path that exists, as seen from anywhere; names of the hub stay as they are."""
+    try:
+        return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
+    except OSError:  # too long for a path, for instance
+        return path
 
 
 def begin_options(
-    config: Any, control: Control, model: RunModel, inputs: Mapping[str, Artifact | None]
+    config: Any,
+    control: Control,
+    model: RunModel,
+    inputs: Mapping[str, Artifact | None],
+    digests: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The arguments of `RunDir.begin` that every stage shares: config, provenance, inputs."""
+    """The arguments of `RunDir.begin` that every stage shares: config, provenance, inputs.
+
+    `digests` are of inputs that no stage made, such as data.
+    """
     return {
         "config": recorded_values(config) | {"seed": control.seed},
         "compared": [*compared_values(config), "seed"],
         "sources": control.sources.get(type(config), {}),
-        "inputs": {BASE_MODEL: model.fingerprint} | {name: stage.digest for name, stage in inputs.items() if stage},
+        "inputs": {BASE_MODEL: model.fingerprint}
+        | {name: stage.digest for name, stage in inputs.items() if stage}
+        | dict(digests or {}),
         "force": control.force,
         "device": str(model.device),
     }
 
 
 def layer_options(
-    config: Any, control: Control, model: RunModel, inputs: Mapping[str, Artifact | None]
+    config: Any,
+    control: Control,
+    model: RunModel,
+    inputs: Mapping[str, Artifact | None],
+    digests: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """`begin_options` of a stage with one file per layer, of which this process does those `--layers` names."""
     layers = {"layers": model.names, "only": chosen_layers(control.layers, len(model.sites))}
-    return begin_options(config, control, model, inputs) | layers
+    return begin_options(config, control, model, inputs, digests) | layers
 
 
 def layered_result(command: str, work: StageWriter, manifest: Manifest | None) -> Result:

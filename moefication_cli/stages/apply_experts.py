@@ -32,8 +32,10 @@ _COUNTED_TOKENS = 2048
 _TOLERANCE = 1e-3  # of the largest output; float16 weights round, a wrong permutation is off by orders of magnitude
 
 
-def apply_experts(run: RunDir, config: ApplyConfig, control: Control) -> Result:
+def apply_experts(run: RunDir, config: ApplyConfig = ApplyConfig(), control: Control = Control()) -> Result:
     """Write the permuted checkpoint, the routers and the settings; check every FFN against the dense original.
+
+        apply_experts(RunDir("RUN"), ApplyConfig(fraction=0.2)).path
 
     Plain `from_pretrained` of RUN/model gives the dense model, `moefication_cli.load` the MoE (DESIGN, decision 4).
     Raises ConfigError when the budget cannot be met, MissingArtifactError, StaleArtifactError.

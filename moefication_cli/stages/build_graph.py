@@ -24,8 +24,10 @@ from moefication_cli.split.graph import to_metis_text
 from moefication_cli.store.rundir import RunDir
 
 
-def build_graph(run: RunDir, config: GraphConfig, control: Control) -> Result:
+def build_graph(run: RunDir, config: GraphConfig = GraphConfig(), control: Control = Control()) -> Result:
     """Build the co-activation graph of every FFN (MoEfication, section 3.1, equation 4).
+
+        build_graph(RunDir("RUN"))
 
     Writes RUN/graph/layer_NNN.safetensors (CSR) and, with --export-metis, one file per layer that `gpmetis` reads.
     """

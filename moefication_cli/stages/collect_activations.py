@@ -8,7 +8,7 @@ only where several processes collect at the same time do shards begin chains of 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,9 +21,17 @@ from moefication_cli.models.loading import LoadedModel, load_model
 from moefication_cli.models.sensitivity import gradient_norms, predicted_weights, sampled_log_likelihood, token_weights
 from moefication_cli.models.sites import FFNSite
 from moefication_cli.runs.control import Control, Result
-from moefication_cli.runs.data import open_examples, predictions
+from moefication_cli.runs.data import data_inputs, open_examples, predictions
 from moefication_cli.runs.estimate import estimate
-from moefication_cli.runs.inputs import RunModel, as_before, layer_options, layer_seed, layered_result, open_model
+from moefication_cli.runs.inputs import (
+    RunModel,
+    absolute,
+    as_before,
+    layer_options,
+    layer_seed,
+    layered_result,
+    open_model,
+)
 from moefication_cli.split.profiles import neuron_sums
 from moefication_cli.store.growing import GrowingLayer
 from moefication_cli.store.layerfile import read_layer, read_metadata, write_layer
@@ -40,14 +48,17 @@ _GRADIENT_EVERY, _GRADIENT_FIRST = 32, 2
 _UNKNOWN = -1.0  # gradient norm of a token of the other batches
 
 
-def collect_activations(run: RunDir, config: CollectConfig, control: Control) -> Result:
+def collect_activations(run: RunDir, config: CollectConfig, control: Control = Control()) -> Result:
     """Store inputs_TD (real tokens only) and sequence_T per FFN, with rate, mean, variance and contribution per neuron.
+
+        collect_activations(RunDir("RUN"), CollectConfig(model="MODEL", data="calibration.txt"))
 
     Writes RUN/activations/layer_NNN.safetensors. Raises ConfigError (model, data, fields), NonFiniteError naming the
     layer.
     """
     model = open_model(run, config, control)
     config = as_before(run, "activations", config)
+    config = replace(config, data=absolute(config.data))
     if control.dry_run:
         width = sum(site.d_model for site in model.sites)
         parameters = model.checkpoint.describe()["parameters"]
@@ -60,7 +71,7 @@ def collect_activations(run: RunDir, config: CollectConfig, control: Control) ->
             flops=2.0 * parameters * config.max_tokens,
             memory=4.0 * parameters + SHARD_BYTES,
         )
-    options = layer_options(config, control, model, {})
+    options = layer_options(config, control, model, {}, data_inputs(run, model, config))
     options["only"] = None
     with control.ranks.begin(run, "activations", **options) as work:
         seconds = None

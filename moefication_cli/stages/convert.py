@@ -1,16 +1,22 @@
-"""run: all stages in order, skipping what is up to date."""
+"""run: all stages in order, skipping what is up to date; and the same as a function, `convert`."""
 
-from dataclasses import replace
+import difflib
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
 
 from moefication_cli.config import (
     ApplyConfig,
     CollectConfig,
+    DataConfig,
     EvalConfig,
     GraphConfig,
     RouterConfig,
     RunConfig,
     SplitConfig,
 )
+from moefication_cli.config.option import distribute, offered_options
 from moefication_cli.conversion.search import default_steps
 from moefication_cli.errors import ConfigError
 from moefication_cli.runs.control import Control, Result
@@ -22,10 +28,59 @@ from moefication_cli.stages.collect_activations import collect_activations
 from moefication_cli.stages.evaluate import evaluate as evaluate_stage
 from moefication_cli.stages.split_neurons import split_neurons
 from moefication_cli.stages.train_router import train_router
+from moefication_cli.store import jsonio
+from moefication_cli.store.files import atomic_write, make_dirs
 from moefication_cli.store.rundir import RunDir
 
+CONFIGS = (RunConfig, CollectConfig, EvalConfig, SplitConfig, RouterConfig, ApplyConfig)
 
-def run_all(
+
+def convert(
+    model: Any,
+    *,
+    out: str | Path,
+    data: str | Path | None = None,
+    texts: Iterable[str] | None = None,
+    tokenizer: Any = None,
+    control: Control | None = None,
+    **options: Any,
+) -> Result:
+    """What `moefication run` does, as a function: RUN/model is where `.path` of the result says.
+
+        made = convert("MODEL", data="calibration.txt", fraction=0.2, out="RUN")
+        made = convert(model, tokenizer=tokenizer, texts=["...", "..."], fraction=0.2, out="RUN")
+
+    `model` is a hub id, a folder or a model of transformers in memory, which is then saved to OUT/source with its
+    tokenizer; `texts` are saved beside it and take the place of `data`. `options` are the options of `run` by name
+    (`expert_size=4`, `eval_data="test.tsv"`), `control` has the device, the seed and how progress is shown. Calling it
+    again does only what is out of date.
+
+    Raises ConfigError for unknown options and bad values, and what the stages raise.
+    """
+    unknown = sorted(options.keys() - offered_options(CONFIGS).keys())
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], offered_options(CONFIGS), n=1)
+        raise ConfigError(f"convert has no option {unknown[0]!r}", f"did you mean {near[0]!r}?" if near else "")
+    run, source = RunDir(out), Path(out) / "source"
+    if not isinstance(model, str | Path):
+        if tokenizer is None:
+            raise ConfigError("a model in memory needs its tokenizer", "pass tokenizer=...")
+        make_dirs(source)
+        model.save_pretrained(source)
+        tokenizer.save_pretrained(source)
+        model = source
+    if texts is not None:
+        if data is not None:
+            raise ConfigError("data and texts exclude each other", "pass one of them")
+        make_dirs(source)
+        data = source / "texts.jsonl"
+        atomic_write(data, b"".join(jsonio.canonical({"text": text}) + b"\n" for text in texts))
+    values = {**options, "model": str(model), "data": None if data is None else str(data)}
+    extra, collect, evaluate, split, router, apply = distribute(values, CONFIGS)
+    return run_stages(run, extra, collect, split, router, apply, evaluate, control or Control())
+
+
+def run_stages(
     run: RunDir,
     extra: RunConfig,
     collect: CollectConfig,
@@ -81,15 +136,20 @@ def _remembered(run: RunDir, collect: CollectConfig, control: Control) -> Collec
     """A re-run without --data calibrates on the data of last time."""
     if collect.data is not None:
         return collect
-    made = run.read_stage("activations").config
-    control.say(f"calibration data as before: {made['data']}")
-    return replace(collect, data=made["data"], split=made["split"], header=made["header"], documents=made["documents"])
+    made = CollectConfig.recorded(run.read_stage("activations").config)
+    control.say(f"calibration data as before: {made.data}")
+    return replace(collect, **{f.name: getattr(made, f.name) for f in fields(DataConfig) if f.name != "limit"})
 
 
 def _last(done: list[Result]) -> Result:
     """The last stage's table; every stage's payload under `stages`."""
     last = done[-1]
     stages = {result.command: {"up_to_date": result.up_to_date, **result.payload} for result in done}
+    paths = [stage["path"] for stage in stages.values() if "path" in stage]
+    path = {"path": paths[0]} if paths else {}
     return replace(
-        last, command="run", payload=last.payload | {"stages": stages}, up_to_date=all(r.up_to_date for r in done)
+        last,
+        command="run",
+        payload=last.payload | {"stages": stages, **path},
+        up_to_date=all(r.up_to_date for r in done),
     )

@@ -15,7 +15,7 @@ from moefication_cli.config import (
 from moefication_cli.errors import MissingArtifactError
 from moefication_cli.evaluation.plots import text_chart
 from moefication_cli.runs.control import Control, Result
-from moefication_cli.stages.convert import run_all
+from moefication_cli.stages.convert import run_stages
 from moefication_cli.store import jsonio
 from moefication_cli.store.files import atomic_write
 from moefication_cli.store.rundir import RunDir
@@ -32,7 +32,7 @@ def demo(run: RunDir, config: DemoConfig, control: Control) -> Result:
     Raises MissingArtifactError when the package was installed without its model.
     """
     calibration, heldout = (_write_documents(run, part) for part in ("train", "heldout"))
-    result = run_all(
+    result = run_stages(
         run,
         RunConfig(eval_data=str(heldout), eval_limit=_EVAL_WINDOWS),
         CollectConfig(model=str(demo_model()), data=str(calibration), max_tokens=_CALIBRATION_TOKENS),

@@ -1,5 +1,6 @@
 """eval: quality and time of the MoE beside the dense model, oracles and baselines. `evaluation.measure` does the work."""
 
+from dataclasses import replace
 from typing import Any
 
 from moefication_cli.config import EvalConfig
@@ -9,8 +10,9 @@ from moefication_cli.evaluation.plots import plot_quality
 from moefication_cli.evaluation.rows import lost_to
 from moefication_cli.evaluation.table import SELECTIONS, EvalInputs
 from moefication_cli.runs.control import Control, Result
+from moefication_cli.runs.data import data_inputs
 from moefication_cli.runs.estimate import estimate
-from moefication_cli.runs.inputs import begin_options, open_model
+from moefication_cli.runs.inputs import absolute, begin_options, open_model
 from moefication_cli.store import jsonio
 from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.rundir import RunDir
@@ -29,8 +31,10 @@ _TABLE = (
 )
 
 
-def evaluate(run: RunDir, config: EvalConfig, control: Control) -> Result:
+def evaluate(run: RunDir, config: EvalConfig, control: Control = Control()) -> Result:
     """Measure every selection at every fraction; writes RUN/eval/<name>/metrics.json and quality.png.
+
+        evaluate(RunDir("RUN"), EvalConfig(data="test.txt")).rows
 
     Raises ConfigError (no data, unknown selection), MissingArtifactError, StaleArtifactError.
     """
@@ -58,7 +62,8 @@ def evaluate(run: RunDir, config: EvalConfig, control: Control) -> Result:
             reads=stages,
         )
     used = {f"router/{name}": stage for name, stage in routers.items() if name in selections}
-    options = begin_options(config, control, model, {**stages, **used})
+    config = replace(config, data=absolute(config.data))
+    options = begin_options(config, control, model, {**stages, **used}, data_inputs(run, model, config))
     with run.begin(f"eval/{config.name}", **options) as work:
         if work.up_to_date:
             metrics = jsonio.read_object(run.path(f"eval/{config.name}") / "metrics.json")

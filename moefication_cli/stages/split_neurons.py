@@ -27,8 +27,10 @@ from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.rundir import RunDir
 
 
-def split_neurons(run: RunDir, config: SplitConfig, control: Control) -> Result:
+def split_neurons(run: RunDir, config: SplitConfig = SplitConfig(), control: Control = Control()) -> Result:
     """Partition the neurons of every FFN into exactly balanced experts.
+
+        split_neurons(RunDir("RUN"), SplitConfig(method="kmeans", expert_size=32))
 
     Writes RUN/split/layer_NNN.safetensors with `expert_F` (int32, -1 = shared). Raises ConfigError when the experts
     do not divide an FFN, MissingArtifactError or StaleArtifactError when a method's input is not there.

@@ -23,8 +23,10 @@ from moefication_cli.store.rundir import RunDir
 _CANDIDATES = 65  # of a calibration curve with three routers
 
 
-def train_router(run: RunDir, config: RouterConfig, control: Control) -> Result:
+def train_router(run: RunDir, config: RouterConfig = RouterConfig(), control: Control = Control()) -> Result:
     """Fit one router per layer; keeps the held-out captured share of router, oracle and random at each fraction.
+
+        train_router(RunDir("RUN"), RouterConfig(router="linear"))
 
     Writes RUN/router/<name>/layer_NNN.safetensors. Raises MissingArtifactError, StaleArtifactError, NonFiniteError.
     """

@@ -77,7 +77,7 @@ def _sweep(
     run: RunDir, model: RunModel, activations: Artifact, config: TuneConfig, control: Control
 ) -> list[dict[str, Any]]:
     dense, converted = (load_whole(run, model) for _ in range(2))
-    batches = _heldout(run, dense, activations, config, control)
+    batches = _heldout(run, model, dense, activations, config, control)
     mask = TokenMask(converted.model)
     rows: list[dict[str, Any]] = []
     quiet = Control(device=control.device, seed=control.seed, say=control.say)
@@ -121,9 +121,9 @@ def _sweep(
 
 
 def _heldout(
-    run: RunDir, loaded: LoadedModel, activations: Artifact, config: TuneConfig, control: Control
+    run: RunDir, model: RunModel, loaded: LoadedModel, activations: Artifact, config: TuneConfig, control: Control
 ) -> list[Batch]:
-    examples = open_examples(run, loaded, calibration_data(activations), control)
+    examples = open_examples(run, loaded, calibration_data(run, model, activations), control)
     return list(examples.calibration(config.heldout_tokens, control.seed + 1, config.batch_size))
 
 

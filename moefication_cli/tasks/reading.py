@@ -5,11 +5,12 @@ the `Rows`. Every field of a .tsv/.csv is text. In a .tsv quotes are ordinary ch
 Does not tokenise (`language`, `classification`, `text2text` do) and does not choose the task.
 """
 
+import hashlib
 import logging
 import os
 import re
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,6 +152,24 @@ def load_rows(
     if rows.num_rows == 0:
         raise ConfigError(f"{name} is empty", "name data with at least one row")
     return _with_fields(rows, text_field, label_field)
+
+
+def data_digest(ref: str | Path, split: str | None, purpose: Purpose, sha256: Callable[[Path], str]) -> str:
+    """Identifies the content that `load_rows` would read: of local files their bytes, of hub data its fingerprint.
+
+    One file counts whatever it is called, files of a folder under their names. Raises ConfigError as `load_rows`.
+    """
+    path = Path(ref).expanduser()
+    if not path.exists():
+        if _FILE_SUFFIX.search(str(ref)) or str(ref).startswith((".", "/", "~")):
+            raise ConfigError(f"data {ref} not found", "check the path given with --data")
+        with _quiet(), _readable(str(ref)):
+            return str(_load_hub(str(ref), split, None, purpose, [])._fingerprint)
+    digest = hashlib.sha256()
+    for file in find_files(path, split, _PREFERRED[purpose], []):
+        name = "" if path.is_file() else file.relative_to(path).as_posix()
+        digest.update(f"{name}\0{sha256(file)}\n".encode())
+    return digest.hexdigest()
 
 
 def _with_fields(rows: Rows, text_field: str | None, label_field: str | None) -> Rows:

@@ -27,7 +27,7 @@ Without trust_remote_code the same call gives the dense model. Written by `moefi
 from transformers import {architecture}
 
 try:
-    from moefication_cli.models.folder.embedded import attach
+    from moefication_cli.models.embedded import attach
 except ImportError as error:
     raise ImportError(
         "the experts of this model need the package moefication (pip install moefication); "
