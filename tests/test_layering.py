@@ -82,7 +82,7 @@ def test_a_wrong_import_is_found(tmp_path: Path) -> None:
 
 
 def test_no_module_is_too_long() -> None:
-    long = {p.name: n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 500}
+    long = {p.name: n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text().splitlines())) > 350}
     assert not long
 
 

@@ -51,3 +51,21 @@ def test_files_and_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^ {4}make (\w+)", README, re.MULTILINE))
     assert targets and all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+
+
+def test_the_library_example_runs(tmp_path, monkeypatch):
+    """The Python block, on a tiny model and a file of the names it uses."""
+    import random
+    import re
+
+    from tiny_models import save_tiny
+
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    save_tiny("opt", tmp_path / "MODEL")
+    rng = random.Random(0)
+    lines = [" ".join(f"w{rng.randrange(40)}" for _ in range(60)) for _ in range(60)]
+    (tmp_path / "calibration.txt").write_text("\n".join(lines) + "\n")
+    names: dict = {}
+    exec(code, names)
+    assert (tmp_path / "RUN" / "model" / "moefication").is_dir() and names["model"].config.model_type == "opt"

@@ -30,7 +30,8 @@ from moefication_cli.tasks.examples import Batch
 SPEND = (0.965, 0.985)  # shares of the budget that calibration data may spend: other data then exceeds it rarely
 _PASSES = 8  # over the held-out sequences to find the thresholds; two or three are usual
 _TRIAL = 4  # the part of the steps after which training must have helped
-_LEARNING_RATE = 0.03  # of each parameter's size, per step
+_LEARNING_RATE = 0.03  # of each parameter's size, per step of _FULL_PREDICTIONS or more predictions
+_FULL_PREDICTIONS = 2048  # fewer carry less signal: the rate shrinks in proportion (a classifier has one a sequence)
 
 
 @dataclass(frozen=True)
@@ -221,8 +222,10 @@ def refine(
     target = conversion.budget.fraction * SPEND[1]
     before, start = mean_kl(conversion, heldout), conversion.state()
     price = max(before, 1e-6) / target
+    with torch.no_grad():
+        rate = _LEARNING_RATE * min(1.0, len(conversion.logits(train[0], dense=True)) / _FULL_PREDICTIONS)
     groups = [
-        {"params": [tensor], "lr": _LEARNING_RATE * layer.step_size(name)}
+        {"params": [tensor], "lr": rate * layer.step_size(name)}
         for layer in conversion.layers.values()
         for name, tensor in layer.parameters.items()
     ]
