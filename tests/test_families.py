@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 import transformers
-from tiny_models import TINY, save_tiny, tiny_inputs, tiny_model
+from tiny_models import ENCODER_DECODERS, READS_TARGETS, TINY, save_tiny, tiny_inputs, tiny_model
 
 from moefication_cli.errors import ConfigError, UnsupportedModelError
 from moefication_cli.ffn import ACTIVATIONS, ExpertWeights
@@ -72,7 +72,7 @@ def test_every_row_has_a_tiny_model():
 def test_sites(name):
     model = tiny_model(name)
     sites = find_sites(model)
-    encoder_decoder = name in ("t5", "t5-gated", "bart")
+    encoder_decoder = name in ENCODER_DECODERS
     assert [site.index for site in sites] == list(range(4 if encoder_decoder else 2))
     assert [site.stack for site in sites] == ["encoder"] * 2 + ["decoder"] * (2 if encoder_decoder else 0)
     for site in sites:
@@ -157,7 +157,7 @@ def test_capture_delivers_real_tokens_only(name):
     sites, seen, hidden = find_sites(model), {}, {}
     with capture(model, sites, lambda s, x: seen.update({s.index: x}), lambda s, h: hidden.update({s.index: h})):
         logits(model, name)
-    real = {"encoder": 3 * 5 if name == "vit" else 14, "decoder": 8}
+    real = {"encoder": 3 * 5 if name == "vit" else 14, "decoder": 8 if name in READS_TARGETS else 14}
     for site in sites:
         assert seen[site.index].shape == (real[site.stack], site.d_model)
         assert close(live_weights(model, site).hidden(seen[site.index]), hidden[site.index])

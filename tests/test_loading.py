@@ -8,9 +8,10 @@ import stat
 import pytest
 import torch
 import transformers
+from converted import convert, orders_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import save_tiny, tiny_inputs, tiny_model
+from tiny_models import save_tiny, tiny_inputs
 
 from moefication_cli.errors import (
     ConfigError,
@@ -19,18 +20,12 @@ from moefication_cli.errors import (
     UnavailableError,
     UnsupportedModelError,
 )
-from moefication_cli.ffn import Compensation
 from moefication_cli.models.folder.checkpoint import Checkpoint
 from moefication_cli.models.folder.moe_folder import layer_tensors, read_moe_folder, write_moe_settings
-from moefication_cli.models.loading import guess_task, load, load_model, resolve_device, resolve_dtype
+from moefication_cli.models.loading import load, load_model, resolve_device, resolve_dtype
 from moefication_cli.models.sites import find_sites
 from moefication_cli.models.surgery import installed_layers, live_weights
 from moefication_cli.routing.router import TwoLayerRouter
-
-
-def orders_of(checkpoint, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return {site.name: torch.randperm(site.num_neurons, generator=generator) for site in checkpoint.sites}
 
 
 def same_function(model, folder, name):
@@ -247,29 +242,6 @@ def test_load_model_heads_dtypes_devices(tmp_path):
         with pytest.raises(UnavailableError, match="no CUDA"):
             resolve_device("cuda:1")
         assert resolve_device("auto") == torch.device("cpu")
-    tasks = {"bert": "classification", "t5": "text2text", "opt": "lm", "gpt2": "lm", "bert-bare": None}
-    for name, task in tasks.items():
-        model = tiny_model(name)
-        model.config.architectures = [type(model).__name__]
-        assert guess_task(model.config) == task
-
-
-def convert(name, folder, top_k, num_experts=6, extra=False, dense=()):
-    """What apply writes, with random routers."""
-    model = save_tiny(name, folder.with_name("source"))
-    checkpoint = Checkpoint(folder.with_name("source"))
-    checkpoint.write_permuted(folder, orders_of(checkpoint))
-    layers, tensors = [], {}
-    for site in checkpoint.sites:
-        if site.index in dense:
-            layers.append({"layer": site.name, "dense": True})
-            continue
-        compensation = Compensation(torch.ones(16), torch.ones(2, 16), torch.ones(2, 16)) if extra else None
-        tensors |= layer_tensors(site.index, TwoLayerRouter(torch.randn(num_experts, 16)), compensation)
-        entry = {"layer": site.name, "num_experts": num_experts, "num_shared": 0, "rule": {"top_k": top_k}}
-        layers.append(entry | {"router": {"activation": "identity", "normalise": False}})
-    write_moe_settings(folder, {"layers": layers, "fraction": 0.5}, tensors)
-    return model
 
 
 @pytest.mark.parametrize("name", ["t5", "bert", "llama", "gpt2", "opt"])

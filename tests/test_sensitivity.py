@@ -21,7 +21,7 @@ def add_to_outputs(model: nn.Module, deltas: dict[str, Tensor]) -> list[torch.ut
     return [model.get_submodule(name).register_forward_hook(hook(delta)) for name, delta in deltas.items()]
 
 
-@pytest.mark.parametrize("name", ["bert", "t5", "llama", "gpt2", "opt"])
+@pytest.mark.parametrize("name", ["bert", "t5", "llama", "gpt2", "opt", "falcon", "bart-classifier"])
 def test_norms_equal_autograd(name: str) -> None:
     model = tiny_model(name).eval()
     model.requires_grad_(False)
@@ -37,12 +37,10 @@ def test_norms_equal_autograd(name: str) -> None:
     mask.remove()
 
     # Directly: a zero is added to every FFN's output and differentiated.
-    sides = {"encoder": inputs["input_ids"], "decoder": inputs.get("decoder_input_ids")}
-    masks = {"encoder": inputs.get("attention_mask"), "decoder": inputs.get("decoder_attention_mask")}
-    deltas = {
-        site.down: torch.zeros(*sides[site.stack].shape, site.d_model, requires_grad=True)  # type: ignore[union-attr]
-        for site in sites
-    }
+    ids, real = inputs["input_ids"], inputs["attention_mask"]
+    sides = {"encoder": ids, "decoder": inputs.get("decoder_input_ids", ids)}
+    masks = {"encoder": real, "decoder": inputs.get("decoder_attention_mask", real)}
+    deltas = {site.down: torch.zeros(*sides[site.stack].shape, site.d_model, requires_grad=True) for site in sites}
     handles = add_to_outputs(model, deltas)
     value = model(**inputs).logits.flatten(0, -2).log_softmax(-1).gather(-1, drawn.unsqueeze(1)).sum()
     gradients = torch.autograd.grad(value, list(deltas.values()))

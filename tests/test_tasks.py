@@ -555,10 +555,13 @@ def test_language_refuses(t5, gpt2, byte_tokenizer):
 def test_length_limit_knows_where_position_tables_start(byte_tokenizer):
     assert length_limit(GPT2Config(n_positions=2048), byte_tokenizer, None) == 512
     assert length_limit(BertConfig(max_position_embeddings=66, pad_token_id=1), byte_tokenizer, None) == 66
-    from transformers import RobertaConfig
+    from transformers import MptConfig, RobertaConfig
 
     assert length_limit(RobertaConfig(max_position_embeddings=66, pad_token_id=1), byte_tokenizer, None) == 64
     assert length_limit(T5Config(), byte_tokenizer, 700) == 700
+    assert length_limit(MptConfig(max_seq_len=96), byte_tokenizer, None) == 96
+    with pytest.raises(ConfigError, match="limit 96"):
+        length_limit(MptConfig(max_seq_len=96), byte_tokenizer, 97)
     with pytest.raises(ConfigError):
         length_limit(T5Config(), byte_tokenizer, 1)
 

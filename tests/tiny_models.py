@@ -41,6 +41,10 @@ def _gpt_neo() -> Any:
     )  # fmt: skip
 
 
+# encoder-decoders whose decoder is given inputs of its own, and all of them
+READS_TARGETS = ("t5", "t5-gated", "bart")
+ENCODER_DECODERS = (*READS_TARGETS, "bart-classifier")
+
 # name -> (model class, configuration); the names are the tests' parameters
 TINY: dict[str, tuple[str, Callable[[], Any]]] = {
     "t5": ("T5ForConditionalGeneration", lambda: tf.T5Config(**_T5, feed_forward_proj="relu")),
@@ -50,6 +54,12 @@ TINY: dict[str, tuple[str, Callable[[], Any]]] = {
     "roberta": ("RobertaForSequenceClassification", lambda: tf.RobertaConfig(**_HF, pad_token_id=0)),
     "electra": ("ElectraForSequenceClassification", lambda: tf.ElectraConfig(**_HF, embedding_size=D)),
     "bart": ("BartForConditionalGeneration", lambda: tf.BartConfig(**_BART)),
+    "bart-classifier": (  # its decoder reads the encoder's input, and the last </s> of each sequence is classified
+        "BartForSequenceClassification",
+        lambda: tf.BartConfig(
+            **_BART, pad_token_id=0, bos_token_id=1, eos_token_id=1, decoder_start_token_id=1, forced_eos_token_id=None
+        ),
+    ),
     "opt": (
         "OPTForCausalLM",
         lambda: tf.OPTConfig(
@@ -127,21 +137,25 @@ def tiny_inputs(name: str, padded: bool = True, seed: int = 0) -> dict[str, torc
     if padded:
         mask[1, 5:] = mask[2, 2:] = 0
         ids = ids * mask
+    if name == "bart-classifier":
+        ids[torch.arange(3), mask.sum(1) - 1] = 1
     inputs = {"input_ids": ids, "attention_mask": mask}
-    if name in ("t5", "t5-gated", "bart"):
+    if name in READS_TARGETS:
         inputs["decoder_input_ids"] = torch.randint(3, VOCAB, (3, 4), generator=generator)
         if padded:
             inputs["decoder_attention_mask"] = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0]])
     return inputs
 
 
-def tiny_tokenizer(folder: Path) -> None:
-    """A word-level tokenizer w0 .. w60 with <pad>, </s> and <unk>, saved into `folder`."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+def tiny_tokenizer(folder: Path, ends: bool = False) -> None:
+    """A word-level tokenizer w0 .. w60 with <pad>, </s> and <unk>, saved into `folder`; `ends` puts </s> behind each text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     words = ["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(VOCAB - 3))]
     raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    if ends:
+        raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     tokenizer = tf.PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=64
     )
@@ -153,5 +167,5 @@ def save_tiny(name: str, folder: Path, tokenizer: bool = True, **options: Any) -
     model = tiny_model(name)
     model.save_pretrained(folder, **options)
     if tokenizer:
-        tiny_tokenizer(folder)
+        tiny_tokenizer(folder, ends=name == "bart-classifier")
     return model

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moefication_cli.benchmark.timing import Call
 from moefication_cli.errors import ConfigError
+from moefication_cli.tasks.examples import position_limit
 
 
 def ffn_call(modules: Sequence[nn.Module], inputs_TD: Sequence[Tensor], tokens: int, start: int) -> Call:
@@ -37,8 +38,8 @@ def random_ids(config: Any, batch: int, seq: int, seed: int, device: torch.devic
     vocabulary = getattr(config, "vocab_size", None)
     if not isinstance(vocabulary, int):
         raise ConfigError(f"a {config.model_type} model has no vocabulary to draw a prompt from", "use --mode ffn")
-    limit = getattr(config, "max_position_embeddings", None)
-    if isinstance(limit, int) and seq > limit:
+    limit = position_limit(config)
+    if limit is not None and seq > limit:
         raise ConfigError(
             f"{seq} tokens: this model has {limit} positions", "lower --seq, --prompt-tokens, --new-tokens"
         )

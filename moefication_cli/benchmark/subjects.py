@@ -32,6 +32,7 @@ from moefication_cli.models.sites import FFNSite, find_sites
 from moefication_cli.models.surgery import FFNLayer, installed_layers
 from moefication_cli.runs.control import Control
 from moefication_cli.runtime.layer import MoEFFN
+from moefication_cli.tasks.examples import position_limit
 
 MODES = ("ffn", "prefill", "decode")
 _EXPERT_SIZE = 32
@@ -183,7 +184,7 @@ def _converted(state: Setting, folder: Path) -> BenchCase:
 
 
 def _sampling(state: Setting, model: Any) -> Any:
-    limit = getattr(model.config, "max_position_embeddings", None) or _PROMPT[1]
+    limit = position_limit(model.config) or _PROMPT[1]
     ids_BS = random_ids(model.config, _PROMPT[0], min(_PROMPT[1], limit), state.control.seed, state.device)
     return whole_forward(model, ids_BS).run
 

@@ -22,6 +22,7 @@ from moefication_cli.errors import ConfigError, CorruptArtifactError, Unavailabl
 from moefication_cli.ffn import ExpertWeights
 from moefication_cli.models.folder.moe_folder import MoEFolder, MoELayer, read_moe_folder
 from moefication_cli.models.folder.source import LOAD_ERRORS, Source, first_line, load_config, resolve_source
+from moefication_cli.models.heads import TASK_AUTO, task_of
 from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.sites import FFNSite, find_sites, refuse_quantised
 from moefication_cli.models.surgery import FFNLayer, install, live_weights, pack
@@ -31,11 +32,6 @@ from moefication_cli.runtime.pruned import PrunedFFN
 
 log = logging.getLogger(__name__)
 
-_AUTO = {
-    "classification": transformers.AutoModelForSequenceClassification,
-    "text2text": transformers.AutoModelForSeq2SeqLM,
-    "lm": transformers.AutoModelForCausalLM,
-}
 _TOKENIZER_FILES = (
     "*tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "normalizer.json", "*.model",
     "*.tiktoken", "chat_template*",
@@ -84,18 +80,6 @@ def resolve_dtype(name: str | torch.dtype | None, device: torch.device) -> torch
     if name not in _DTYPES:
         raise ConfigError(f"unknown dtype {name!r}", f"use one of {', '.join(_DTYPES)}")
     return _DTYPES[name]
-
-
-def guess_task(config: Any) -> str | None:
-    """`classification`, `text2text` or `lm` from the architecture a configuration names; None if it does not say."""
-    for name in getattr(config, "architectures", None) or []:
-        if name.endswith("ForSequenceClassification"):
-            return "classification"
-        if getattr(config, "is_encoder_decoder", False):
-            return "text2text"
-        if name.endswith(("ForCausalLM", "LMHeadModel")):
-            return "lm"
-    return None
 
 
 def load_model(
@@ -265,13 +249,13 @@ def _moe_ffn(model: nn.Module, site: FFNSite, layer: MoELayer, backend: str, fra
 
 def _model_class(config: Any, task: str | None) -> Any:
     if task is not None:
-        if task not in _AUTO:
-            raise ConfigError(f"unknown task {task!r}", f"use one of {', '.join(_AUTO)}")
-        return _AUTO[task]
+        if task not in TASK_AUTO:
+            raise ConfigError(f"unknown task {task!r}", f"use one of {', '.join(TASK_AUTO)}")
+        return TASK_AUTO[task]
     names = getattr(config, "architectures", None) or []
-    guess = guess_task(config)
+    own = task_of(config)
     return (getattr(transformers, names[0], None) if names else None) or (
-        _AUTO[guess] if guess else transformers.AutoModel
+        TASK_AUTO[own] if own else transformers.AutoModel
     )
 
 

@@ -3,7 +3,10 @@
 `TokenMask(model)` hooks the model (and the encoder of an encoder-decoder, which `generate` calls on its own) and
 remembers the 2-D attention masks of the forward pass in progress; FFN layers ask `mask_for`. Axes: B sequences, T
 tokens of this pass. Not understood, and taken as "all real": 4-D masks, masks of another length than the tokens (image
-patches, audio frames, chunked feed-forward), and a decoder beside an encoder without `decoder_attention_mask`.
+patches, audio frames, chunked feed-forward), and a decoder's own inputs without `decoder_attention_mask`.
+
+A decoder that is given no inputs of its own reads the encoder's, shifted right by one (`BartForSequenceClassification`,
+`T5ForSequenceClassification`): the encoder's mask then says which of its positions are read, and is taken for both.
 """
 
 import inspect
@@ -17,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 Stack = Literal["encoder", "decoder"]
 _ARGUMENTS: dict[str, Stack] = {"attention_mask": "encoder", "decoder_attention_mask": "decoder"}
+_OF_DECODER = ("decoder_input_ids", "decoder_inputs_embeds", "labels")  # labels become the decoder's inputs
 
 
 class TokenMask:
@@ -86,6 +90,9 @@ class TokenMask:
                 masks[stack] = mask.bool()
                 if mask.is_cpu and bool(masks[stack].all()):  # a GPU would have to be waited for
                     del masks[stack]
+        if len(self._saved) == 1:
+            if self._encoder_decoder and "encoder" in masks and all(given.get(name) is None for name in _OF_DECODER):
+                masks.setdefault("decoder", masks["encoder"])
         self._masks, self._found = masks, {}
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

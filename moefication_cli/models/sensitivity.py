@@ -33,7 +33,8 @@ def gradient_norms(
     def listen(site: FFNSite) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             if not output.requires_grad:
-                output = output.requires_grad_()
+                # A copy, because autograd forbids adding to a leaf in place, which Falcon does with the FFN's output
+                output = output.requires_grad_().clone()
             real_T = token_mask.mask_for(site.stack, output.shape[:-1])
 
             def receive(gradient: Tensor) -> None:

@@ -7,7 +7,8 @@ from torch import Tensor
 from moefication_cli.config import CollectConfig, EvalConfig
 from moefication_cli.config.option import list_text
 from moefication_cli.errors import ConfigError, StaleArtifactError
-from moefication_cli.models.loading import LoadedModel, guess_task, load_model, tokenizer_digest
+from moefication_cli.models.heads import checked_task
+from moefication_cli.models.loading import LoadedModel, load_model, tokenizer_digest
 from moefication_cli.runs.control import Control
 from moefication_cli.runs.inputs import RunModel
 from moefication_cli.store.artifact import Artifact
@@ -15,8 +16,6 @@ from moefication_cli.store.rundir import RunDir
 from moefication_cli.tasks.examples import Batch, Examples, TaskOptions
 from moefication_cli.tasks.reading import data_digest, load_rows
 from moefication_cli.tasks.task import prepare
-
-_TASKS = ("classification", "text2text", "lm")
 
 
 def open_examples(run: RunDir, loaded: LoadedModel, config: CollectConfig | EvalConfig, control: Control) -> Examples:
@@ -29,14 +28,10 @@ def open_examples(run: RunDir, loaded: LoadedModel, config: CollectConfig | Eval
         raise ConfigError("no data was named", "name a file or hub dataset with --data")
     info = run.info
     known = dict(info.fields or {})
-    task = config.task or info.task
-    if task is None:
-        task = guess_task(loaded.config)
-        control.say(f"task: {task} (guessed from {', '.join(loaded.config.architectures or ['the model'])})")
-    if task not in _TASKS:
-        raise ConfigError(
-            "the task cannot be guessed from this model", "name it with --task classification|text2text|lm"
-        )
+    asked = config.task or info.task
+    task = checked_task(loaded.config, asked, loaded.source.ref)
+    if asked is None:
+        control.say(f"task: {task} (guessed from {loaded.config.architectures[0]})")
     prompt, words = config.prompt or info.prompt, list_text(config.label_words) or info.label_words
     said = {"text_field": list_text(config.text_field), "label_field": config.label_field}
     said["max_length"] = config.max_length  # type: ignore[assignment]
@@ -122,14 +117,9 @@ def calibration_data(run: RunDir, model: RunModel, activations: Artifact) -> Col
 
 def tokens_of_stacks(batch: Batch) -> dict[str, int]:
     """Real tokens each stack reads, under the names `FFNSite.stack` has."""
-    counts = {}
-    for stack, mask, ids in (
-        ("encoder", "attention_mask", "input_ids"),
-        ("decoder", "decoder_attention_mask", "decoder_input_ids"),
-    ):
-        found = batch.inputs.get(mask)
-        counts[stack] = int(found.sum()) if found is not None else getattr(batch.inputs.get(ids), "numel", int)()
-    return counts
+    stacks: tuple[Literal["encoder", "decoder"], ...] = ("encoder", "decoder")
+    masks = {stack: batch.mask_of(stack) for stack in stacks}
+    return {stack: 0 if mask is None else int(mask.sum()) for stack, mask in masks.items()}
 
 
 def _remember(run: RunDir, task: str, prompt: str | None, words: str | None, fields: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from moefication_cli.config import CollectConfig
 from moefication_cli.errors import ConfigError, MoEficationError, NonFiniteError
 from moefication_cli.models.capture import capture
+from moefication_cli.models.heads import checked_task
 from moefication_cli.models.loading import LoadedModel, load_model
 from moefication_cli.models.sensitivity import gradient_norms, predicted_weights, sampled_log_likelihood, token_weights
 from moefication_cli.models.sites import FFNSite
@@ -59,6 +61,7 @@ def collect_activations(run: RunDir, config: CollectConfig, control: Control = C
     model = open_model(run, config, control)
     config = as_before(run, "activations", config)
     config = replace(config, data=absolute(config.data))
+    checked_task(model.checkpoint.config, config.task or run.info.task, model.checkpoint.source.ref)
     if control.dry_run:
         width = sum(site.d_model for site in model.sites)
         parameters = model.checkpoint.describe()["parameters"]
@@ -182,7 +185,8 @@ def collect_shard(
     sequences: list[list[Tensor]] = [[] for _ in sites]
     sums = [torch.zeros(4, site.num_neurons, dtype=torch.float64) for site in sites]
     norms: list[list[Tensor]] = [[] for _ in sites]
-    rows = {"encoder": torch.empty(0), "decoder": torch.empty(0)}  # of the batch in progress: its tokens' sequences
+    # Of the batch in progress: the sequence each token of a stack belongs to
+    rows: dict[Literal["encoder", "decoder"], Tensor] = {"encoder": torch.empty(0), "decoder": torch.empty(0)}
 
     def on_input(site: FFNSite, x_TD: Tensor) -> None:
         stored_TD = x_TD.to(device="cpu", dtype=dtype)
@@ -205,8 +209,8 @@ def collect_shard(
         files = {i: stack.enter_context(_open_inputs(work, chain, sites[i], config)) for i in work.unfinished()}
         mask = stack.enter_context(capture(loaded.model, sites, on_input, on_hidden))
         for number, batch in enumerate(shard.batches, shard.first_batch):
-            for side, name in (("encoder", "attention_mask"), ("decoder", "decoder_attention_mask")):
-                rows[side] = _sequence_of_tokens(batch, side, name, first_row)
+            for side in rows:
+                rows[side] = _sequence_of_tokens(batch, side, first_row)
             if config.sensitivity and (number % _GRADIENT_EVERY == 0 or number < _GRADIENT_FIRST):
                 with gradient_norms(loaded.model, sites, on_gradient, mask):
                     logits = loaded.model(**batch.to(loaded.device).inputs).logits
@@ -233,13 +237,11 @@ def collect_shard(
     write_layer(_shard_path(work, shard.number, config), tensors, where)
 
 
-def _sequence_of_tokens(batch: Batch, stack: str, mask_name: str, first_row: int) -> Tensor:
+def _sequence_of_tokens(batch: Batch, stack: Literal["encoder", "decoder"], first_row: int) -> Tensor:
     """The sequence number of every real token of one stack, in the order `capture` delivers them."""
-    mask = batch.inputs.get(mask_name)
-    if mask is None:
-        like = batch.inputs.get("decoder_input_ids" if stack == "decoder" else "input_ids")
-        mask = torch.zeros(0, 0) if like is None else torch.ones_like(like)
-    return torch.repeat_interleave(torch.arange(len(mask), dtype=torch.int32) + first_row, mask.sum(1).long())
+    mask = batch.mask_of(stack)
+    counts = torch.zeros(0, dtype=torch.int64) if mask is None else mask.sum(1).long()
+    return torch.repeat_interleave(torch.arange(len(counts), dtype=torch.int32) + first_row, counts)
 
 
 def _non_finite(site: FFNSite, x_TD: Tensor, config: CollectConfig) -> MoEficationError:

@@ -24,6 +24,7 @@ Indices = npt.NDArray[np.int64]
 
 _SORT_BLOCK = 1024  # examples tokenised and sorted by length together; fixed, so that order never depends on batch size
 _MAX_DEFAULT_LENGTH = 512
+_LIMITS = ("max_position_embeddings", "max_seq_len")  # the second is MPT's
 # position tables of these models start behind the padding token's row
 _OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "xlm-roberta-xl", "data2vec-text"}
 
@@ -49,6 +50,17 @@ class Batch:
     inputs: dict[str, Tensor]
     example_B: Indices
     num_tokens: int
+
+    def mask_of(self, stack: Literal["encoder", "decoder"]) -> Tensor | None:
+        """Real tokens [B, T] that a stack of the model reads; None where it reads none.
+
+        A decoder whose inputs are not given reads the encoder's, shifted right by the model (`BartForSequenceClassification`):
+        the positions whose outputs are read are those of the encoder's mask.
+        """
+        own = stack == "decoder" and "decoder_input_ids" in self.inputs
+        prefix = "decoder_" if own else ""
+        mask, ids = self.inputs.get(f"{prefix}attention_mask"), self.inputs.get(f"{prefix}input_ids")
+        return mask if mask is not None or ids is None else torch.ones_like(ids)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device."""
@@ -170,14 +182,20 @@ def score_classes(logp_BC: Tensor, labels_B: Indices, batch: Batch, reference_BC
     return Scores(batch.example_B, right_B, np.ones(len(right_B)), agreement_B, kl_B)
 
 
+def position_limit(model_config: Any) -> int | None:
+    """The longest input a model's positions allow, in tokens; None where its configuration names no limit."""
+    config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+    for name in _LIMITS:
+        limit = getattr(config, name, None)
+        if isinstance(limit, int) and limit > 0:  # some position-free models say -1
+            offset = getattr(config, "model_type", "") in _OFFSET_POSITIONS
+            return limit - (getattr(config, "pad_token_id", None) or 0) - 1 if offset else limit
+    return None
+
+
 def length_limit(model_config: Any, tokenizer: Any, max_length: int | None) -> int:
     """Tokens per sequence: `max_length`, or the model's limit but at most 512. ConfigError if it exceeds the limit."""
-    config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
-    hard = getattr(config, "max_position_embeddings", None)
-    if hard is not None and getattr(config, "model_type", "") in _OFFSET_POSITIONS:
-        hard -= (getattr(config, "pad_token_id", None) or 0) + 1
-    if isinstance(hard, int) and hard <= 0:  # some position-free models say -1
-        hard = None
+    hard = position_limit(model_config)
     if max_length is not None:
         if max_length < 2 or (hard is not None and max_length > hard):
             raise ConfigError(f"--max-length {max_length} is not between 2 and the model's limit {hard}")

@@ -17,6 +17,7 @@ from moefication_cli.errors import ConfigError
 from moefication_cli.ffn import FFNWeights
 from moefication_cli.models.folder.permuted import TensorPlan, copy_side_files, write_shards
 from moefication_cli.models.folder.source import TensorFile, load_config, meta_model, resolve_source
+from moefication_cli.models.heads import task_of
 from moefication_cli.models.sites import FFNSite, find_sites, refuse_quantised
 from moefication_cli.split.partition import divisors
 from moefication_cli.store import jsonio
@@ -128,6 +129,7 @@ class Checkpoint:
             "revision": self.resolved_revision,
             "architecture": type(self._architecture).__name__,
             "model_type": self.config.model_type,
+            "task": task_of(self.config),
             "dtype": str(self._tensor_dtype()).removeprefix("torch."),
             "files": [path.name for path in self.files],
             "bytes": sum(path.stat().st_size for path in self.files),

@@ -1,0 +1,81 @@
+"""Which auto class of transformers loads a model, and which of our tasks that makes possible.
+
+A task runs the whole model on text, so it needs the head the checkpoint was trained with: classification, text2text or
+lm can convert a model where the task's auto class loads the very class that config.json names first under
+`architectures`. Reads configurations only, no weights.
+"""
+
+from typing import Any
+
+import transformers
+
+from moefication_cli.errors import ConfigError, UnsupportedModelError
+
+TASK_AUTO = {
+    "classification": transformers.AutoModelForSequenceClassification,
+    "text2text": transformers.AutoModelForSeq2SeqLM,
+    "lm": transformers.AutoModelForCausalLM,
+}
+
+
+def auto_architectures(config_class: type) -> dict[str, str]:
+    """The auto classes of transformers that support a configuration class -> the name of the class each of them loads."""
+    autos = [name for name in dir(transformers) if name.startswith("AutoModel")]
+    found = {name: _classes(getattr(transformers, name), config_class) for name in autos}
+    return {name: classes[0] for name, classes in found.items() if classes}
+
+
+def task_of(config: Any) -> str | None:
+    """`classification`, `text2text` or `lm`: the task whose auto class loads the architecture the configuration names.
+
+    None where there is none: no head (`BertModel`), another head, or a model that does not read text (ViT, Whisper).
+    """
+    architecture = _architecture(config)
+    remote = getattr(config, "auto_map", None) or {}
+    for task, auto in TASK_AUTO.items():
+        own = str(remote.get(auto.__name__, "")).rpartition(".")[2]  # a class of code that comes with the model
+        if architecture and architecture in (own, *_classes(auto, type(config))):
+            return task
+    return None
+
+
+def why_no_task(config: Any) -> str:
+    """Half a sentence on what the model lacks, for models of which `task_of` is None."""
+    architecture = _architecture(config)
+    if not architecture:
+        return "its config.json names no architecture"
+    reads = getattr(getattr(transformers, architecture, None), "main_input_name", "input_ids")
+    if reads != "input_ids":
+        return f"it reads {reads}, and calibration and evaluation run text"
+    return f"{architecture} has no head for any of {', '.join(TASK_AUTO)}"
+
+
+def checked_task(config: Any, asked: str | None, where: str) -> str:
+    """The task to run a model with: what was asked for, or the model's own. `where` names the model in messages.
+
+    Raises UnsupportedModelError where no task fits the model, ConfigError where the one asked for does not.
+    """
+    task = task_of(config)
+    if task is None:
+        raise UnsupportedModelError(
+            f"{where} cannot be converted: {why_no_task(config)}",
+            f"convert a checkpoint that one of {', '.join(auto.__name__ for auto in TASK_AUTO.values())} has saved",
+        )
+    if asked not in (None, task):
+        raise ConfigError(
+            f"--task {asked} does not fit {where}: {_architecture(config)} is converted with --task {task}",
+            f"leave --task out, or write --task {task}",
+        )
+    return task
+
+
+def _architecture(config: Any) -> str:
+    names = getattr(config, "architectures", None) or [""]
+    return str(names[0])
+
+
+def _classes(auto: Any, config_class: type) -> list[str]:
+    """Names of the classes an auto class loads for a configuration class, the default one first."""
+    found = auto._model_mapping.get(config_class, None)
+    classes = found if isinstance(found, list | tuple) else [found]
+    return [kind.__name__ for kind in classes if kind is not None]
