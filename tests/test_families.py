@@ -238,6 +238,22 @@ def test_mask_is_cleared_when_a_pass_fails():
     assert token_mask.mask_for("encoder", (1, 2)) is None
 
 
+def test_a_decoder_without_inputs_of_its_own_has_the_encoders_mask():
+    model, real = tiny_model("bart-classifier"), tiny_inputs("bart-classifier")["attention_mask"].bool().flatten()
+    heard, token_mask = [], TokenMask(model)
+    model.model.decoder.register_forward_pre_hook(lambda *_: heard.append(token_mask.mask_for("decoder", (3, 7))))
+    model(**tiny_inputs("bart-classifier"))
+    model(**tiny_inputs("bart-classifier"), labels=torch.tensor([0, 1, 2]))  # classes, which no decoder reads
+    assert all(torch.equal(mask, real) for mask in heard) and len(heard) == 2
+    model, heard = tiny_model("bart"), []
+    token_mask = TokenMask(model)
+    model.model.decoder.register_forward_pre_hook(lambda *_: heard.append(token_mask.mask_for("decoder", (3, 7))))
+    inputs = {key: tiny_inputs("bart")[key] for key in ("input_ids", "attention_mask")}
+    model(**inputs)
+    model(**inputs, labels=torch.full((3, 7), 5))  # the decoder reads the labels, and nothing says which are real
+    assert torch.equal(heard[0], inputs["attention_mask"].bool().flatten()) and heard[1] is None
+
+
 def test_t5_half_precision_keeps_the_wide_down_projection(tmp_path):
     save_tiny("t5", tmp_path)
     model = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float16).eval()

@@ -93,7 +93,7 @@ def uninstall(model: nn.Module, site: FFNSite) -> None:
     if not isinstance(state, _Installed):
         return
     for part in {id(part): part for part in (state.up, state.gate, state.down) if part is not None}.values():
-        part.__class__ = type(part).__mro__[2]
+        part.__class__ = type(part).__bases__[1]
     setattr(state.act_parent, state.act_name, state.act)
 
 
@@ -125,29 +125,31 @@ class _Installed:
         self.up, self.gate, self.down, self.site = up, gate, down, site
         self.act_parent, self.act_name, self.act = act_parent, act_name, getattr(act_parent, act_name)
         self.layer, self.token_mask = layer, token_mask
-        self.seen = 0
+        self.seen = 0  # address of the weights that the layer's views were derived from; 0: derive them
 
     def __call__(self, x: Tensor) -> Tensor:
         weight: Tensor = self.up._parameters["weight"]  # type: ignore[assignment]
         learns = weight.requires_grad and torch.is_grad_enabled()
         # Views belong to the parameters' storage of the moment; under autograd also to one graph
         if learns or self.seen != weight.data_ptr():
-            self._renew(learns)
+            self._renew(learns, moved=self.seen != 0)
             self.seen = 0 if learns else weight.data_ptr()
         mask = self.token_mask.mask_for(self.site.stack, x.shape[:-1]) if self.token_mask is not None else None
         if x.dtype != weight.dtype:
             x = x.to(weight.dtype)
         return self.layer(x) if mask is None else self.layer(x, mask.to(x.device).view(x.shape[:-1]))
 
-    def _renew(self, learns: bool) -> None:
+    def _renew(self, learns: bool, moved: bool) -> None:
         weights = getattr(self.layer, "weights", None)
         if not isinstance(weights, ExpertWeights):
             return
         if not (_rows(self.up, True).is_contiguous() and _rows(self.down, False).is_contiguous()):
             _pack(self.up, self.gate, self.down)
         ffn = _views(self.up, self.gate, self.down, self.site)
-        if not learns and _same_memory(ffn, weights.ffn):
-            return  # installed before (`eval` takes layers in turns): what the layer has prepared stays good
+        # Installed before (`eval` takes layers in turns): what the layer has prepared stays good. Not where memory moved under
+        # the views as well, as `share_memory` and sending to another process do: what is prepared holds the old addresses.
+        if not learns and not moved and _same_memory(ffn, weights.ffn):
+            return
         if not learns:
             detached: dict[str, Any] = {k: v.detach() for k, v in vars(ffn).items() if isinstance(v, Tensor)}
             ffn = replace(ffn, **detached)
@@ -158,45 +160,68 @@ class _Installed:
         if router is not None:
             self.layer.router = router.to(device)  # type: ignore[attr-defined]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Installed":
-        # The layer's tensors are views on parameters that are being copied as well: copy the shell, renew on first use
-        twin = copy.copy(self)
-        memo[id(self)] = twin
-        for name in ("up", "gate", "down", "act_parent", "act", "token_mask"):
-            setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
-        twin.layer, twin.seen = copy.copy(self.layer), 0
-        return twin
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the layer's weights are views on parameters that are copied as well, so they are left out
+        (tensors without memory stand for them) and derived anew on the first call.
+        """
+        layer: Any = copy.copy(self.layer)
+        weights = getattr(layer, "weights", None)
+        if isinstance(weights, ExpertWeights):
+            with torch.no_grad():
+                layer.weights = replace(weights, ffn=weights.ffn.to("meta"))
+        return {**self.__dict__, "layer": layer, "seen": 0}
 
 
-class _Experts:
+class _Swapped:
+    """A projection of an installed FFN. Its class is made at run time, so pickle is told what it is made of."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        mixin, kind = type(self).__bases__
+        return swapped_module, (kind, mixin), self.__dict__
+
+
+class _Experts(_Swapped):
     def forward(self, x: Tensor) -> Tensor:
-        return self.__dict__[_STATE](x)  # type: ignore[no-any-return]
+        state = self.__dict__[_STATE]
+        # Routing and compiled kernels are no graph for torch.compile: it calls them between its own graphs
+        return _outside_of_graphs(state, x) if torch.compiler.is_compiling() else state(x)
 
 
-class _FusedExperts:
+class _FusedExperts(_Experts):
     """Both halves of a fused projection: ones for the gate, on which the activation is the identity, and y for up."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.__dict__[_STATE](x)
+        y = super().forward(x)
         return torch.cat([torch.ones_like(y), y], dim=-1)
 
 
-class _PassThrough:
+class _PassThrough(_Swapped):
     def forward(self, x: Tensor) -> Tensor:
         return x
 
 
-class _One:
+class _One(_Swapped):
     """The gate's share of identity(1) * y."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.new_ones(())
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _outside_of_graphs(state: "_Installed", x: Tensor) -> Tensor:
+    return state(x)
+
+
 @cache
 def _subclass(kind: Any, mixin: Any) -> type:
     # One class per pair, so that compiled code sees equal layers as equal
     return type(f"{mixin.__name__[1:]}{kind.__name__}", (mixin, kind), {})
+
+
+def swapped_module(kind: Any, mixin: Any) -> Any:
+    """What copies and pickles call for a projection of an installed FFN, before they set its state: pickled models name it."""
+    made = _subclass(kind, mixin)
+    return made.__new__(made)  # type: ignore[call-overload]
 
 
 def _part(model: nn.Module, path: str | None) -> Any:

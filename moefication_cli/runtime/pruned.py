@@ -35,6 +35,10 @@ class PrunedFFN:
         self.of_neurons = of_neurons or weights.ffn.num_neurons
         self._prepared: tuple[ExpertWeights, CompiledLayer | None] | None = None
 
+    def __getstate__(self) -> dict[str, object]:
+        """For copies and pickles: without what is prepared, which holds addresses in this process's memory."""
+        return {**self.__dict__, "_prepared": None}
+
     @property
     def active_fraction(self) -> float:
         """Share of the dense FFN's neurons that run."""
