@@ -1,11 +1,12 @@
 """Code that travels with a converted folder: `AutoModelForX.from_pretrained(RUN/model, trust_remote_code=True)` is the MoE.
 
-`config.json` names a class of `modeling_moefication.py` under `auto_map`; transformers takes it only with
-trust_remote_code=True, so plain `from_pretrained` stays dense. The class is the checkpoint's own, which attaches the experts
-after loading; it needs this package installed and says so where it is not. Source:
+`config.json` names classes of `modeling_moefication.py` under `auto_map`; transformers takes them only with
+trust_remote_code=True, so plain `from_pretrained` stays dense. They are the classes that the auto classes load anyway, and
+attach the experts after loading; they need this package installed and say so where it is not. Source:
 https://huggingface.co/docs/transformers/custom_models
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from huggingface_hub import snapshot_download
 
 from moefication_cli.errors import UnsupportedModelError
 from moefication_cli.models.folder.moe_folder import FOLDER, read_moe_folder
+from moefication_cli.models.heads import auto_architectures
 from moefication_cli.models.loading import attach_experts
+from moefication_cli.models.sites import find_sites
 from moefication_cli.store import jsonio
 from moefication_cli.store.files import atomic_write
 
@@ -24,7 +27,7 @@ _CODE = '''"""This folder as a mixture of experts: AutoModelForX.from_pretrained
 Without trust_remote_code the same call gives the dense model. Written by `moefication apply --embed-code`.
 """
 
-from transformers import {architecture}
+import transformers
 
 try:
     from moefication_cli.models.embedded import attach
@@ -35,19 +38,26 @@ except ImportError as error:
     ) from error
 
 
-class MoE{architecture}({architecture}):
+class WithExperts:
     @classmethod
     def from_pretrained(cls, folder, *args, **kwargs):
         loaded = super().from_pretrained(folder, *args, **kwargs)
         attach(loaded[0] if isinstance(loaded, tuple) else loaded, folder, kwargs.get("revision"))
         return loaded
 '''
+_CLASS = """
+
+class MoE{architecture}(WithExperts, transformers.{architecture}):
+    pass
+"""
 
 
 def embed_code(folder: Path) -> list[Path]:
-    """Write the module into a converted folder and name its class in config.json; returns both paths.
+    """Write the module into a converted folder and name its classes in config.json; returns both paths.
 
-    Raises UnsupportedModelError for models that come with code of their own or name no class of transformers.
+    There is a class, and an `auto_map` entry, for every auto class that supports the model: whichever of them a user
+    calls gives the mixture, never the dense model without a word. Raises UnsupportedModelError for models that come with
+    code of their own or name no class of transformers.
     """
     settings = jsonio.read_object(folder / "config.json")
     architecture = (settings.get("architectures") or [""])[0]
@@ -56,16 +66,12 @@ def embed_code(folder: Path) -> list[Path]:
             f"--embed-code: {architecture or 'the model'} is no class of transformers, its code cannot be extended",
             "leave --embed-code out and load the folder with moefication_cli.load",
         )
-    kind = getattr(transformers, architecture).config_class
-    names = [
-        name
-        for name in dir(transformers)
-        if name.startswith("AutoModel")
-        and getattr(getattr(transformers, name)._model_mapping.get(kind, None), "__name__", "") == architecture
-    ]
+    loads = auto_architectures(getattr(transformers, architecture).config_class)
+    loads = {auto: name for auto, name in loads.items() if hasattr(transformers, name)}
+    classes = [_CLASS.format(architecture=name) for name in sorted({architecture, *loads.values()})]
     module = folder / f"{MODULE}.py"
-    atomic_write(module, _CODE.format(architecture=architecture).encode())
-    settings["auto_map"] = dict.fromkeys(names, f"{MODULE}.MoE{architecture}")
+    atomic_write(module, "".join([_CODE, *classes]).encode())
+    settings["auto_map"] = {auto: f"{MODULE}.MoE{name}" for auto, name in loads.items()}
     jsonio.write(folder / "config.json", settings)
     return [module, folder / "config.json"]
 
@@ -73,9 +79,13 @@ def embed_code(folder: Path) -> list[Path]:
 def attach(model: Any, folder: str | Path, revision: str | None = None) -> None:
     """Make a loaded dense model the mixture of experts that its folder or hub repository describes.
 
-    Raises MissingArtifactError (no experts there), CorruptArtifactError.
+    A part of the converted model (the encoder of an encoder-decoder) gets the experts of its own layers. Raises
+    MissingArtifactError (no experts there), CorruptArtifactError.
     """
     local = Path(folder)
     if not local.is_dir():
         local = Path(snapshot_download(str(folder), revision=revision, allow_patterns=[f"{FOLDER}/*"]))
-    attach_experts(model.eval(), local, read_moe_folder(local))
+    moe = read_moe_folder(local)
+    names = {site.name for site in find_sites(model, moe.settings.get("ffn"))}
+    moe = replace(moe, layers=tuple(layer for layer in moe.layers if layer.name in names))
+    attach_experts(model.eval(), local, moe)
