@@ -52,7 +52,10 @@ class LoadedModel:
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`. UnavailableError if that is not here."""
+    """`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:N`.
+
+    Raises ConfigError for other names, UnavailableError for a device that is not here.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -72,7 +75,10 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 
 def resolve_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype | None:
-    """A dtype; None means the checkpoint's own, which is the default on CUDA. The default on CPU is float32."""
+    """A dtype; None means the checkpoint's own, which is the default on CUDA. The default on CPU is float32.
+
+    Raises ConfigError for a name that is not a float dtype here.
+    """
     if isinstance(name, torch.dtype):
         return name
     if name is None or name == "auto":
@@ -131,7 +137,10 @@ def load_model(
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in a model's folder; one without a padding token pads with its end token."""
+    """The tokenizer in a model's folder; one without a padding token pads with its end token.
+
+    Raises ConfigError where there is none, or one without words.
+    """
     try:
         words = transformers.AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
         # Without files transformers makes an empty tokenizer of the right class, which reads every word as unknown

@@ -16,7 +16,7 @@ from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.sites import FFNSite
 
 _RIDGE = 0.03  # of the mean variance
-_CHUNK = 2048  # tokens in float32 at a time: memory that is had at once and not anew from the system
+_CHUNK = 2048  # tokens converted to float32 at a time: blocks this small are reused by the allocator
 
 Deliver = Callable[[FFNSite, Tensor], None]
 
@@ -87,7 +87,7 @@ def predicted_weights(x_TD: Tensor, weight_S: Tensor, sample_S: Tensor) -> Tenso
 
     `sample_S` are the indices of the tokens whose `weight_S` was measured. A backward pass costs as much as a forward one,
     so it runs on few sequences; and the expectation over drawn labels, which the fit is closer to than one draw, is
-    what is wanted. The mean is that of the sample.
+    what is wanted. The mean of the result is that of the sample.
     """
     known_SD = x_TD[sample_S].float()
     mean_D, spread_D = known_SD.mean(0), known_SD.std(0).clamp_min(1e-6)

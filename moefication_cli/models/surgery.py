@@ -2,10 +2,12 @@
 
 `install` swaps the classes of the FFN's own projections, because transformers keeps BERT's, BART's and OPT's FFNs
 inline and there often is no module to replace: `up` computes the whole FFN, `gate` and the activation become neutral,
-`down` passes through. The state dict, `save_pretrained`, `.to()` and `deepcopy` go on working; dense and sparse
-execution share one copy of the weights, stored neuron-major behind the dense names. Axes as in `ffn`.
-In training, dropout that sat between activation and `down` (T5, BART) acts on the FFN's output instead; evaluation is
-unaffected.
+`down` passes through. Where gate and up are one projection (Phi-3, ModernBERT), that projection answers with ones for the
+gate and the FFN's output for up: what the block does next, split, activate, multiply, gives the output, and no forward of
+a model is replaced, whatever else it does. The state dict, `save_pretrained`, `.to()`, `deepcopy`, pickle and
+`torch.compile` go on working; dense and sparse execution share one copy of the weights, stored neuron-major behind the
+dense names. Axes as in `ffn`. In training, dropout that sat between activation and `down` (T5, BART, ModernBERT) acts on
+the FFN's output instead; evaluation is unaffected.
 """
 
 import copy

@@ -61,7 +61,7 @@ class Checkpoint:
         return self.source.revision
 
     def site(self, name: str) -> FFNSite:
-        """The site of that name."""
+        """The site of that name. Raises ConfigError, with the names there are, for another one."""
         for site in self.sites:
             if site.name == name:
                 return site
@@ -146,7 +146,8 @@ class Checkpoint:
         `orders` maps site names to order_F (new position -> old neuron); sites that are not named stay as they are.
         Same file names, tensor names, shapes and dtypes (`.bin` files become safetensors), one tensor in memory at a
         time; also copies configuration, tokenizer and licence files, and `*.py` only under `trust_remote_code`.
-        Returns the files written, synced to disk. The caller makes the folder atomic.
+        Returns the files written, synced to disk. The caller makes the folder atomic. Raises ConfigError for a site that is
+        not there, an order that is not a permutation, and weight files that lack a tensor or end early.
         """
         plan: dict[tuple[Path, str], TensorPlan] = {}
         for name, order_F in orders.items():

@@ -53,7 +53,10 @@ class Source:
 
 
 def resolve_source(ref: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Source:
-    """Finds the files of a local folder or a hub id (downloads it, or uses the cache under HF_HUB_OFFLINE)."""
+    """Finds the files of a local folder or a hub id (downloads it, or uses the cache under HF_HUB_OFFLINE).
+
+    Raises ConfigError where there is no such model, or files are missing.
+    """
     text = str(ref)
     folder = Path(text).expanduser()
     commit = None
@@ -114,7 +117,7 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
 
 
 def load_config(source: Source, trust_remote_code: bool = False) -> Any:
-    """The transformers configuration of a source."""
+    """The transformers configuration of a source. Raises ConfigError where transformers cannot read it."""
     try:
         return transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     except LOAD_ERRORS as error:
@@ -123,7 +126,10 @@ def load_config(source: Source, trust_remote_code: bool = False) -> Any:
 
 
 def meta_model(config: Any, trust_remote_code: bool = False) -> nn.Module:
-    """The architecture with every tensor on the meta device: names and shapes, no memory."""
+    """The architecture with every tensor on the meta device: names and shapes, no memory.
+
+    Raises ConfigError where transformers cannot build it.
+    """
     names = getattr(config, "architectures", None) or []
     kind = getattr(transformers, names[0], None) if names else None
     try:
