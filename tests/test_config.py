@@ -75,17 +75,17 @@ def test_lists_that_earlier_versions_recorded_as_text_are_read_and_compared() ->
 
 def test_layer_numbers_are_parsed_without_counting_to_the_end() -> None:
     kind = option_types(ControlConfig)["layers"]
-    assert parse_list("0,3-5, 4", "--layers", kind, "layers") == (0, 3, 4, 5)
+    assert parse_list("0,3-5, 4", "--layers", kind) == (0, 3, 4, 5)
     for text in ("0-99999999999", "²", "3-", "-1", "a", "5-3", "0-1-2", "999999"):
         with pytest.raises(ConfigError, match="--layers"):
-            parse_list(text, "--layers", kind, "layers")
+            parse_list(text, "--layers", kind)
 
 
 def test_lists_come_from_toml_arrays_too(run_cli: Runner, tmp_path: Path) -> None:
     path = tmp_path / "c.toml"
-    path.write_text('[bench]\nshape = "t5-base"\ntokens = [3, 5]\nfractions = [0.25]\nmode = ["ffn"]\n')
+    path.write_text('[bench]\nshape = "t5-base"\ntokens = [3, 5]\nfractions = [0.12345678]\nmode = ["ffn"]\n')
     found = run_cli.ok("bench", "--config", path, "--dry-run")
-    assert (found["rows"][0]["tokens"], found["rows"][0]["fractions"]) == ([3, 5], [0.25])
+    assert (found["rows"][0]["tokens"], found["rows"][0]["fractions"]) == ([3, 5], [0.12345678])
 
 
 def words(rng: random.Random, tmp_path: Path) -> list[str]:

@@ -89,7 +89,7 @@ def _value(entry: Any, kind: OptionType, value: Any) -> Any:
     """What the config is given for an option: a tuple where the command line has a comma list."""
     if not kind.many or value is None:
         return value
-    return parse_list(value, flag(entry), kind, entry.metadata["kind"])
+    return parse_list(value, flag(entry), kind)
 
 
 def _option(entry: Any, hint: Any, kind: OptionType, panel: str | None) -> inspect.Parameter:

@@ -146,7 +146,7 @@ class RouterConfig(Options):
     )
     calibration_tokens: int = option(4096, "Tokens behind each calibration curve, fitted and held out", minimum=64)
     epochs: int | None = option(
-        None, "Passes over the tokens (default: 6, for mlp at most 5: it stops early)", minimum=1
+        None, "Passes over the tokens (default: 6, for mlp 4 at most: it stops early)", minimum=1
     )
     batch_size: int | None = option(None, "Tokens per training step (default: 1024, for mlp 2048)", minimum=1)
     learning_rate: float | None = option(None, "Adam's step (default: by router)", minimum=0.0)

@@ -68,16 +68,17 @@ class OptionType:
     choices: tuple[str, ...] = ()
     optional: bool = False
     many: bool = False
+    layers: bool = False  # the items are layer numbers, and 3-7 is five of them
 
 
 @cache
 def option_types(config: type) -> dict[str, OptionType]:
     """The types of a config class's options by name."""
     hints = get_type_hints(config)
-    return {entry.name: _taken_apart(hints[entry.name]) for entry in options_of(config)}
+    return {e.name: _taken_apart(hints[e.name], e.metadata["kind"] == LAYERS) for e in options_of(config)}
 
 
-def _taken_apart(hint: Any) -> OptionType:
+def _taken_apart(hint: Any, layers: bool) -> OptionType:
     parts = get_args(hint)
     optional = type(None) in parts and get_origin(hint) is not Literal
     if optional:
@@ -89,7 +90,7 @@ def _taken_apart(hint: Any) -> OptionType:
         hint = get_args(hint)[0]
     if get_origin(hint) is Literal:
         return OptionType(str, tuple(get_args(hint)), optional, many)
-    return OptionType(hint, (), optional, many)
+    return OptionType(hint, (), optional, many, layers)
 
 
 class Options:
@@ -112,23 +113,19 @@ class Options:
         """
         types = option_types(cls)  # type: ignore[arg-type]
         known = {name: value for name, value in values.items() if name in types}
-        for name, value in known.items():
-            if types[name].many and isinstance(value, str):
-                known[name] = parse_list(value, "--" + name.replace("_", "-"), types[name], cls_kind(cls, name))
+        for entry in options_of(cls):
+            text = known.get(entry.name)
+            if types[entry.name].many and isinstance(text, str):
+                known[entry.name] = parse_list(text, flag(entry), types[entry.name])
         return cls(**known)
 
 
-def cls_kind(config: type, name: str) -> str:
-    """The `kind` of an option."""
-    return str(next(entry.metadata["kind"] for entry in options_of(config) if entry.name == name))
-
-
-def parse_list(text: str, option: str, kind: OptionType, meaning: str = "") -> tuple[Any, ...]:
+def parse_list(text: str, option: str, kind: OptionType) -> tuple[Any, ...]:
     """The items of a comma list. Raises ConfigError naming the option."""
     pieces = [piece.strip() for piece in text.split(",") if piece.strip()]
     if not pieces:
         raise ConfigError(f"{option} {text!r} is an empty list")
-    if meaning == LAYERS:
+    if kind.layers:
         return _layer_numbers(pieces, option, text)
     if kind.item is str:
         return tuple(pieces)
@@ -179,7 +176,7 @@ def distribute(values: Mapping[str, Any], configs: Sequence[type]) -> list[Any]:
 
 def list_text(values: tuple[Any, ...] | None) -> str | None:
     """A tuple as the command line writes it."""
-    return None if values is None else ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+    return None if values is None else ",".join(map(str, values))
 
 
 def _checked(entry: Field[Any], kind: OptionType, value: Any) -> Any:

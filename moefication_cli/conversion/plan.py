@@ -1,6 +1,6 @@
 """What a converted layer consists of at one compute budget: the common ground of `apply` and `eval`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -235,7 +235,7 @@ def _at_mean_count(model: RunModel, activations: Artifact, layer: RoutedLayer, b
     scores_TE = router.scores(tokens.x_TD)
     rule = rule_class(budget.rule).calibrate(scores_TE, target)
     keep_TE = as_mask(rule.select(scores_TE), cost.num_experts)
-    extra = _compensation(model, layer, tokens, keep_TE, 0, budget)
+    extra = _compensation(model, activations, layer, lambda _: keep_TE, 0, budget, seed)
     share = cost.flops(float(keep_TE.float().sum(1).mean())) / cost.dense_flops
     return LayerPlan(layer, rule, share, router, 0, extra)
 
@@ -249,14 +249,16 @@ def _calibrated(
     number, experts, flops = int(curve.router_C[row]), int(curve.experts_C[row]), float(curve.flops_C[row])
     if number < 0 and experts >= layer.partition.num_experts:
         return LayerPlan(layer, None, 1.0)
-    tokens = _fit_tokens(model, activations, layer, seed)
+    rank = int(curve.rank_C[row])
     if number < 0:
-        keep_TE = first_experts(layer.partition.num_experts, experts, len(tokens), model.device)
-        extra = _compensation(model, layer, tokens, keep_TE, int(curve.rank_C[row]), budget)
+
+        def first(tokens: Tokens) -> Tensor:
+            return first_experts(layer.partition.num_experts, experts, len(tokens), model.device)
+
+        extra = _compensation(model, activations, layer, first, rank, budget, seed)
         return LayerPlan(layer, TopK(0), flops, None, experts, extra)
     router, rule = layer.routers[number], Threshold(float(curve.threshold_C[row]))
-    keep_TE = rule.select(router.scores(tokens.x_TD))
-    extra = _compensation(model, layer, tokens, keep_TE, int(curve.rank_C[row]), budget)
+    extra = _compensation(model, activations, layer, lambda t: rule.select(router.scores(t.x_TD)), rank, budget, seed)
     return LayerPlan(layer, rule, flops, router, 0, extra)
 
 
@@ -265,12 +267,20 @@ def _fit_tokens(model: RunModel, activations: Artifact, layer: RoutedLayer, seed
 
 
 def _compensation(
-    model: RunModel, layer: RoutedLayer, tokens: Tokens, keep_TE: Tensor, rank: int, budget: Budget
+    model: RunModel,
+    activations: Artifact,
+    layer: RoutedLayer,
+    keep: Callable[[Tokens], Tensor],
+    rank: int,
+    budget: Budget,
+    seed: int,
 ) -> Compensation | None:
+    """Fitted on calibration tokens, of which `keep` gives the experts that run; without one nothing is read."""
     if not compensation_kind(budget.compensation).fitted:
         return None
+    tokens = _fit_tokens(model, activations, layer, seed)
     weights = expert_weights(model.read_ffn(layer.index), layer.partition)
-    return fit_compensation(weights, keep_TE, rank, tokens)
+    return fit_compensation(weights, keep(tokens), rank, tokens)
 
 
 def describe_rule(plans: Sequence[LayerPlan], sharing: str | None = None) -> dict[str, Any]:

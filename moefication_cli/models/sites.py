@@ -15,7 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from moefication_cli.errors import UnsupportedModelError
-from moefication_cli.ffn import ACTIVATIONS, flops_per_neuron
+from moefication_cli.ffn import ACTIVATIONS, FFNWeights, flops_per_neuron
 from moefication_cli.models.families import ACT_NAMES, FAMILIES, FFNSpec, custom_spec
 
 _BY_HAND = 'describe its FFNs by hand: --ffn "up=layers.*.mlp.up,gate=layers.*.mlp.gate,down=layers.*.mlp.down"'
@@ -103,6 +103,22 @@ class FFNSite:
         if self.bias_down:
             found.append(ParamSlice(f"{self.down}.bias", "down", "bias", None))
         return found
+
+    def weights_of(self, tensor_of: Callable[[ParamSlice], torch.Tensor]) -> FFNWeights:
+        """The FFN's weights, neuron-major; `tensor_of` gives each slice as it lies in its parameter."""
+        found: dict[tuple[str, str], torch.Tensor] = {}
+        for piece in self.slices():
+            tensor = tensor_of(piece)
+            found[piece.part, piece.kind] = tensor.t() if piece.kind == "weight" and piece.axis == 1 else tensor
+        return FFNWeights(
+            w_up_FD=found["up", "weight"],
+            w_down_FD=found["down", "weight"],
+            w_gate_FD=found.get(("gate", "weight")),
+            b_up_F=found.get(("up", "bias")),
+            b_gate_F=found.get(("gate", "bias")),
+            b_down_D=found.get(("down", "bias")),
+            activation=self.activation,
+        )
 
     def parameter_orders(self, order_F: torch.Tensor) -> dict[str, tuple[int, torch.Tensor]]:
         """Parameter -> (axis, order along the whole of it) that puts neuron order_F[i] in position i of every slice."""

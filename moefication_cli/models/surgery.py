@@ -271,16 +271,4 @@ def _same_memory(new: FFNWeights, old: FFNWeights) -> bool:
 
 def _views(up: Any, gate: Any, down: Any, site: FFNSite) -> FFNWeights:
     modules = {"up": up, "gate": gate, "down": down}
-    found: dict[tuple[str, str], Tensor] = {}
-    for piece in site.slices():
-        view = piece.of(getattr(modules[piece.part], piece.kind))
-        found[piece.part, piece.kind] = view if piece.kind == "bias" or piece.axis == 0 else view.t()
-    return FFNWeights(
-        w_up_FD=found["up", "weight"],
-        w_down_FD=found["down", "weight"],
-        w_gate_FD=found.get(("gate", "weight")),
-        b_up_F=found.get(("up", "bias")),
-        b_gate_F=found.get(("gate", "bias")),
-        b_down_D=found.get(("down", "bias")),
-        activation=site.activation,
-    )
+    return site.weights_of(lambda piece: piece.of(getattr(modules[piece.part], piece.kind)))

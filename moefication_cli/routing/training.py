@@ -5,6 +5,7 @@ Axes: T tokens, D model width, E experts, R router width. Pure tensors; saves no
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from moefication_cli.routing.router import Router, TwoLayerRouter
 from moefication_cli.routing.scores import captured_share
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+R = TypeVar("R", bound=Router)
 WATCH_FRACTION = 0.2  # the captured share at this active fraction decides the best epoch
 START_TOKENS = 20000  # enough for the closed-form start
 _WARM_SHARE, _WARM_STEPS = 0.1, 1.5  # of a one-cycle schedule: the rate rises over this share, or so many steps if more
@@ -110,7 +112,7 @@ def parameters_of(router: Router) -> dict[str, Tensor]:
     return {name: tensor.clone().requires_grad_() for name, tensor in router.tensors().items()}
 
 
-def trained_copy(like: Router, parameters: dict[str, Tensor]) -> Router:
+def trained_copy(like: R, parameters: dict[str, Tensor]) -> R:
     """The router of these parameters as they stand, cut off from autograd."""
     return like.with_tensors({name: tensor.detach().clone() for name, tensor in parameters.items()})
 

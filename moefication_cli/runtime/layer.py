@@ -16,7 +16,6 @@ from moefication_cli.ffn import ExpertWeights
 from moefication_cli.routing.router import Router
 from moefication_cli.routing.rules import Rule, TopK
 from moefication_cli.runtime.backends import ALL_ON_TOKENS, BACKENDS, available, choose
-from moefication_cli.runtime.torch_backends import grouped_obstacle
 
 if TYPE_CHECKING:
     from moefication_cli.runtime.cpu.numba_backend import CompiledLayer
@@ -134,9 +133,9 @@ class MoEFFN:
     @property
     def _fused(self) -> bool:
         """Whether the compiled kernel computes the scores and selects; else torch does, and the kernel is given the selection."""
-        fused = self.router is not None and self.rule is not None
-        fused = fused and "numba" in self.router.fused_by and "numba" in self.rule.fused_by  # type: ignore[union-attr]
-        return self.select is None and (fused or self._all_on)
+        if self.select is not None or self.router is None or self.rule is None:
+            return False
+        return self._all_on or "numba" in self.router.fused_by & self.rule.fused_by
 
     @property
     def _top_k(self) -> int | None:
@@ -189,7 +188,8 @@ class MoEFFN:
         needs_grad = torch.is_grad_enabled() and (x_TD.requires_grad or weights.ffn.w_up_FD.requires_grad)
         name = choose(x_TD.device, x_TD.dtype, x_TD.shape[0], weights, share, needs_grad)
         if name == "dense" and not (self.may_go_dense or self._all_on):
-            return "grouped" if x_TD.is_cuda and grouped_obstacle(weights) is None else "torch"
+            grouped = x_TD.is_cuda and BACKENDS["grouped"].missing(x_TD.device, x_TD.dtype, weights) is None
+            return "grouped" if grouped else "torch"
         return name
 
     def _count(self, selected: Tensor | None, x_TD: Tensor) -> None:

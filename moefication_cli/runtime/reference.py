@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moefication_cli.errors import ConfigError
 from moefication_cli.ffn import ExpertWeights
+from moefication_cli.routing.rules import as_mask
 
 
 def check_form(selected: Tensor, num_tokens: int, num_experts: int) -> None:
@@ -45,10 +46,7 @@ def check_selection(selected: Tensor, num_tokens: int, num_experts: int) -> None
 def selection_mask(selected: Tensor, num_tokens: int, num_experts: int) -> Tensor:
     """mask_TE (bool) of a checked selection; ids are scattered, masks returned as they are."""
     check_selection(selected, num_tokens, num_experts)
-    if selected.dtype == torch.bool:
-        return selected
-    mask_TE = torch.zeros(num_tokens, num_experts, dtype=torch.bool, device=selected.device)
-    return mask_TE.scatter_(1, selected.long(), True)
+    return as_mask(selected.long() if selected.dtype != torch.bool else selected, num_experts)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -6,6 +6,7 @@ Axes as in `ffn`. Does not load or run models (`loading`).
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from moefication_cli.ffn import FFNWeights
 from moefication_cli.models.folder.permuted import TensorPlan, copy_side_files, write_shards
 from moefication_cli.models.folder.source import TensorFile, load_config, meta_model, resolve_source
 from moefication_cli.models.heads import task_of
-from moefication_cli.models.sites import FFNSite, find_sites, refuse_quantised
+from moefication_cli.models.sites import FFNSite, ParamSlice, find_sites, refuse_quantised
 from moefication_cli.split.partition import divisors
 from moefication_cli.store import jsonio
 from moefication_cli.store.files import sha256 as file_sha256
@@ -73,27 +74,20 @@ class Checkpoint:
 
         Raises ConfigError if a tensor is missing or has another shape than the configuration says.
         """
-        read: dict[tuple[str, str], Tensor] = {}
-        for piece in site.slices():
+
+        def read(piece: ParamSlice) -> Tensor:
             name, tensor = piece.parameter, self._tensor(piece.parameter)
             expected = tuple(self._architecture.get_parameter(name).shape)
             if tuple(tensor.shape) != expected:
                 shapes = f"shape {tuple(tensor.shape)}, the configuration says {expected}"
                 raise ConfigError(f"{self.source.ref}: {name} has {shapes}", "download or save the model again")
-            tensor = piece.of(tensor)
-            if piece.kind == "weight" and piece.axis == 1:
-                tensor = tensor.t()
-            # .to() may return the mapped tensor itself; contiguous() then copies only transposed ones
-            read[piece.part, piece.kind] = tensor.to(dtype or tensor.dtype).contiguous()
-        return FFNWeights(
-            w_up_FD=read["up", "weight"],
-            w_down_FD=read["down", "weight"],
-            w_gate_FD=read.get(("gate", "weight")),
-            b_up_F=read.get(("up", "bias")),
-            b_gate_F=read.get(("gate", "bias")),
-            b_down_D=read.get(("down", "bias")),
-            activation=site.activation,
-        )
+            return piece.of(tensor).to(dtype or tensor.dtype)  # may be the mapped tensor itself
+
+        weights = site.weights_of(read)
+        rows = {
+            name: t.contiguous() for name, t in vars(weights).items() if isinstance(t, Tensor)
+        }  # copies transposed ones
+        return replace(weights, **rows)
 
     def fingerprint(self, sha256: Callable[[Path], str] = file_sha256) -> str:
         """Digest of the contents of config.json and the weight files; `sha256` may be `HashCache(run).sha256`."""

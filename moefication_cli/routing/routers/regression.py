@@ -60,7 +60,7 @@ def regression_router(
         step_through(parameters, start, z_TD, target_TE, batches, functional.mse_loss, optimizer, scheduler)
         history.append(error(trained_copy(start, parameters)))
     best_epoch = len(history) - 1 if history[-1] <= history[0] else 0
-    best = start.with_tensors({n: p.detach().clone() for n, p in parameters.items()}) if best_epoch else start
+    best = trained_copy(start, parameters) if best_epoch else start
     assert best.b_in_R is not None
     w_in_RD = best.w_in_RD / spread_D
     return TrainedRouter(replace(best, w_in_RD=w_in_RD, b_in_R=best.b_in_R - w_in_RD @ mean_D), history, best_epoch)
