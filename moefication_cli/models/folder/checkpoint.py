@@ -84,9 +84,8 @@ class Checkpoint:
             return piece.of(tensor).to(dtype or tensor.dtype)  # may be the mapped tensor itself
 
         weights = site.weights_of(read)
-        rows = {
-            name: t.contiguous() for name, t in vars(weights).items() if isinstance(t, Tensor)
-        }  # copies transposed ones
+        # contiguous() copies transposed ones only
+        rows: dict[str, Any] = {n: t.contiguous() for n, t in vars(weights).items() if isinstance(t, Tensor)}
         return replace(weights, **rows)
 
     def fingerprint(self, sha256: Callable[[Path], str] = file_sha256) -> str:
