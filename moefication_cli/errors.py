@@ -69,3 +69,9 @@ class LockedError(MoEficationError):
 
     exit_code = 5
     code = "locked"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, for one-line messages; its class where it has no text."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from moefication_cli.cli.app import _exit_code
+from moefication_cli.cli.app import exit_code
 from moefication_cli.cli.console import Console
 
 
@@ -34,7 +34,7 @@ class Runner:
     def __call__(self, *arguments: object) -> Outcome:
         self._capsys.readouterr()
         words = [str(a) for a in arguments]
-        code = _exit_code(Console(json_mode="--json" in words), words)
+        code = exit_code(Console(json_mode="--json" in words), words)
         captured = self._capsys.readouterr()
         return Outcome(code, captured.out, captured.err)
 

@@ -158,10 +158,10 @@ class Margin:
 '''
 DRIVER = """
 import json, sys
-from moefication_cli.cli.app import _exit_code
+from moefication_cli.cli.app import exit_code
 from moefication_cli.cli.console import Console
 for words in json.loads(sys.argv[1]):
-    code = _exit_code(Console(json_mode=True), [*words, "--json"])
+    code = exit_code(Console(json_mode=True), [*words, "--json"])
     if code:
         sys.exit(code)
 """

@@ -250,7 +250,8 @@ class _StoppedError(BaseException):
 def _stop_on_signals() -> None:
     """Raise where the program stands, and again every second until somebody catches it.
 
-    Python drops an exception raised inside a destructor or a weak-reference callback; once would not be enough.
+    Python drops an exception raised inside a destructor or a weak-reference callback, and prints it: once would not be
+    enough, and what it prints would be a traceback.
     """
 
     def stop(signum: int, frame: Any) -> NoReturn:
@@ -261,6 +262,11 @@ def _stop_on_signals() -> None:
         signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
         raise _StoppedError(signum)
 
+    def dropped(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, _StoppedError):
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = dropped
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         if signal.getsignal(number) != signal.SIG_IGN:  # a shell's background jobs ignore SIGINT on purpose
             signal.signal(number, stop)
@@ -271,10 +277,11 @@ def main() -> NoReturn:
     _stop_on_signals()
     arguments = sys.argv[1:]
     console = Console(json_mode="--json" in arguments and rank_and_size()[0] == 0)
-    sys.exit(_exit_code(console, arguments))
+    sys.exit(exit_code(console, arguments))
 
 
-def _exit_code(console: Console, arguments: list[str]) -> int:
+def exit_code(console: Console, arguments: list[str]) -> int:
+    """Runs the command that `arguments` are; an error becomes one message on the console, and its exit code."""
     try:
         return int(app(arguments, prog_name="moefication", standalone_mode=False) or 0)
     except MoEficationError as error:

@@ -5,7 +5,7 @@ model on calibration data: a killed `apply` finds them again, and `eval` need no
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,27 +46,39 @@ _HALVINGS = 7  # of the interval in which --target-kl looks for the fraction
 _STEP_DOWN = 0.8  # from one refined fraction to the next lower one
 
 
-def make_plans(
-    run: RunDir,
-    model: RunModel,
-    layers: Sequence[RoutedLayer],
-    inputs: Mapping[str, Artifact | None],
-    config: ApplyConfig,
-    control: Control,
-) -> list[LayerPlan]:
-    """Every layer as `apply` with this config converts it; `inputs` are the stages it reads. Raises ConfigError."""
-    activations = inputs["activations"]
+@dataclass(frozen=True)
+class PlanInputs:
+    """What plans are made from: a run's model, its layers with one router, and the stages they come from.
+
+    `stages` names every stage read, `activations` (which may be None) among them.
+    """
+
+    run: RunDir
+    model: RunModel
+    layers: Sequence[RoutedLayer]
+    stages: Mapping[str, Artifact | None]
+    control: Control
+
+    @property
+    def activations(self) -> Artifact | None:
+        return self.stages["activations"]
+
+
+def make_plans(inputs: PlanInputs, config: ApplyConfig) -> list[LayerPlan]:
+    """Every layer as `apply` with this config converts it. Raises ConfigError."""
+    run, model, layers, control, activations = (
+        inputs.run, inputs.model, inputs.layers, inputs.control, inputs.activations,
+    )  # fmt: skip
     if not config.refine:
         if any(layer.curve is not None for layer in layers):
             control.say("fitted layer by layer; --refine 100 fits routers and corrections to the whole model")
         return plan_layers(model, activations, layers, budget_of(config), control.seed)
-    _require_calibrated(layers, activations, config, "--refine")
-    assert activations is not None
+    _require_calibrated(inputs, config, "--refine")
     name = f"refined/{config.router}-{config.fraction:g}"
     config = replace(config, embed_code=False)  # what is written beside the plans does not change them
-    with run.begin(name, **begin_options(config, control, model, inputs)) as work:
+    with run.begin(name, **begin_options(config, control, model, inputs.stages)) as work:
         if not work.up_to_date:
-            subject = WholeModel(run, model, layers, activations, config, control)
+            subject = WholeModel(inputs, config)
             plans, metrics = subject.refined(config)
             write_moe_settings(
                 work.folder, settings(plans, str(config.router), config, run.info.ffn), router_tensors(plans)
@@ -75,34 +87,26 @@ def make_plans(
     return read_plans(run.path(name), layers, model.device)
 
 
-def fraction_for(
-    run: RunDir,
-    model: RunModel,
-    layers: Sequence[RoutedLayer],
-    inputs: Mapping[str, Artifact | None],
-    config: ApplyConfig,
-    control: Control,
-) -> float:
+def fraction_for(inputs: PlanInputs, config: ApplyConfig) -> float:
     """The least fraction at which the converted model's KL on held-out calibration sequences is at most `target_kl`.
 
     Bisection over conversions with settled thresholds; with `refine` then downwards in steps, refining each. Kept in
     RUN/refined/<router>-kl<target>. Raises ConfigError where only the dense model holds the target.
     """
-    activations, target = inputs["activations"], config.target_kl
+    run, control, target = inputs.run, inputs.control, config.target_kl
     assert target is not None
-    _require_calibrated(layers, activations, config, "--target-kl")
-    assert activations is not None
+    _require_calibrated(inputs, config, "--target-kl")
     name = f"refined/{config.router}-kl{target:g}"
     asked = replace(config, fraction=1.0, embed_code=False)  # what a search does not depend on
-    with run.begin(name, **begin_options(asked, control, model, inputs)) as work:
+    with run.begin(name, **begin_options(asked, control, inputs.model, inputs.stages)) as work:
         manifest = work.manifest
         if not work.up_to_date:
-            subject = WholeModel(run, model, layers, activations, config, control)
+            subject = WholeModel(inputs, config)
             trail = _bisect(lambda fraction: subject.kl(replace(config, fraction=fraction)), target, control)
             good = min(fraction for fraction, kl in trail if kl <= target)
             while config.refine and good < 1:
                 lower = replace(config, fraction=_tidy(good * _STEP_DOWN))
-                make_plans(run, model, layers, inputs, lower, control)
+                make_plans(inputs, lower)
                 made = run.read_stage(f"refined/{config.router}-{lower.fraction:g}")
                 trail.append((lower.fraction, float(made.metrics["kl_after"])))
                 if trail[-1][1] > target:
@@ -139,10 +143,9 @@ def _tidy(fraction: float) -> float:
     return round(fraction, 4)
 
 
-def _require_calibrated(
-    layers: Sequence[RoutedLayer], activations: Artifact | None, config: ApplyConfig, option: str
-) -> None:
-    if activations is None or not _refinable(config) or any(layer.curve is None for layer in layers):
+def _require_calibrated(inputs: PlanInputs, config: ApplyConfig, option: str) -> None:
+    calibrated = inputs.activations is not None and all(layer.curve is not None for layer in inputs.layers)
+    if not calibrated or not _refinable(config):
         raise ConfigError(
             f"{option} needs a calibrated router and the threshold rule",
             "train one with --router regression, and leave out --rule and --top-k",
@@ -181,15 +184,11 @@ def default_steps(run: RunDir, model: RunModel, config: ApplyConfig, control: Co
 class WholeModel:
     """The whole model in memory, its neurons in the order of the split, with sequences to fit and to judge on."""
 
-    def __init__(
-        self,
-        run: RunDir,
-        model: RunModel,
-        layers: Sequence[RoutedLayer],
-        activations: Artifact,
-        config: ApplyConfig,
-        control: Control,
-    ) -> None:
+    def __init__(self, inputs: PlanInputs, config: ApplyConfig) -> None:
+        assert inputs.activations is not None
+        run, model, layers, activations, control = (
+            inputs.run, inputs.model, inputs.layers, inputs.activations, inputs.control,
+        )  # fmt: skip
         self.model, self.layers, self.activations, self.control = model, layers, activations, control
         self.loaded = load_whole(run, model)
         for layer in layers:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moefication_cli.config import EvalConfig
 from moefication_cli.evaluation.rows import compare_with, row_of
@@ -33,9 +34,9 @@ def measure(
     run, model = inputs.run, inputs.model
     dense, converted = (load_whole(run, model, config.task, config.dtype) for _ in range(2))
     examples = open_examples(run, dense, config, control)
-    variants = all_rows(ground_of(inputs, converted.model, config, control), selections, fractions)
+    rows = all_rows(ground_of(inputs, converted.model, config, control), selections, fractions)
     mask = TokenMask(converted.model)
-    summary, seconds, tokens = _run_all(dense, converted, model, examples, variants, mask, config, control)
+    summary, seconds, tokens = _run_all(dense, converted, model, examples, rows, mask, config, control)
     reference = {
         "metric": summary.metric,
         "value": summary.value,
@@ -43,14 +44,13 @@ def measure(
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
     }
-    sizes = _dense_macs(model, variants)
-    scores = [Scores.join(variant.measured) for variant in variants]
-    rows = [
-        row_of(variant, found, reference, tokens, sizes, control.seed)
-        for variant, found in zip(variants, scores, strict=True)
+    sizes = _dense_macs(model, rows)
+    scores = [Scores.join(row.measured) for row in rows]
+    entries = [
+        row_of(row, found, reference, tokens, sizes, control.seed) for row, found in zip(rows, scores, strict=True)
     ]
     for baseline in BASELINES:
-        compare_with(baseline, variants, scores, rows, control.seed)
+        compare_with(baseline, rows, scores, entries, control.seed)
     return {
         "schema": "moefication/metrics@1",
         "model": str(model.checkpoint.source.ref),
@@ -60,13 +60,13 @@ def measure(
         "device": str(model.device),
         "threads": torch.get_num_threads(),
         "dense": reference,
-        "rows": rows,
+        "rows": entries,
     }
 
 
-def _dense_macs(model: RunModel, variants: Sequence[SelectionRow]) -> list[float]:
+def _dense_macs(model: RunModel, rows: Sequence[SelectionRow]) -> list[float]:
     """Each FFN's part of the dense work: an encoder-decoder's layers see different numbers of tokens."""
-    chance = next(variant for variant in variants if variant.selection == "random")
+    chance = next(row for row in rows if row.selection == "random")
     counted = [layer.num_counted for layer in chance.layers if isinstance(layer, MoEFFN)]
     return [float(site.num_parameters * count) for site, count in zip(model.sites, counted, strict=True)]
 
@@ -77,7 +77,7 @@ def _run_all(
     converted: LoadedModel,
     model: RunModel,
     examples: Examples,
-    variants: Sequence[SelectionRow],
+    rows: Sequence[SelectionRow],
     mask: TokenMask,
     config: EvalConfig,
     control: Control,
@@ -90,33 +90,34 @@ def _run_all(
         inputs = batch.to(dense.device).inputs
         if not warm:  # the first pass compiles kernels and touches memory for the first time: untimed
             dense.model(**inputs)
-            for variant in variants:
-                _install(converted, model, variant, mask)
+            for row in rows:
+                _install(converted, model, row, mask)
                 converted.model(**inputs)
-                count_selections(variant)
+                count_selections(row)
             warm = True
-        logits, spent = _timed(dense, inputs)
+        logits, spent = timed_logits(dense, inputs)
         seconds += spent
         tokens += batch.num_tokens
         reference.append(examples.score(logits, batch))
-        for variant in variants:
-            _install(converted, model, variant, mask)
-            other, spent = _timed(converted, inputs)
-            variant.seconds += spent
-            variant.measured.append(compare(examples, logits, other, batch))
+        for row in rows:
+            _install(converted, model, row, mask)
+            other, spent = timed_logits(converted, inputs)
+            row.seconds += spent
+            row.measured.append(compare(examples, logits, other, batch))
     return summarise(examples.metric, reference), seconds, tokens
 
 
-def _install(converted: LoadedModel, model: RunModel, variant: SelectionRow, mask: TokenMask) -> None:
-    for site, layer in zip(model.sites, variant.layers, strict=True):
+def _install(converted: LoadedModel, model: RunModel, row: SelectionRow, mask: TokenMask) -> None:
+    for site, layer in zip(model.sites, row.layers, strict=True):
         install(converted.model, site, layer, mask)
 
 
-def _timed(loaded: LoadedModel, inputs: dict[str, Any]) -> tuple[Any, float]:
+def timed_logits(loaded: LoadedModel, inputs: dict[str, Any]) -> tuple[Tensor, float]:
+    """(logits, seconds of the forward pass alone, on a GPU until it has finished)."""
     if loaded.device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(loaded.device)
     started = time.perf_counter()
     logits = loaded.model(**inputs).logits
     if loaded.device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(loaded.device)
     return logits, time.perf_counter() - started

@@ -195,23 +195,23 @@ def selected_row(
     return SelectionRow(name, kind, fraction, moe, meta=meta | {"seed": seed})
 
 
-def count_selections(variant: SelectionRow) -> None:
+def count_selections(row: SelectionRow) -> None:
     """Starts counting, from zero, what each layer of the row selects."""
-    for layer in variant.layers:
+    for layer in row.layers:
         moe = layer.layer if isinstance(layer, PinnedFFN) else layer
         if isinstance(moe, MoEFFN):
             moe.count_selections()
 
 
-def flops_fractions(variant: SelectionRow) -> list[float]:
+def flops_fractions(row: SelectionRow) -> list[float]:
     """Per layer, the multiply-adds really spent relative to dense: measured active neurons, router and correction.
 
     Oracles and pruning have no router to pay for: what they compute is their active share.
     """
     found = []
-    for number, layer in enumerate(variant.layers):
+    for number, layer in enumerate(row.layers):
         share = float(layer.active_fraction)  # type: ignore[attr-defined]
-        plan = variant.plans[number] if variant.plans else None
+        plan = row.plans[number] if row.plans else None
         if plan is not None and plan.rule is not None and share < 1:
             site = plan.layer.site
             extra = overhead_flops(plan.router, plan.compensation)

@@ -12,7 +12,7 @@ from torch import nn
 from moefication_cli.config import ApplyConfig, EvalConfig
 from moefication_cli.conversion.plan import RoutedLayer, routed_layers
 from moefication_cli.conversion.plan_files import read_plans
-from moefication_cli.conversion.search import make_plans
+from moefication_cli.conversion.search import PlanInputs, make_plans
 from moefication_cli.errors import ConfigError
 from moefication_cli.evaluation.baselines import paper_row, static_row
 from moefication_cli.evaluation.selections import NeuronOracleFFN, SelectionRow, routed_row, selected_row
@@ -149,5 +149,5 @@ def _routed(ground: Ground, name: str, fraction: float) -> SelectionRow:
         stages = {
             "split": inputs.split, f"router/{name}": inputs.routers[name], "activations": inputs.activations,
         }  # fmt: skip
-        plans = make_plans(inputs.run, inputs.model, ground.routed[name], stages, made, ground.control)
+        plans = make_plans(PlanInputs(inputs.run, inputs.model, ground.routed[name], stages, ground.control), made)
     return routed_row(name, ground.net, plans, fraction, ground.config.backend, made == like, like.budget)

@@ -18,10 +18,10 @@ import torch
 import transformers
 from torch import nn
 
-from moefication_cli.errors import ConfigError, CorruptArtifactError, UnavailableError
+from moefication_cli.errors import ConfigError, CorruptArtifactError, UnavailableError, first_line
 from moefication_cli.ffn import ExpertWeights
 from moefication_cli.models.folder.moe_folder import MoEFolder, MoELayer, read_moe_folder
-from moefication_cli.models.folder.source import LOAD_ERRORS, Source, first_line, load_config, resolve_source
+from moefication_cli.models.folder.source import LOAD_ERRORS, Source, load_config, resolve_source
 from moefication_cli.models.heads import TASK_AUTO, task_of
 from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.sites import FFNSite, find_sites, refuse_quantised

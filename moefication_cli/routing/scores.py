@@ -61,16 +61,14 @@ def oracle_scores(x_TD: Tensor, weights: ExpertWeights, kind: ScoreKind) -> Tens
     return out_TE
 
 
-def captured_share(scores_TE: Tensor, mass_TE: Tensor, top_k: int, shared_mass_T: Tensor | None = None) -> float:
+def captured_share(scores_TE: Tensor, mass_TE: Tensor, top_k: int) -> float:
     """Mean over tokens of the share of `mass_TE` held by the `top_k` experts that `scores_TE` ranks highest.
 
-    `shared_mass_T` is captured always and counts in the total. Tokens without any mass are left out.
+    Tokens without any mass are left out.
     """
     chosen_TK = scores_TE.topk(top_k, dim=-1, sorted=False).indices
     held_T = mass_TE.gather(1, chosen_TK).sum(-1)
     total_T = mass_TE.sum(-1)
-    if shared_mass_T is not None:
-        held_T, total_T = held_T + shared_mass_T, total_T + shared_mass_T
     alive = total_T > 0
     return float((held_T[alive] / total_T[alive]).mean()) if bool(alive.any()) else 1.0
 

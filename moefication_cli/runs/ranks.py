@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from moefication_cli.errors import ConfigError, MoEficationError
+from moefication_cli.errors import ConfigError, MoEficationError, first_line
 from moefication_cli.store import jsonio
 from moefication_cli.store.manifest import Manifest
 from moefication_cli.store.rundir import RunDir
@@ -77,7 +77,7 @@ class Ranks:
             dist.barrier()
         except RuntimeError as error:
             raise self.failure() or MoEficationError(
-                f"rank {self.rank} of {self.size} lost another rank: it died or cannot be reached ({_first_line(error)})",
+                f"rank {self.rank} of {self.size} lost another rank: it died or cannot be reached ({first_line(error)})",
                 _HINT,
             ) from None
 
@@ -150,7 +150,7 @@ def open_ranks(timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
     except (RuntimeError, ValueError) as error:
         raise MoEficationError(
             f"rank {rank} of {size} could not join the others at {os.environ['MASTER_ADDR']}:"
-            f"{os.environ['MASTER_PORT']}: {_first_line(error)}",
+            f"{os.environ['MASTER_PORT']}: {first_line(error)}",
             "check that every rank was started with the same number of ranks (GLOO_SOCKET_IFNAME names the network)",
         ) from None
     ranks = Ranks(rank, size, dist.PrefixStore("moefication", store))  # type: ignore[attr-defined]
@@ -174,7 +174,3 @@ def local_device(device: str, size: int) -> str:
     if not torch.cuda.is_available():
         return device
     return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -15,7 +15,7 @@ from moefication_cli.conversion.plan import (
     routed_layers,
 )
 from moefication_cli.conversion.plan_files import budget_of, router_tensors, settings
-from moefication_cli.conversion.search import fraction_for, make_plans
+from moefication_cli.conversion.search import PlanInputs, fraction_for, make_plans
 from moefication_cli.errors import MoEficationError
 from moefication_cli.models.folder.checkpoint import Checkpoint
 from moefication_cli.models.folder.embedded import embed_code
@@ -48,9 +48,10 @@ def apply_experts(run: RunDir, config: ApplyConfig = ApplyConfig(), control: Con
     tokens = None if activations is None else [layer["tokens"] for layer in activations.metrics["layers"]]
     layers = routed_layers(model, split, router, tokens)
     config = replace(config, router=name)
-    inputs = {"split": split, f"router/{name}": router, "activations": activations}
+    stages = {"split": split, f"router/{name}": router, "activations": activations}
+    inputs = PlanInputs(run, model, layers, stages, control)
     if config.target_kl is not None and not control.dry_run:
-        config = replace(config, fraction=fraction_for(run, model, layers, inputs, config, control))
+        config = replace(config, fraction=fraction_for(inputs, config))
     check_budget(layers, activations, budget_of(config))
     if control.dry_run:
         d_model = max(site.d_model for site in model.sites)
@@ -65,10 +66,10 @@ def apply_experts(run: RunDir, config: ApplyConfig = ApplyConfig(), control: Con
             memory=2 * ffn_bytes(model) + (0 if activations is None else 16.0 * FIT_TOKENS * d_model),
             reads={"split": split, "router": router},
         )
-    with run.begin("model", **begin_options(config, control, model, inputs)) as work:
+    with run.begin("model", **begin_options(config, control, model, stages)) as work:
         manifest = work.manifest
         if not work.up_to_date:
-            plans = make_plans(run, model, layers, inputs, config, control)
+            plans = make_plans(inputs, config)
             orders = {plan.layer.name: plan.layer.partition.order_F() for plan in plans if plan.rule is not None}
             model.checkpoint.write_permuted(work.folder, orders)
             write_moe_settings(work.folder, settings(plans, name, config, run.info.ffn), router_tensors(plans))

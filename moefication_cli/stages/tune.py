@@ -6,18 +6,17 @@ and resume like any others. Judged on sequences that neither split nor router sa
 """
 
 import itertools
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moefication_cli.config import ApplyConfig, RouterConfig, SplitConfig, TuneConfig
 from moefication_cli.conversion.plan import check_budget, plan_layers, routed_layers
 from moefication_cli.conversion.plan_files import budget_of
 from moefication_cli.errors import ConfigError
+from moefication_cli.evaluation.measure import timed_logits
 from moefication_cli.evaluation.selections import SelectionRow, count_selections, flops_fractions, routed_row
 from moefication_cli.models.loading import LoadedModel
 from moefication_cli.models.masking import TokenMask
@@ -41,7 +40,7 @@ class Trial:
     """One combination, and its sums over the held-out batches."""
 
     choice: dict[str, Any]
-    variant: SelectionRow
+    row: SelectionRow
     kl: float = 0.0
     agreed: float = 0.0
     dense_seconds: float = 0.0
@@ -106,9 +105,9 @@ def _sweep(
                 except ConfigError:
                     continue  # the router alone costs more
                 plans = plan_layers(model, activations, layers, budget_of(asked), control.seed)
-                variant = routed_row(router, converted.model, plans, fraction, "auto")
+                row = routed_row(router, converted.model, plans, fraction, "auto")
                 choice = dict(zip(_KEYS, (method, size, router, budget, compensation, fraction), strict=True))
-                trials.append(Trial(choice, variant))
+                trials.append(Trial(choice, row))
         for layer in layers:
             permute_in_place(converted.model, layer.site, layer.partition.order_F())
         _measure(dense, converted, model, trials, batches, mask)
@@ -138,41 +137,33 @@ def _measure(
 ) -> None:
     """Dense and every trial in turns on every batch; the first batch also warms up, uncounted."""
     for number, batch in enumerate([batches[0], *batches]):
-        expected_PC, dense_seconds = _timed(dense, batch)
+        inputs = batch.to(dense.device).inputs
+        logits, dense_seconds = timed_logits(dense, inputs)
+        expected_PC = flat_predictions(logits, batch).log_softmax(-1)
         for trial in trials:
-            for site, layer in zip(model.sites, trial.variant.layers, strict=True):
+            for site, layer in zip(model.sites, trial.row.layers, strict=True):
                 install(converted.model, site, layer, mask)
-            found_PC, seconds = _timed(converted, batch)
+            logits, seconds = timed_logits(converted, inputs)
+            found_PC = flat_predictions(logits, batch).log_softmax(-1)
             if number == 0:
-                count_selections(trial.variant)
+                count_selections(trial.row)
                 continue
             kl_P = (expected_PC.exp() * (expected_PC - found_PC)).sum(-1)
             trial.kl += float(kl_P.mean())
             trial.agreed += float((expected_PC.argmax(-1) == found_PC.argmax(-1)).float().mean())
-            trial.variant.seconds += seconds
+            trial.row.seconds += seconds
             trial.dense_seconds += dense_seconds
-
-
-def _timed(loaded: LoadedModel, batch: Batch) -> tuple[Tensor, float]:
-    """(log-probabilities of this batch's predictions, seconds of the forward pass)."""
-    inputs = batch.to(loaded.device).inputs
-    started = time.perf_counter()
-    logits = loaded.model(**inputs).logits
-    if loaded.device.type == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
-    return flat_predictions(logits, batch).log_softmax(-1), seconds
 
 
 def _row(trial: Trial, model: RunModel, num_batches: int) -> dict[str, Any]:
     sizes = [float(site.num_parameters) for site in model.sites]
-    shares = flops_fractions(trial.variant)
+    shares = flops_fractions(trial.row)
     return trial.choice | {
         "kl": trial.kl / num_batches,
         "agreement": trial.agreed / num_batches,
         "ffn_flops_fraction": sum(s * n for s, n in zip(shares, sizes, strict=True)) / sum(sizes),
-        "seconds": trial.variant.seconds,
-        "speedup": trial.dense_seconds / trial.variant.seconds,
+        "seconds": trial.row.seconds,
+        "speedup": trial.dense_seconds / trial.row.seconds,
     }
 
 

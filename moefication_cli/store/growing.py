@@ -5,9 +5,7 @@ whatever else is there: a piece that was cut short is simply written again. `com
 `layerfile.read_layer` reads it.
 """
 
-import json
 import os
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +14,7 @@ import numpy as np
 
 from moefication_cli.errors import CorruptArtifactError
 from moefication_cli.store import files
+from moefication_cli.store.header import encode, entry, tensor_bytes
 from moefication_cli.store.layerfile import encoded_metadata, write_layer
 
 if TYPE_CHECKING:
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _START = 16384  # bytes before the rows: the header's length (8) and the header, padded with blanks as the format allows
-_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int32": "I32", "int64": "I64"}
 
 
 class GrowingLayer:
@@ -43,7 +41,7 @@ class GrowingLayer:
 
     def write(self, start: int, rows: "Tensor") -> None:
         """Put rows (on the CPU) at row number `start`. Raises `MoEficationError` when the disk does not take them."""
-        data = _bytes(rows.to(self._dtype))
+        data = tensor_bytes(rows.to(self._dtype))
         with files.writing(self.path, len(data)):
             self._put(_START + start * self._row_bytes, data)
 
@@ -71,23 +69,20 @@ class GrowingLayer:
             # What follows would not be aligned (2-byte rows of odd width): such a file is written anew
             write_layer(self.path, {name: self.rows(0, count), **tensors}, metadata)
             return
-        entries: dict[str, Any] = {"__metadata__": encoded_metadata(metadata)}
-        entries[name] = _entry(self._dtype, (count, self._width), 0, end)
+        entries = {name: entry(self._dtype, (count, self._width), 0, end)}
         pieces = []
         for other, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
-            pieces.append(_bytes(tensor.detach().cpu()))
-            entries[other] = _entry(tensor.dtype, tuple(tensor.shape), end, end + len(pieces[-1]))
+            pieces.append(tensor_bytes(tensor.detach().cpu()))
+            entries[other] = entry(tensor.dtype, tuple(tensor.shape), end, end + len(pieces[-1]))
             end += len(pieces[-1])
-        header = json.dumps(entries, separators=(",", ":")).encode()
-        if len(header) > _START - 8:
-            raise ValueError(f"the header of {self.path} takes {len(header)} bytes, more than {_START - 8}")
+        header = encode(entries, encoded_metadata(metadata), _START)
         with files.writing(self.path, end):
             at = _START + count * self._row_bytes
             self._file.truncate(at)
             for piece in pieces:
                 self._put(at, piece)
                 at += len(piece)
-            self._put(0, memoryview(struct.pack("<Q", _START - 8) + header.ljust(_START - 8)))
+            self._put(0, memoryview(header))
         self.sync()
 
     def _put(self, at: int, data: memoryview) -> None:
@@ -98,13 +93,3 @@ class GrowingLayer:
     @property
     def _row_bytes(self) -> int:
         return self._width * self._dtype.itemsize
-
-
-def _entry(dtype: "torch.dtype", shape: tuple[int, ...], start: int, stop: int) -> dict[str, Any]:
-    return {"dtype": _NAMES[str(dtype).removeprefix("torch.")], "shape": list(shape), "data_offsets": [start, stop]}
-
-
-def _bytes(tensor: "Tensor") -> memoryview:
-    import torch
-
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data

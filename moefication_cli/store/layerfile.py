@@ -2,11 +2,10 @@
 
 Names carry axes (`inputs_TD`, `expert_F`). The single metadata key `moefication` holds canonical JSON with `layer`, the
 FFN's module path: with one key the bytes are the same in every process (with several, the header's order is random).
-The header is parsed here once more because safetensors accepts duplicate names. Content is not hashed here: a flipped
-bit in a payload is found by the manifest's sha256. torch is imported when tensors are read or written, not before.
+Content is not hashed here: a flipped bit in a tensor is found by the manifest's sha256. torch is imported when tensors
+are read or written, not before.
 """
 
-import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from moefication_cli.errors import CorruptArtifactError
 from moefication_cli.store import files, jsonio
+from moefication_cli.store.header import Header, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 KEY = "moefication"
-_MAX_HEADER = 100_000_000  # the limit of safetensors itself
 _HINT = "run the stage that wrote it again, with --force"
 
 
@@ -79,28 +78,20 @@ def _storable(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata object of a layer file, without torch."""
+    """The metadata object of a layer file, without torch. Raises OSError, `CorruptArtifactError` naming the file."""
     return _read_header(path)[1]
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(tensor entries, metadata); `CorruptArtifactError` unless header and file size agree exactly."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-        if not 0 < length <= min(_MAX_HEADER, size - 8):
-            raise CorruptArtifactError(f"{path} is truncated or no safetensors file ({size} bytes)", _HINT)
-        header = jsonio.parse(file.read(length), path)
+def _read_header(path: Path) -> tuple[Header, dict[str, Any]]:
     try:
-        metadata = jsonio.parse(header.pop("__metadata__")[KEY], path)
-        end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+        header = read_header(path)
+        metadata = jsonio.parse(header.metadata[KEY], path)
         if not isinstance(metadata["layer"], str):
             raise TypeError("layer")
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError) as error:
         raise CorruptArtifactError(f"{path} is no layer file of this program: header lacks {error}", _HINT) from error
-    if size != 8 + length + end:
-        raise CorruptArtifactError(f"{path} has {size} bytes, its header promises {8 + length + end}", _HINT)
+    except ValueError as error:
+        raise CorruptArtifactError(f"{path} cannot be read: {error}", _HINT) from error
     return header, metadata
 
 
@@ -150,7 +141,7 @@ def open_layer(path: Path) -> Iterator[LayerFile]:
         raise CorruptArtifactError(f"{path} cannot be read: {error}", _HINT) from error
     with handle:
         try:
-            yield LayerFile(path, metadata, {n: tuple(e["shape"]) for n, e in header.items()}, handle)
+            yield LayerFile(path, metadata, {n: tuple(e["shape"]) for n, e in header.entries.items()}, handle)
         except SafetensorError as error:
             raise CorruptArtifactError(f"{path} cannot be read: {error}", _HINT) from error
 

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from datasets.exceptions import DatasetGenerationError
 
-from moefication_cli.errors import ConfigError
+from moefication_cli.errors import ConfigError, first_line
 from moefication_cli.tasks.fields import guess_fields, split_fields
 from moefication_cli.tasks.local_files import Documents, find_files, guess_documents, read_rows
 
@@ -104,13 +104,6 @@ class Rows:
         for place, values in zip(order, zip(*(block[name] for name in names), strict=True), strict=True):
             found[place] = values
         return found
-
-
-def rows_from_texts(texts: Sequence[str], source: str = "data") -> Rows:
-    """Rows in memory, one document each; for data a program already holds."""
-    if not texts:
-        raise ConfigError(f"{source} is empty")
-    return Rows(datasets.Dataset.from_dict({"text": list(texts)}), ("text",), source=source)
 
 
 def load_rows(
@@ -242,16 +235,12 @@ def _readable(name: str) -> Iterator[None]:
         if isinstance(error, ConnectionError):
             hint = "check the spelling of a local path; hub data needs a network the first time"
             raise ConfigError(f"{name} is no local file, and the hub cannot be reached", hint) from error
-        raise ConfigError(f"{name} cannot be read: {_first_line(cause)}", "check the file's format") from error
+        raise ConfigError(f"{name} cannot be read: {first_line(cause)}", "check the file's format") from error
     except (OSError, ValueError, KeyError) as error:  # datasets' own errors, pandas', pyarrow's and UnicodeDecodeError
         if "corresponds to no data" in str(error):  # how the builders say that there is no row
             raise ConfigError(f"{name} is empty", "name data with at least one row") from error
         hint = "check --data, --split and --revision"
-        raise ConfigError(f"{name} cannot be read: {_first_line(error)}", hint) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{name} cannot be read: {first_line(error)}", hint) from error
 
 
 @contextmanager

@@ -1,25 +1,22 @@
 """Writes a copy of a checkpoint with some tensors' neurons permuted, one tensor in memory at a time.
 
-safetensors files are an 8-byte header length, a JSON header and the tensors' bytes; a permutation changes neither
-shapes nor dtypes, so the copy keeps the source's layout and all other bytes are copied without being interpreted
-(https://huggingface.co/docs/safetensors, "Format"). `safetensors.save_file` would need all tensors of a file at once,
-writes mode 0600 and does not sync. Knows nothing of models: `checkpoint` says what is permuted along which axis.
+A permutation changes neither shapes nor dtypes, so the copy keeps the source's layout and all other bytes are copied
+without being interpreted. `safetensors.save_file` would need all tensors of a file at once, writes mode 0600 and does
+not sync. Knows nothing of models: `checkpoint` says what is permuted along which axis.
 """
 
-import json
 import os
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-import torch
 from torch import Tensor
 
 from moefication_cli.errors import ConfigError
 from moefication_cli.models.folder.source import TensorFile
 from moefication_cli.store import files, jsonio
+from moefication_cli.store.header import Header, encode, entry, tensor_bytes
 
 SIDE_FILES = (
     "config.json",
@@ -38,18 +35,6 @@ SIDE_FILES = (
     "NOTICE*",
 )
 _CHUNK = 16 * 2**20
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 @dataclass(frozen=True)
@@ -93,38 +78,35 @@ def write_shards(shards: list[TensorFile], out_dir: Path, plan: Mapping[tuple[Pa
 def _write_file(shard: TensorFile, target: Path, plan: Mapping[str, TensorPlan]) -> int:
     """Writes one file, synced, with the permissions the umask gives; returns the bytes of its tensors."""
     pickled = shard.path.suffix == ".bin"
-    entries, stored, start = (_layout(shard), {}, 0) if pickled else shard.header()
-    metadata = {"format": "pt", **stored}
-    header = json.dumps({"__metadata__": dict(sorted(metadata.items())), **entries}, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    size = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    header = _layout(shard) if pickled else shard.header()
     with target.open("wb") as out, shard.path.open("rb") as raw:
-        out.write(struct.pack("<Q", len(header)) + header)
-        for key, entry in entries.items():
-            begin, end = entry["data_offsets"]
+        out.write(encode(header.entries, {"format": "pt", **header.metadata}))
+        for key, described in header.entries.items():
+            begin, end = described["data_offsets"]
             if key in plan or pickled:
                 tensor = shard.get(key)
                 if key in plan:
                     tensor = tensor.index_select(plan[key].axis, plan[key].order_F)
-                out.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                out.write(tensor_bytes(tensor))
             else:
-                _copy_range(raw, out, start + begin, end - begin)
+                _copy_range(raw, out, header.start + begin, end - begin)
         out.flush()
         os.fsync(out.fileno())
-    return int(size)
+    return header.end - header.start
 
 
-def _layout(shard: TensorFile) -> dict[str, dict[str, Any]]:
-    """The safetensors header entries for a `.bin` file."""
+def _layout(shard: TensorFile) -> Header:
+    """The safetensors header for the tensors of a `.bin` file."""
     entries, offset = {}, 0
     for key in shard.keys:
         tensor = shard.get(key)
-        if tensor.dtype not in _DTYPES:
-            raise ConfigError(f"{shard.path}: {key} has dtype {tensor.dtype}, which cannot be written")
         end = offset + tensor.numel() * tensor.element_size()
-        entries[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        try:
+            entries[key] = entry(tensor.dtype, tuple(tensor.shape), offset, end)
+        except ValueError as error:
+            raise ConfigError(f"{shard.path}: {key}: {error}") from None
         offset = end
-    return entries
+    return Header(entries, {}, 0)
 
 
 def _copy_range(raw: BinaryIO, out: BinaryIO, start: int, size: int) -> None:

@@ -6,7 +6,6 @@ from the model's folder unless `trust_remote_code`. Everything wrong with a sour
 
 import json
 import re
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,7 +18,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from moefication_cli.errors import ConfigError
+from moefication_cli.errors import ConfigError, CorruptArtifactError, first_line
+from moefication_cli.store.header import Header, read_header
 
 _SIDE_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
 # What transformers and its dependencies raise for unreadable, incomplete or unsafe model folders
@@ -153,12 +153,6 @@ AUTO_BY_SUFFIX = {
 }
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, for one-line messages."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 class TensorFile:
     """One weight file, its tensors read one at a time (`.bin` files are mapped where their format allows)."""
 
@@ -183,13 +177,12 @@ class TensorFile:
             tensor: Tensor = file.get_tensor(key)
             return tensor
 
-    def header(self) -> tuple[dict[str, dict[str, Any]], dict[str, str], int]:
-        """Of a safetensors file: tensor name -> {dtype, shape, data_offsets}, metadata, where the data starts."""
-        with self.path.open("rb") as file:
-            (size,) = struct.unpack("<Q", file.read(8))
-            entries = json.loads(file.read(size))
-        metadata = entries.pop("__metadata__", None) or {}
-        return dict(sorted(entries.items(), key=lambda item: item[1]["data_offsets"])), metadata, 8 + size
+    def header(self) -> Header:
+        """The header of a safetensors file. Raises ConfigError where file and header do not agree."""
+        try:
+            return read_header(self.path)
+        except (OSError, ValueError, CorruptArtifactError) as error:
+            raise ConfigError(f"{self.path} cannot be read ({first_line(error)})", "download the model again") from None
 
 
 def _load_bin(path: Path) -> dict[str, Tensor]:

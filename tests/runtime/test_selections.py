@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_runtime import make, masked, tokens
+from experts import make, tokens
 from tiny_models import tiny_model
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,6 +19,7 @@ from moefication_cli.routing.rules import Threshold, TopK
 from moefication_cli.runtime.backends import BACKENDS
 from moefication_cli.runtime.layer import MoEFFN
 from moefication_cli.runtime.pruned import PrunedFFN
+from moefication_cli.runtime.reference import masked
 from moefication_cli.split.partition import random_partition, with_shared
 
 

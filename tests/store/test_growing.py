@@ -15,7 +15,11 @@ from moefication_cli.store.manifest import Manifest
 from moefication_cli.store.partial import Partial
 from moefication_cli.store.rundir import RunDir
 
-OTHERS = {"sequence_T": torch.arange(7, dtype=torch.int32), "rate_F": torch.rand(5), "flag_F": torch.ones(5).bool()}
+OTHERS = {
+    "sequence_T": torch.arange(7, dtype=torch.int32),
+    "rate_F": torch.rand(5),
+    "wave_F": torch.ones(5, dtype=torch.complex64),
+}
 
 
 def rows_of(width: int, seed: int = 0) -> Tensor:
@@ -33,7 +37,7 @@ def test_pieces_in_any_order_make_a_layer_file(tmp_path: Path, width: int) -> No
     path, rows_TD = tmp_path / "grown", rows_of(width)
     grow(path, rows_of(width, seed=1), slice(3, 7))  # a piece of a run that was killed, and rows beyond the last
     grow(path, torch.cat([rows_TD, rows_TD]), slice(3, 9), slice(0, 3))
-    others = {name: tensor for name, tensor in OTHERS.items() if name != "flag_F"}
+    others = {name: tensor for name, tensor in OTHERS.items() if name != "wave_F"}
     with GrowingLayer(path, width, torch.float16) as file:
         assert torch.equal(file.rows(2, 4), rows_TD[2:6])
         file.complete("inputs_TD", 7, others, {"layer": "l.0", "note": "é"})
@@ -57,7 +61,7 @@ def test_a_file_that_lacks_rows_or_room_is_an_error(tmp_path: Path) -> None:
         assert len(file.rows(0, 5)) == 5
         with pytest.raises(CorruptArtifactError, match="is truncated"):
             file.rows(0, 6)
-        with pytest.raises(KeyError, match="bool"):  # no row of the format's table: said before anything is written
+        with pytest.raises(ValueError, match="complex64"):  # not a dtype of the format: said before anything is written
             file.complete("inputs_TD", 5, OTHERS, {"layer": "l.0"})
         with pytest.raises(ValueError, match="takes 20"):
             file.complete("inputs_TD", 5, {}, {"layer": "l" * 20_000})
