@@ -76,7 +76,7 @@ def make_plans(inputs: PlanInputs, config: ApplyConfig) -> list[LayerPlan]:
     _require_calibrated(inputs, config, "--refine")
     name = f"refined/{config.router}-{config.fraction:g}"
     config = replace(config, embed_code=False)  # what is written beside the plans does not change them
-    with run.begin(name, **begin_options(config, control, model, inputs.stages)) as work:
+    with run.begin(name, begin_options(config, control, model, inputs.stages)) as work:
         if not work.up_to_date:
             subject = WholeModel(inputs, config)
             plans, metrics = subject.refined(config)
@@ -98,7 +98,7 @@ def fraction_for(inputs: PlanInputs, config: ApplyConfig) -> float:
     _require_calibrated(inputs, config, "--target-kl")
     name = f"refined/{config.router}-kl{target:g}"
     asked = replace(config, fraction=1.0, embed_code=False)  # what a search does not depend on
-    with run.begin(name, **begin_options(asked, control, inputs.model, inputs.stages)) as work:
+    with run.begin(name, begin_options(asked, control, inputs.model, inputs.stages)) as work:
         manifest = work.manifest
         if not work.up_to_date:
             subject = WholeModel(inputs, config)

@@ -5,6 +5,7 @@ weight rows with experts of 32 neurons, and the two-layer router trained on sums
 its defects mended as routing/routers/mlp.py says).
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -68,8 +69,8 @@ def build_paper(run: RunDir, model: RunModel, control: Control) -> Artifact:
     activations = run.require("activations")
     router_config = RouterConfig(router="mlp")
     options = layer_options(router_config, control, model, {"activations": activations})
-    options["only"] = None
-    with run.begin("baseline/paper", **options) as work:
+    options = replace(options, only=None)
+    with run.begin("baseline/paper", options) as work:
         for index in control.track(work.pending(), "published recipe", len(model.sites)):
             seed = layer_seed(control.seed, index)
             site = model.sites[index]

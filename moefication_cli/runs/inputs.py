@@ -24,7 +24,7 @@ from moefication_cli.split.partition import Partition
 from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.manifest import BASE_MODEL, Manifest
 from moefication_cli.store.rundir import RunDir
-from moefication_cli.store.writer import StageWriter
+from moefication_cli.store.writer import StageOptions, StageWriter
 
 _TOKEN_BYTES = 768 * 2**20  # of a router's training: a layer of a 7B model then fits beside its weights in a few GiB
 _BLOCK = 64  # tokens read together when a layer's inputs are sampled
@@ -115,21 +115,20 @@ def begin_options(
     model: RunModel,
     inputs: Mapping[str, Artifact | None],
     digests: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
-    """The arguments of `RunDir.begin` that every stage shares: config, provenance, inputs.
+) -> StageOptions:
+    """What `RunDir.begin` is asked for by every stage: config, provenance, inputs.
 
     `digests` are of inputs that no stage made, such as data.
     """
-    return {
-        "config": recorded_values(config) | {"seed": control.seed},
-        "compared": [*compared_values(config), "seed"],
-        "sources": control.sources.get(type(config), {}),
-        "inputs": {BASE_MODEL: model.fingerprint}
-        | {name: stage.digest for name, stage in inputs.items() if stage}
-        | dict(digests or {}),
-        "force": control.force,
-        "device": str(model.device),
-    }
+    digests_of = {name: stage.digest for name, stage in inputs.items() if stage}
+    return StageOptions(
+        config=recorded_values(config) | {"seed": control.seed},
+        compared=[*compared_values(config), "seed"],
+        sources=control.sources.get(type(config), {}),
+        inputs={BASE_MODEL: model.fingerprint} | digests_of | dict(digests or {}),
+        force=control.force,
+        device=str(model.device),
+    )
 
 
 def layer_options(
@@ -138,10 +137,10 @@ def layer_options(
     model: RunModel,
     inputs: Mapping[str, Artifact | None],
     digests: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
+) -> StageOptions:
     """`begin_options` of a stage with one file per layer, of which this process does those `--layers` names."""
-    layers = {"layers": model.names, "only": chosen_layers(control.layers, len(model.sites))}
-    return begin_options(config, control, model, inputs, digests) | layers
+    only = chosen_layers(control.layers, len(model.sites))
+    return replace(begin_options(config, control, model, inputs, digests), layers=model.names, only=only)
 
 
 def layered_result(command: str, work: StageWriter, manifest: Manifest | None) -> Result:

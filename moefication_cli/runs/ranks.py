@@ -9,6 +9,7 @@ CUDA runs as well.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from moefication_cli.errors import ConfigError, MoEficationError, first_line
 from moefication_cli.store import jsonio
 from moefication_cli.store.manifest import Manifest
 from moefication_cli.store.rundir import RunDir
-from moefication_cli.store.writer import StageWriter
+from moefication_cli.store.writer import StageOptions, StageWriter
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -37,24 +38,24 @@ class Ranks:
         self._steps = 0
 
     @contextmanager
-    def begin(self, run: RunDir, stage: str, **options: Any) -> Iterator[StageWriter]:
+    def begin(self, run: RunDir, stage: str, options: StageOptions) -> Iterator[StageWriter]:
         """`RunDir.begin` for all ranks: the first prepares the work, the others join it.
 
         Raises ConfigError when the ranks were given different work, MoEficationError when one of them is gone.
         """
         if self.size == 1:
-            with run.begin(stage, **options) as work:
+            with run.begin(stage, options) as work:
                 yield work
             return
         self._agree(stage, options)
         if self.rank == 0:
-            with run.begin(stage, **options) as work:
+            with run.begin(stage, options) as work:
                 self.exchange(work.up_to_date)
                 work.timeout = _PATIENCE
                 yield work
             return
         up_to_date = self.exchange(None)[0]
-        with run.begin(stage, **options | {"force": False, "join": not up_to_date}) as work:
+        with run.begin(stage, replace(options, force=False, join=not up_to_date)) as work:
             work.timeout = _PATIENCE
             yield work
 
@@ -112,9 +113,9 @@ class Ranks:
         told = [self._store.get(f"{self._steps}/{rank}") for rank in range(self.size)]
         return [jsonio.parse(data, f"the message of rank {rank}")["value"] for rank, data in enumerate(told)]
 
-    def _agree(self, stage: str, options: dict[str, Any]) -> None:
-        work = {"stage": stage, "size": self.size, **options["inputs"], **options["config"]}
-        work |= {name: options.get(name) for name in ("layers", "only", "force")}
+    def _agree(self, stage: str, options: StageOptions) -> None:
+        work: dict[str, Any] = {"stage": stage, "size": self.size, **options.inputs, **options.config}
+        work |= {"layers": options.layers, "only": options.only, "force": options.force}
         for rank, other in enumerate(self.exchange(work)):
             mine = jsonio.plain(work)
             if different := sorted(name for name in mine | other if mine.get(name) != other.get(name)):

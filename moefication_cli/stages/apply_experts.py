@@ -66,7 +66,7 @@ def apply_experts(run: RunDir, config: ApplyConfig = ApplyConfig(), control: Con
             memory=2 * ffn_bytes(model) + (0 if activations is None else 16.0 * FIT_TOKENS * d_model),
             reads={"split": split, "router": router},
         )
-    with run.begin("model", **begin_options(config, control, model, stages)) as work:
+    with run.begin("model", begin_options(config, control, model, stages)) as work:
         manifest = work.manifest
         if not work.up_to_date:
             plans = make_plans(inputs, config)

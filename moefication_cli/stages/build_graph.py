@@ -47,9 +47,7 @@ def build_graph(run: RunDir, config: GraphConfig = GraphConfig(), control: Contr
             memory=ffn_bytes(model) + 4.0 * neurons**2 + 16.0 * edges,
             reads={"activations": activations},
         )
-    with control.ranks.begin(
-        run, "graph", **layer_options(config, control, model, {"activations": activations})
-    ) as work:
+    with control.ranks.begin(run, "graph", layer_options(config, control, model, {"activations": activations})) as work:
         for index in control.track(work.pending(), "build-graph", len(model.sites)):
             weights = model.read_ffn(index)
             x_TD = read_tokens(activations, index, config.max_tokens, layer_seed(control.seed, index)).x_TD

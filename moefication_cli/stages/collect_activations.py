@@ -75,8 +75,8 @@ def collect_activations(run: RunDir, config: CollectConfig, control: Control = C
             memory=4.0 * parameters + SHARD_BYTES,
         )
     options = layer_options(config, control, model, {}, data_inputs(run, model, config))
-    options["only"] = None
-    with control.ranks.begin(run, "activations", **options) as work:
+    options = replace(options, only=None)
+    with control.ranks.begin(run, "activations", options) as work:
         seconds = None
         if not work.up_to_date:
             started = time.perf_counter()

@@ -64,7 +64,7 @@ def evaluate(run: RunDir, config: EvalConfig, control: Control = Control()) -> R
     used = {f"router/{name}": stage for name, stage in routers.items() if name in selections}
     config = replace(config, data=absolute(config.data))
     options = begin_options(config, control, model, {**stages, **used}, data_inputs(run, model, config))
-    with run.begin(f"eval/{config.name}", **options) as work:
+    with run.begin(f"eval/{config.name}", options) as work:
         if work.up_to_date:
             metrics = jsonio.read_object(run.path(f"eval/{config.name}") / "metrics.json")
         else:

@@ -59,7 +59,7 @@ def split_neurons(run: RunDir, config: SplitConfig = SplitConfig(), control: Con
             memory=ffn_bytes(model) + 4.0 * neurons * (neurons + width),
             reads=inputs,
         )
-    with control.ranks.begin(run, "split", **layer_options(config, control, model, inputs)) as work:
+    with control.ranks.begin(run, "split", layer_options(config, control, model, inputs)) as work:
         for index in control.track(work.pending(), "split", len(model.sites)):
             partition, metrics = _split_index(model, activations, graph, index, config, control)
             work.save(index, {"expert_F": partition.expert_F.to(torch.int32)}, metrics=metrics)

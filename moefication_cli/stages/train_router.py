@@ -53,7 +53,7 @@ def train_router(run: RunDir, config: RouterConfig = RouterConfig(), control: Co
             reads={"activations": activations, "split": split},
         )
     options = layer_options(config, control, model, {"activations": activations, "split": split})
-    with control.ranks.begin(run, f"router/{config.router}", **options) as work:
+    with control.ranks.begin(run, f"router/{config.router}", options) as work:
         for index in control.track(work.pending(), "train-router", len(model.sites)):
             record = _train_index(model, activations, split, index, config, control)
             work.save(index, record.tensors, record.settings, metrics=record.metrics)

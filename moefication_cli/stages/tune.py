@@ -54,7 +54,7 @@ def tune(run: RunDir, config: TuneConfig, control: Control) -> Result:
     model = open_model(run, None, control)
     activations = run.require("activations")
     options = begin_options(config, control, model, {"activations": activations})
-    with run.begin("tune", **options) as work:
+    with run.begin("tune", options) as work:
         if work.up_to_date:
             rows = jsonio.read_object(run.path("tune") / "metrics.json")["rows"]
         else:

@@ -1,7 +1,8 @@
 """sha256 of files with a cache in the run directory, so that unchanged gigabytes are read once.
 
-`RUN/.cache/hashes.json`: {path: [size, mtime_ns, ctime_ns, inode, sha256]}. Best effort: a cache that is missing,
-damaged, busy or not writable only costs time. Silent decay of the disk is seen by `sha256(path, fresh=True)` alone.
+`RUN/.cache/hashes.json`: `files` {path: [size, mtime_ns, ctime_ns, inode, sha256]} and `digest`, the sha256 of the canonical
+JSON of `files`. Best effort: a cache that is missing, damaged, edited, busy or not writable only costs time. Silent decay
+of the disk is seen by `sha256(path, fresh=True)` alone.
 """
 
 from contextlib import suppress
@@ -55,7 +56,8 @@ class HashCache:
                 entries = {**self._load(), **self._added}
                 alive = {name: entry for name, entry in entries.items() if (self._run / name).exists()}
                 files.make_dirs(self._file.parent)
-                jsonio.write(self._file, {name: [*stat, value] for name, (stat, value) in alive.items()})
+                listed = {name: [*stat, value] for name, (stat, value) in alive.items()}
+                jsonio.write(self._file, {"digest": jsonio.digest(listed), "files": listed})
                 self._entries, self._added = alive, {}
             finally:
                 lock.release()
@@ -69,9 +71,11 @@ class HashCache:
     def _load(self) -> dict[str, Entry]:
         try:
             raw = jsonio.read_object(self._file)
+            if raw.get("digest") != jsonio.digest(raw["files"]):
+                return {}
             return {
                 name: ((int(size), int(mtime), int(ctime), int(inode)), str(value))
-                for name, (size, mtime, ctime, inode, value) in raw.items()
+                for name, (size, mtime, ctime, inode, value) in raw["files"].items()
             }
-        except (OSError, ValueError, TypeError, MoEficationError):
+        except (OSError, KeyError, AttributeError, ValueError, TypeError, MoEficationError):
             return {}

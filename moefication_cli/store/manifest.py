@@ -10,6 +10,7 @@
     metrics      what the stage measured; `layers` inside it holds one object per layer
     seconds      work, without imports and compilation
     environment  versions, device, command line, host
+    seal         sha256 over all of the above: later stages decide by inputs and metrics too. Absent before 0.3
 
 Freshness is comparison of this record with today's configuration and inputs. Reads no other file, imports no torch.
 """
@@ -19,7 +20,7 @@ import re
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path, PurePosixPath
@@ -57,18 +58,15 @@ class Manifest:
     metrics: Mapping[str, Any]
     seconds: float
     environment: Mapping[str, Any]
+    seal: str = ""
 
     @classmethod
     def make(cls, *, stage: str, files: Mapping[str, Mapping[str, Any]], **rest: Any) -> "Manifest":
         """A manifest with its digest; `rest` holds the other fields but `schema` and `digest`."""
         schema = schema_of(stage)
-        return cls(
-            schema=schema,
-            stage=stage,
-            files=files,
-            digest=_content_digest(schema, _compared(rest["config"]), files),
-            **rest,
-        )
+        digest = _content_digest(schema, _compared(rest["config"]), files)
+        made = cls(schema=schema, stage=stage, files=files, digest=digest, **rest)
+        return replace(made, seal=_seal(made.to_json()))
 
     @property
     def values(self) -> dict[str, Any]:
@@ -89,7 +87,10 @@ class Manifest:
     def from_json(cls, value: Mapping[str, Any], stage: str, where: Path) -> "Manifest":
         """Check keys, types, schema, file names and digest; `CorruptArtifactError` naming `where` otherwise."""
         check_schema(value.get("schema"), stage.split("/")[0], where)
+        value = {"seal": "", **value}
         check_fields(value, cls, where)
+        if value["seal"] and value["seal"] != _seal(value):
+            raise corrupt(where, "was altered: its content does not fit its seal")
         manifest = cls(**value)
         if manifest.stage != stage:
             raise corrupt(where, f"is the manifest of `{manifest.stage}`, not of `{stage}`")
@@ -116,6 +117,10 @@ class Manifest:
 
 def _compared(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {name: entry["value"] for name, entry in config.items() if entry["compared"]}
+
+
+def _seal(value: Mapping[str, Any]) -> str:
+    return jsonio.digest({name: item for name, item in value.items() if name != "seal"})
 
 
 def _content_digest(schema: str, compared: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> str:

@@ -3,7 +3,7 @@
     run = RunDir("artifacts/bert")
     run.remember(model="bert", revision="...", fingerprint="...")
     graph = run.require("graph")
-    with run.begin("split", config={...}, inputs={"graph": graph.digest}, layers=graph.layers) as work:
+    with run.begin("split", StageOptions({...}, inputs={"graph": graph.digest}, layers=graph.layers)) as work:
         for i in work.pending():
             tensors, _ = graph.read_layer(i)
             work.save(i, {"expert_F": ...}, metrics={"cut": ...})
@@ -25,7 +25,7 @@ from moefication_cli.store import files, jsonio, locks
 from moefication_cli.store.artifact import COMMANDS, Artifact, Check, StagePaths, check_stage, verified
 from moefication_cli.store.hashes import HashCache
 from moefication_cli.store.manifest import BASE_MODEL, SCHEMA_VERSION, Manifest, check_fields, check_schema, differences
-from moefication_cli.store.writer import StageWriter
+from moefication_cli.store.writer import StageOptions, StageWriter
 
 LOCK_TIMEOUT = 5.0
 
@@ -234,64 +234,29 @@ class RunDir:
     # -- writing -----------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def begin(
-        self,
-        stage: str,
-        *,
-        config: Mapping[str, Any],
-        sources: Mapping[str, str] | None = None,
-        compared: Collection[str] | None = None,
-        inputs: Mapping[str, str] | None = None,
-        layers: Sequence[str] = (),
-        only: Collection[int] | None = None,
-        force: bool = False,
-        join: bool = False,
-        device: str = "cpu",
-    ) -> Iterator[StageWriter]:
+    def begin(self, stage: str, options: StageOptions) -> Iterator[StageWriter]:
         """Work on a stage; see `StageWriter` and the module docstring. Leaving the block without `finish` keeps what is saved.
-
-        config    every option's value; `sources` says where each came from (default "default")
-        compared  the options that decide freshness and resumption; None: all of them
-        inputs    {upstream stage, `base_model` or other name: digest}
-        layers    FFN module paths in execution order; empty for a stage made in one go in `work.folder`
-        only      indices this process may do (array task, rank); others are left alone
-        force     redo `only`, or everything
-        join      take part in what another process has prepared, even if the stage was up to date before
 
         Raises `LockedError`, `MoEficationError` (not writable), `ConfigError` (an index out of range).
         """
-        if compared is not None and (odd := set(compared) - set(config)):
-            raise ValueError(f"compared names {sorted(odd)[0]!r}, which config lacks")
-        targets = range(len(layers)) if only is None else sorted(set(only))
-        if wrong := [i for i in targets if not 0 <= i < len(layers)]:
-            raise ConfigError(
-                f"there is no layer {wrong[0]}: `{stage}` has {len(layers)} layers", f"choose from 0-{len(layers) - 1}"
-            )
         work = StageWriter(
             paths=self._paths(stage),
             hashes=self.hashes,
-            config={
-                name: {
-                    "value": jsonio.plain(value),
-                    "source": (sources or {}).get(name, "default"),
-                    "compared": compared is None or name in compared,
-                }
-                for name, value in config.items()
-            },
-            inputs=dict(inputs or {}),
-            layers=tuple(layers),
-            targets=targets,
-            device=device,
+            config=options.described(),
+            inputs=dict(options.inputs),
+            layers=tuple(options.layers),
+            targets=options.targets(stage),
+            device=options.device,
             timeout=self.lock_timeout,
             on_keep=self._write_noted,
         )
-        if not (force or join):
+        if not (options.force or options.join):
             # Without locks first: an up-to-date stage in a read-only directory is fine.
             work.manifest, work.reason = work.freshness()
         try:
             if not work.up_to_date or work.paths.unfinished_commit():
                 files.make_dirs(work.paths.final.parent)
-                work.prepare(force, join)
+                work.prepare(options.force, options.join)
             try:
                 yield work
             except BaseException:

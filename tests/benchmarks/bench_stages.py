@@ -139,7 +139,7 @@ def generated(folder: Path, build: Callable[[Path], None], tokens: int) -> RunDi
         build(folder / "model")
     run, config = RunDir(folder / "run"), CollectConfig(model=str(folder / "model"), data="random", max_tokens=tokens)
     model = open_model(run, config, Control())
-    with run.begin("activations", **layer_options(config, Control(), model, {})) as work:
+    with run.begin("activations", layer_options(config, Control(), model, {})) as work:
         for index in work.pending():
             generator = torch.Generator().manual_seed(index)
             shape = tokens, model.sites[index].d_model

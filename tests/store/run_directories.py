@@ -9,7 +9,7 @@ import torch
 
 from moefication_cli.store.manifest import Manifest
 from moefication_cli.store.rundir import RunDir
-from moefication_cli.store.writer import StageWriter
+from moefication_cli.store.writer import StageOptions, StageWriter
 
 LAYERS = ["encoder.layer.0", "encoder.layer.1", "encoder.layer.2", "encoder.layer.3"]
 FORK = multiprocessing.get_context("fork")
@@ -22,7 +22,7 @@ def tensors_of(index: int, experts: int) -> dict[str, torch.Tensor]:
 def begin(run: RunDir, experts: int = 4, **options: Any) -> contextlib.AbstractContextManager[StageWriter]:
     options = {"inputs": {"base_model": "f" * 64}, "layers": LAYERS, **options}
     config = {"num_experts": experts, "batch_size": options.pop("batch_size", 8)}
-    return run.begin("split", config=config, compared={"num_experts"}, **options)
+    return run.begin("split", StageOptions(config=config, compared={"num_experts"}, **options))
 
 
 def split(
@@ -41,7 +41,7 @@ def done(manifest: Manifest | None) -> Manifest:
 
 
 def one_file(run: RunDir, stage: str = "model", content: str = "x", **options: Any) -> Manifest:
-    with run.begin(stage, config={"a": 1}, **options) as work:
+    with run.begin(stage, StageOptions(config={"a": 1}, **options)) as work:
         if not work.up_to_date:
             (work.folder / "sub").mkdir()
             (work.folder / "sub" / "file.txt").write_text(content)

@@ -15,7 +15,7 @@ from moefication_cli.errors import (
     MissingArtifactError,
     MoEficationError,
 )
-from moefication_cli.store import files
+from moefication_cli.store import files, jsonio
 from moefication_cli.store.manifest import Manifest
 from moefication_cli.store.rundir import RunDir
 
@@ -93,10 +93,11 @@ EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
 }
 
 
+@pytest.mark.parametrize("sealed", [True, False])
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS.keys())
-def test_edited_manifest_is_corrupt(run: RunDir, edit: Callable[[dict[str, Any]], object]) -> None:
+def test_edited_manifest_is_corrupt(run: RunDir, edit: Callable[[dict[str, Any]], object], sealed: bool) -> None:
     first = done(split(run))
-    edit_manifest(run, lambda m: None)
+    edit_manifest(run, lambda m: None if sealed else m.pop("seal"))  # as written before 0.3: each field is checked
     assert run.read_stage("split").digest == first.digest
     edit_manifest(run, edit)
     with pytest.raises(CorruptArtifactError, match=r"manifest\.json"):
@@ -110,11 +111,24 @@ def test_manifest_with_a_fitting_digest_cannot_name_files_outside(run: RunDir, n
 
     def edit(value: dict[str, Any]) -> None:
         value["files"][name] = {"sha256": "0" * 64, "bytes": 1}
-        value["digest"] = Manifest.make(**{k: v for k, v in value.items() if k not in {"schema", "digest"}}).digest
+        made = Manifest.make(**{k: v for k, v in value.items() if k not in {"schema", "digest", "seal"}})
+        value |= {"digest": made.digest, "seal": made.seal}
 
     edit_manifest(run, edit)
     with pytest.raises(CorruptArtifactError, match="names a file outside its folder"):
         run.read_stage("split")
+
+
+@pytest.mark.parametrize("edit", [
+    lambda m: m["metrics"]["layers"][1].update(index=8), lambda m: m["inputs"].update(base_model="e" * 64),
+])  # fmt: skip
+def test_what_later_stages_decide_by_is_sealed(run: RunDir, edit: Callable[[dict[str, Any]], object]) -> None:
+    split(run)
+    edit_manifest(run, edit)
+    with pytest.raises(CorruptArtifactError, match=r"manifest\.json was altered"):
+        run.read_stage("split")
+    edit_manifest(run, lambda m: m.pop("seal"))
+    assert run.read_stage("split")
 
 
 def test_newer_manifest_asks_for_an_upgrade(run: RunDir) -> None:
@@ -139,6 +153,28 @@ def test_damaged_hash_cache_costs_time_only(run: RunDir) -> None:
     for text in ["{", '{"split/layer_000.safetensors": 1}', "[]"]:
         (run.root / ".cache" / "hashes.json").write_text(text)
         assert RunDir(run.root).read_stage("split").digest == first.digest
+
+
+def edit_hashes(run: RunDir, edit: Callable[[dict[str, Any]], object], sealed: bool) -> None:
+    path = run.root / ".cache" / "hashes.json"
+    value = json.loads(path.read_text())
+    edit(value["files"])
+    path.write_text(json.dumps(value | ({"digest": jsonio.digest(value["files"])} if sealed else {})))
+
+
+def test_a_wrong_cached_hash_accuses_nobody_and_an_edited_cache_excuses_nobody(run: RunDir) -> None:
+    first = done(split(run))
+    name = "split/layer_001.safetensors"
+    edit_hashes(run, lambda known: known[name].__setitem__(4, "0" * 64), sealed=True)
+    assert RunDir(run.root).read_stage("split").digest == first.digest
+
+    damage_flip(run.path("split"))
+    entry = [*files.identity(run.root / name), first.files["layer_001.safetensors"]["sha256"]]
+    edit_hashes(run, lambda known: known.update({name: entry}), sealed=False)
+    with pytest.raises(CorruptArtifactError, match="altered"):
+        RunDir(run.root).read_stage("split")
+    (run.root / ".cache" / "hashes.json").unlink()
+    RunDir(run.root).read_stage("split", check="size")
 
 
 def test_commit_leaves_the_hashes_known(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:

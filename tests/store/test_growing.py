@@ -14,6 +14,7 @@ from moefication_cli.store.layerfile import open_layer, read_layer
 from moefication_cli.store.manifest import Manifest
 from moefication_cli.store.partial import Partial
 from moefication_cli.store.rundir import RunDir
+from moefication_cli.store.writer import StageOptions
 
 OTHERS = {
     "sequence_T": torch.arange(7, dtype=torch.int32),
@@ -93,7 +94,7 @@ except MoEficationError as error:
 
 def make(run: RunDir, seed: int = 0) -> Manifest | None:
     """A stage of two layers that grow, each in two pieces."""
-    with run.begin("activations", config={"seed": seed}, inputs={}, layers=["l.0", "l.1"]) as work:
+    with run.begin("activations", StageOptions(config={"seed": seed}, inputs={}, layers=["l.0", "l.1"])) as work:
         for index in work.pending():
             path, rows_TD = work.scratch / f"rows_{index}", rows_of(4, seed + index)
             work.move_back(index, path)
@@ -130,7 +131,9 @@ def test_redoing_a_layer_leaves_the_finished_stage_alone(tmp_path: Path) -> None
     run = RunDir(tmp_path / "run")
     assert make(run) is not None
     before = (run.path("activations") / "layer_000.safetensors").read_bytes()
-    with run.begin("activations", config={"seed": 0}, inputs={}, layers=["l.0", "l.1"], force=True) as work:
+    with run.begin(
+        "activations", StageOptions(config={"seed": 0}, inputs={}, layers=["l.0", "l.1"], force=True)
+    ) as work:
         for index in work.pending():
             path = work.scratch / f"rows_{index}"
             work.move_back(index, path)

@@ -20,6 +20,7 @@ from moefication_cli.store import files, jsonio, locks
 from moefication_cli.store.artifact import StagePaths
 from moefication_cli.store.manifest import Manifest
 from moefication_cli.store.rundir import RunDir
+from moefication_cli.store.writer import StageOptions
 
 
 def kill_at(call: int) -> None:
@@ -213,12 +214,12 @@ def test_readers_never_see_half_a_stage(run: RunDir) -> None:
 
 def test_folder_stage_is_locked_while_it_is_made(run: RunDir) -> None:
     with (
-        run.begin("eval/default", config={}) as work,
+        run.begin("eval/default", StageOptions(config={})) as work,
         pytest.raises(LockedError, match=rf"`eval/default` is being worked on by process {os.getpid()} on"),
-        RunDir(run.root, lock_timeout=0.1).begin("eval/default", config={}),
+        RunDir(run.root, lock_timeout=0.1).begin("eval/default", StageOptions(config={})),
     ):
         pass
-    with run.begin("eval/default", config={}):
+    with run.begin("eval/default", StageOptions(config={})):
         assert work
 
 

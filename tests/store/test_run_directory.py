@@ -18,6 +18,7 @@ from moefication_cli.errors import (
 )
 from moefication_cli.store import files
 from moefication_cli.store.rundir import RunDir
+from moefication_cli.store.writer import StageOptions
 
 
 def test_stage_round_trip(run: RunDir) -> None:
@@ -130,7 +131,7 @@ def test_leftovers_of_other_work_are_swept(run: RunDir) -> None:
         for i in work.pending():
             work.save(i, tensors_of(i, 4))
     assert len(done(split(run)).files) == 4
-    with run.begin("model", config={"a": 1}) as work:
+    with run.begin("model", StageOptions(config={"a": 1})) as work:
         (work.folder / "half written").write_text("x")
         (work.folder / ".tokenizer.tmp").write_text("x")
     assert list(one_file(run).files) == ["sub/file.txt"]
@@ -255,7 +256,7 @@ def test_names_lists_finished_routers(run: RunDir) -> None:
     assert run.names("router") == []
     one_file(run, "router/mlp")
     one_file(run, "router/a.b-c")
-    with run.begin("router/unfinished", config={}):
+    with run.begin("router/unfinished", StageOptions(config={})):
         pass
     assert run.names("router") == ["a.b-c", "mlp"]
 
