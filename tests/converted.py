@@ -9,6 +9,7 @@ from tiny_models import save_tiny
 from moefication_cli.ffn import Compensation
 from moefication_cli.models.folder.checkpoint import Checkpoint
 from moefication_cli.models.folder.moe_folder import layer_tensors, write_moe_settings
+from moefication_cli.models.folder.seal import sealed
 from moefication_cli.routing.router import TwoLayerRouter
 
 
@@ -49,5 +50,6 @@ def convert(
         else:
             layers.append(entry | {"router": {"activation": "identity", "normalise": False}})
             tensors |= layer_tensors(site.index, TwoLayerRouter(torch.randn(num_experts, 16)), compensation)
-    write_moe_settings(folder, {"layers": layers, "fraction": 0.5}, tensors)
+    weights = sealed(Checkpoint(folder))
+    write_moe_settings(folder, {"layers": layers, "fraction": 0.5, "weights": weights}, tensors)
     return model

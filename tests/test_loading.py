@@ -26,6 +26,7 @@ from moefication_cli.models.loading import load, load_model, resolve_device, res
 from moefication_cli.models.sites import find_sites
 from moefication_cli.models.surgery import installed_layers, live_weights
 from moefication_cli.routing.router import TwoLayerRouter
+from moefication_cli.store import jsonio
 
 
 def same_function(model, folder, name):
@@ -270,8 +271,10 @@ def test_converted_folder_keeps_compensation(tmp_path):
 
 
 def edit(path, change):
+    """Changes the settings and their digest: each field is checked as well."""
     settings = json.loads(path.read_text())
     change(settings)
+    settings["digest"] = jsonio.digest({name: value for name, value in settings.items() if name != "digest"})
     path.write_text(json.dumps(settings))
 
 

@@ -139,7 +139,7 @@ def _plain(state: Setting, target: str) -> BenchCase:
         device=state.device,
         dtype=config.dtype,
         revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
+        trust_remote_code=state.control.trust_remote_code,
         tokenizer=False,
         quiet=True,
     )
@@ -168,7 +168,7 @@ def _twins(state: Setting, modes: list[str], model: Any, expert_size: int, *, ra
 def _converted(state: Setting, folder: Path) -> BenchCase:
     config = state.config
     options: dict[str, Any] = {"device": state.device, "dtype": config.dtype, "task": config.task}
-    options["trust_remote_code"] = config.trust_remote_code
+    options["trust_remote_code"] = state.control.trust_remote_code
     settings = read_moe_folder(folder).settings
     moe = load(folder, backend=config.backend, **options).requires_grad_(False)
     dense = load_model(folder, tokenizer=False, quiet=True, **options).model.requires_grad_(False)

@@ -87,6 +87,7 @@ def _run(
                 layers=control.layers,
                 force=control.force,
                 dry_run=control.dry_run,
+                trust_remote_code=control.trust_remote_code,
                 sources=sources,
                 say=console.say,
                 track=console.track,

@@ -42,6 +42,9 @@ class ControlConfig(Options):
     dry_run: bool = option(
         False, "Say what would be read, written and how long it would take; do nothing", compared=False
     )
+    trust_remote_code: bool = option(
+        False, "Run code that comes with the model; never remembered, each command needs it anew", compared=False
+    )
     json: bool = option(False, "Print exactly one JSON object on stdout", compared=False)
     quiet: bool = option(False, "No progress on stderr, only warnings and errors", compared=False)
 
@@ -55,7 +58,6 @@ class ModelConfig(Options):
     ffn: str | None = option(
         None, 'FFN described by hand: "up=...,gate=...,down=..." with * for the layer number', compared=False
     )
-    trust_remote_code: bool = option(False, "Run code that comes with the model", compared=False)
 
 
 @dataclass(frozen=True)
@@ -299,4 +301,3 @@ class BenchConfig(Options):
     revision: str | None = option(None, "Revision of a hub model")
     ffn: str | None = option(None, 'FFN described by hand: "up=...,gate=...,down=..." with * for the layer number')
     task: TaskName | None = option(None, "classification, text2text or lm; guessed from the architecture")
-    trust_remote_code: bool = option(False, "Run code that comes with the model")

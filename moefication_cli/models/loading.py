@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from torch import nn
 from moefication_cli.errors import ConfigError, CorruptArtifactError, UnavailableError, first_line
 from moefication_cli.ffn import ExpertWeights
 from moefication_cli.models.folder.moe_folder import MoEFolder, MoELayer, read_moe_folder
+from moefication_cli.models.folder.seal import check_seal
 from moefication_cli.models.folder.source import LOAD_ERRORS, Source, load_config, resolve_source
 from moefication_cli.models.heads import TASK_AUTO, task_of
 from moefication_cli.models.masking import TokenMask
+from moefication_cli.models.saving import save_converted
 from moefication_cli.models.sites import FFNSite, find_sites, refuse_quantised
 from moefication_cli.models.surgery import FFNLayer, install, live_weights, pack
 from moefication_cli.routing.rules import TopK
@@ -178,6 +181,7 @@ def load(
     fraction: float | None = None,
     task: str | None = None,
     trust_remote_code: bool = False,
+    verify: bool = False,
     quiet: bool = True,
 ) -> Any:
     """A folder written by `moefication apply`, as the mixture of experts: a transformers model in evaluation mode.
@@ -186,9 +190,11 @@ def load(
 
     `fraction` replaces the recorded rule by the best `max(1, round(fraction * E))` experts; a layer without a router runs
     that share of its experts, the most important ones, for every token. Layers that were left dense stay so.
+    Weights that the experts were not made for are refused, by the sizes of the files and 64 rows of each of the FFNs'
+    matrices; `verify` compares every byte of the weight files. `save_pretrained` of the model writes such a folder again.
     Raises ConfigError (path or fraction of another kind), MissingArtifactError (not a converted model),
-    CorruptArtifactError (routers missing, altered, not fitting) and what `load_model` raises. Plain `from_pretrained` of
-    the same folder gives the dense model.
+    CorruptArtifactError (routers or weights missing, altered, not fitting) and what `load_model` raises. Plain
+    `from_pretrained` of the same folder gives the dense model.
     """
     if not isinstance(path, str | Path):
         raise ConfigError(f"load takes the path of a folder, not {path!r}", "load('RUN/model')")
@@ -197,6 +203,7 @@ def load(
         raise ConfigError(f"fraction {fraction!r} is not a number in (0, 1]")
     folder = Path(path)
     moe = read_moe_folder(folder)
+    check_weights(folder, moe, verify)
     loaded = load_model(
         folder,
         task=task,
@@ -210,10 +217,23 @@ def load(
     return loaded.model
 
 
+def check_weights(folder: Path, moe: MoEFolder, verify: bool = False) -> None:
+    """Raise CorruptArtifactError unless the weights in `folder` are those its experts were made for (see `seal`)."""
+    if "weights" in moe.settings:
+        check_seal(folder, moe.settings["weights"], verify)
+    else:
+        log.warning(
+            "%s was written by a version before 0.3: whether its weights are unchanged cannot be checked", folder
+        )
+
+
 def attach_experts(
     model: Any, folder: Path, moe: MoEFolder, backend: str = "auto", fraction: float | None = None
 ) -> None:
-    """Install the layers read from `folder` in the dense model of that folder. Raises CorruptArtifactError if they do not fit."""
+    """Install the layers read from `folder` in the dense model of that folder, whose `save_pretrained` then writes both.
+
+    Raises CorruptArtifactError if they do not fit.
+    """
     sites = find_sites(model, moe.settings.get("ffn"))
     if [site.name for site in sites] != [layer.name for layer in moe.layers]:
         raise CorruptArtifactError(
@@ -224,6 +244,7 @@ def attach_experts(
     for site, layer in zip(sites, moe.layers, strict=True):
         if not layer.dense and not (fraction == 1 and layer.router is None):  # all neurons on: the dense layer
             install(model, site, _moe_ffn(model, site, layer, backend, fraction), token_mask)
+    model.save_pretrained = partial(save_converted, model, moe)
     experts = sum(not layer.dense for layer in moe.layers)
     log.info("%s: mixture of experts in %d of %d FFNs, backend %s", folder, experts, len(sites), backend)
 

@@ -38,6 +38,7 @@ class Control:
     layers: tuple[int, ...] | None = None
     force: bool = False
     dry_run: bool = False
+    trust_remote_code: bool = False
     sources: dict[type, dict[str, str]] = field(default_factory=dict)  # config class -> option -> where it came from
     say: Callable[[str], None] = _silent
     track: Track = _untracked

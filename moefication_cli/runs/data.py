@@ -94,7 +94,7 @@ def load_whole(run: RunDir, model: RunModel, task: str | None = None, dtype: str
         task=task or run.info.task,
         device=model.device,
         dtype=dtype,
-        trust_remote_code=bool(run.info.trust_remote_code),
+        trust_remote_code=model.checkpoint.trust_remote_code,
         quiet=True,
     )
 

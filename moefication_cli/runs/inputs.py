@@ -65,7 +65,6 @@ def open_model(run: RunDir, config: ModelConfig | None, control: Control) -> Run
     named: dict[str, Any] = {}
     if config is not None:
         named = {"model": absolute(config.model), "revision": config.revision, "ffn": config.ffn}
-        named |= {"trust_remote_code": True} if config.trust_remote_code else {}
     model = named.get("model") or info.model
     if model is None:
         if config is None:  # a stage that works on what others have made
@@ -81,7 +80,7 @@ def open_model(run: RunDir, config: ModelConfig | None, control: Control) -> Run
         model,
         revision=named.get("revision") or info.revision,
         ffn=ffn,
-        trust_remote_code=bool(named.get("trust_remote_code") or info.trust_remote_code),
+        trust_remote_code=control.trust_remote_code,  # never from run.json: whoever gives us a run could run code
     )
     fingerprint = checkpoint.fingerprint(run.hashes.sha256)
     if ffn is not None:  # other FFNs of the same weights are another model to every stage

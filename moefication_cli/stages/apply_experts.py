@@ -20,6 +20,7 @@ from moefication_cli.errors import MoEficationError
 from moefication_cli.models.folder.checkpoint import Checkpoint
 from moefication_cli.models.folder.embedded import embed_code
 from moefication_cli.models.folder.moe_folder import write_moe_settings
+from moefication_cli.models.folder.seal import sealed
 from moefication_cli.routing.rules import TopK
 from moefication_cli.runs.control import Control, Result
 from moefication_cli.runs.estimate import estimate, ffn_bytes, total_ffn_flops
@@ -72,10 +73,11 @@ def apply_experts(run: RunDir, config: ApplyConfig = ApplyConfig(), control: Con
             plans = make_plans(inputs, config)
             orders = {plan.layer.name: plan.layer.partition.order_F() for plan in plans if plan.rule is not None}
             model.checkpoint.write_permuted(work.folder, orders)
-            write_moe_settings(work.folder, settings(plans, name, config, run.info.ffn), router_tensors(plans))
             if config.embed_code:
                 embed_code(work.folder)
-            written = Checkpoint(work.folder, ffn=run.info.ffn)
+            written = Checkpoint(work.folder, ffn=run.info.ffn, trust_remote_code=control.trust_remote_code)
+            content = settings(plans, name, config, run.info.ffn) | {"weights": sealed(written)}
+            write_moe_settings(work.folder, content, router_tensors(plans))
             for index in control.track(range(len(plans)), "check", len(plans)):
                 check_layer(model, written, index, control.seed)
             rows = [_row(plan) | _experts_per_token(plan, activations, control.seed) for plan in plans]

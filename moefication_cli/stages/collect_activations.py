@@ -95,7 +95,7 @@ def _run_shards(run: RunDir, model: RunModel, work: StageWriter, config: Collect
         task=config.task,
         device=model.device,
         dtype=config.dtype,
-        trust_remote_code=config.trust_remote_code,
+        trust_remote_code=control.trust_remote_code,
         quiet=True,
         device_map="auto" if config.offload else None,
         offload_folder=work.scratch / f"offload_{control.ranks.rank}" if config.offload else None,

@@ -43,6 +43,7 @@ def convert(
     texts: Iterable[str] | None = None,
     tokenizer: Any = None,
     control: Control | None = None,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> Result:
     """What `moefication run` does, as a function: RUN/model is where `.path` of the result says.
@@ -77,7 +78,9 @@ def convert(
         atomic_write(data, b"".join(jsonio.canonical({"text": text}) + b"\n" for text in texts))
     values = {**options, "model": str(model), "data": None if data is None else str(data)}
     extra, collect, evaluate, split, router, apply = distribute(values, CONFIGS)
-    return run_stages(run, extra, collect, split, router, apply, evaluate, control or Control())
+    control = control or Control()
+    control = replace(control, trust_remote_code=trust_remote_code or control.trust_remote_code)
+    return run_stages(run, extra, collect, split, router, apply, evaluate, control)
 
 
 def run_stages(

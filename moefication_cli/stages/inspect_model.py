@@ -13,7 +13,9 @@ def inspect_model(model: str, config: ModelConfig, control: Control) -> Result:
 
     Raises ConfigError (model not found, unreadable) and UnsupportedModelError (no FFN that can be converted).
     """
-    checkpoint = Checkpoint(model, revision=config.revision, ffn=config.ffn, trust_remote_code=config.trust_remote_code)
+    checkpoint = Checkpoint(
+        model, revision=config.revision, ffn=config.ffn, trust_remote_code=control.trust_remote_code
+    )
     found = checkpoint.describe()
     rows = [{name: row[name] for name in _COLUMNS} for row in found["ffns"]]
     notes = [

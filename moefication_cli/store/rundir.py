@@ -43,7 +43,6 @@ class RunInfo:
     label_words: str | None = None
     fields: Mapping[str, Any] | None = None  # text and label fields of the data
     ffn: str | None = None  # FFN described by hand, `--ffn`
-    trust_remote_code: bool | None = None
 
 
 class RunDir:
@@ -84,6 +83,9 @@ class RunDir:
         except (FileNotFoundError, NotADirectoryError):
             return RunInfo()
         check_schema(value.get("schema"), "run", path)
+        value.pop(
+            "trust_remote_code", None
+        )  # versions before 0.3 remembered the permission; it is given anew each time
         check_fields(value, RunInfo, path)
         return RunInfo(**value)
 

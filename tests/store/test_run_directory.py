@@ -266,17 +266,16 @@ def test_names_lists_finished_routers(run: RunDir) -> None:
 
 def test_run_json_remembers_and_is_strict(run: RunDir) -> None:
     assert run.info.model is None
-    run.remember(model="m", fingerprint="f", fields={"text": "sentence"}, trust_remote_code=False)
+    run.remember(model="m", fingerprint="f", fields={"text": "sentence"})
     info = run.remember(task="lm", model=None)
     assert info == run.info and info.model == "m" and info.task == "lm"
-    assert info.fields == {"text": "sentence"} and info.trust_remote_code is False
+    assert info.fields == {"text": "sentence"}
     with pytest.raises(TypeError, match="nonsense"):
         run.remember(nonsense=1)
     good = asdict(info)
     for bad in [
         {**good, "x": 1},
         {**good, "model": 3},
-        {**good, "trust_remote_code": "no"},
         {**good, "fields": []},
         {k: v for k, v in good.items() if k != "task"},
         {},
@@ -284,6 +283,10 @@ def test_run_json_remembers_and_is_strict(run: RunDir) -> None:
         (run.root / "run.json").write_text(json.dumps(bad))
         with pytest.raises(CorruptArtifactError, match=r"run\.json"):
             _ = run.info
+    (run.root / "run.json").write_text(
+        json.dumps({**good, "trust_remote_code": True})
+    )  # as versions before 0.3 wrote it
+    assert run.info == info
     (run.root / "run.json").write_text(json.dumps({**good, "schema": "moefication/run@2"}))
     with pytest.raises(CorruptArtifactError, match="newer version") as caught:
         _ = run.info

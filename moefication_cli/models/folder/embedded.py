@@ -6,18 +6,12 @@ attach the experts after loading; they need this package installed and say so wh
 https://huggingface.co/docs/transformers/custom_models
 """
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import transformers
-from huggingface_hub import snapshot_download
 
 from moefication_cli.errors import UnsupportedModelError
-from moefication_cli.models.folder.moe_folder import FOLDER, read_moe_folder
 from moefication_cli.models.heads import auto_architectures
-from moefication_cli.models.loading import attach_experts
-from moefication_cli.models.sites import find_sites
 from moefication_cli.store import jsonio
 from moefication_cli.store.files import atomic_write
 
@@ -74,18 +68,3 @@ def embed_code(folder: Path) -> list[Path]:
     settings["auto_map"] = {auto: f"{MODULE}.MoE{name}" for auto, name in loads.items()}
     jsonio.write(folder / "config.json", settings)
     return [module, folder / "config.json"]
-
-
-def attach(model: Any, folder: str | Path, revision: str | None = None) -> None:
-    """Make a loaded dense model the mixture of experts that its folder or hub repository describes.
-
-    A part of the converted model (the encoder of an encoder-decoder) gets the experts of its own layers. Raises
-    MissingArtifactError (no experts there), CorruptArtifactError.
-    """
-    local = Path(folder)
-    if not local.is_dir():
-        local = Path(snapshot_download(str(folder), revision=revision, allow_patterns=[f"{FOLDER}/*"]))
-    moe = read_moe_folder(local)
-    names = {site.name for site in find_sites(model, moe.settings.get("ffn"))}
-    moe = replace(moe, layers=tuple(layer for layer in moe.layers if layer.name in names))
-    attach_experts(model.eval(), local, moe)

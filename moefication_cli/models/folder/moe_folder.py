@@ -1,8 +1,9 @@
 """What `apply` adds to a dense model folder: `moefication/moefication.json` and `moefication/routers.safetensors`.
 
-The JSON has `schema` (`moefication/model@1`), `layers` (one object per FFN in execution order: `layer`, and unless
+The JSON has `schema` (`moefication/model@2`), `layers` (one object per FFN in execution order: `layer`, and unless
 `dense` is true `num_experts`, `num_shared`, `rule` {top_k | threshold | max_ratio | cumulative} and `router`
-{activation, normalise}), `tensors` {sha256, bytes} and whatever else the writer records. Tensors are named
+{activation, normalise}), `tensors` {sha256, bytes}, `weights` (see `seal`), `digest` (sha256 of the canonical JSON of
+all the rest) and whatever else the writer records. Tensors are named
 `{position in layers:03d}.{name}` with the names of the router's tensors and of `_COMPENSATION`. Reading trusts nothing:
 every defect is a CorruptArtifactError. Axes: D model width, E experts, R router width.
 """
@@ -24,7 +25,7 @@ from moefication_cli.routing.rules import Rule, TopK, read_rule
 from moefication_cli.store import jsonio
 from moefication_cli.store.files import atomic_write, make_dirs, sha256
 
-SCHEMA = "moefication/model@1"
+SCHEMA, OLD_SCHEMA = "moefication/model@2", "moefication/model@1"  # @1 has neither `weights` nor `digest`
 FOLDER, SETTINGS, ROUTERS = "moefication", "moefication.json", "routers.safetensors"
 _COMPENSATION = {
     "constant_D": "constant_D",
@@ -78,7 +79,9 @@ def write_moe_settings(folder: Path, settings: Mapping[str, Any], tensors: Mappi
     )
     atomic_write(target / ROUTERS, data)
     record = {"sha256": sha256(target / ROUTERS), "bytes": len(data)}
-    jsonio.write(target / SETTINGS, {**settings, "schema": SCHEMA, "tensors": record})
+    content = {name: value for name, value in settings.items() if name != "digest"}
+    content |= {"schema": SCHEMA, "tensors": record}
+    jsonio.write(target / SETTINGS, content | {"digest": jsonio.digest(content)})
     read_moe_folder(folder)
     return [target / ROUTERS, target / SETTINGS]
 
@@ -91,10 +94,13 @@ def read_moe_folder(folder: Path) -> MoEFolder:
             f"{folder} has no {FOLDER}/{SETTINGS}: it is not a MoEfied model", "run: moefication apply RUN"
         )
     settings = jsonio.read_object(path)
-    if settings.get("schema") != SCHEMA:
+    if settings.get("schema") not in (SCHEMA, OLD_SCHEMA):
         newer = isinstance(settings.get("schema"), str) and settings["schema"].startswith("moefication/model@")
         hint = "upgrade moefication, or write the folder again with this version" if newer else _AGAIN
         raise CorruptArtifactError(f"{path} has schema {settings.get('schema')!r}, expected {SCHEMA!r}", hint)
+    content = {name: value for name, value in settings.items() if name != "digest"}
+    if settings["schema"] == SCHEMA and settings.get("digest") != jsonio.digest(content):
+        raise CorruptArtifactError(f"{path} was altered: its content does not fit its digest", _AGAIN)
     tensors = _read_tensors(folder / FOLDER / ROUTERS, settings.get("tensors"))
     entries = settings.get("layers")
     if not isinstance(entries, list) or not entries:

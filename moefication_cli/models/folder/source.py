@@ -121,6 +121,9 @@ def load_config(source: Source, trust_remote_code: bool = False) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     except LOAD_ERRORS as error:
+        if "trust_remote_code" in str(error):
+            hint = "read it, and if you trust it add --trust-remote-code to this command"
+            raise ConfigError(f"{source.ref} comes with code of its own, which is not run unasked", hint) from None
         hint = "check the folder or update transformers"
         raise ConfigError(f"{source.ref}: cannot read config.json ({first_line(error)})", hint) from None
 
