@@ -60,30 +60,25 @@ class FFNWeights:
         return flops_per_neuron(self.d_model, self.gated)
 
     def hidden(self, x_TD: Tensor) -> Tensor:
-        """Activations h_TF of all neurons."""
-        act = ACTIVATIONS[self.activation]
+        """Activations h_TF of all neurons, in the dtype of the weights."""
+        act, x_TD = ACTIVATIONS[self.activation], x_TD.to(self.w_up_FD.dtype)
         up_TF = functional.linear(x_TD, self.w_up_FD, self.b_up_F)
         if self.w_gate_FD is None:
             return act(up_TF)
         return act(functional.linear(x_TD, self.w_gate_FD, self.b_gate_F)) * up_TF
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """The dense output y_TD."""
-        y_TD = self.hidden(x_TD) @ self.w_down_FD
-        return y_TD if self.b_down_D is None else y_TD + self.b_down_D
+        """The dense output y_TD, in the dtype of the input."""
+        # T5 keeps its down-projection in float32 under float16
+        y_TD = self.hidden(x_TD).to(self.w_down_FD.dtype) @ self.w_down_FD
+        return (y_TD if self.b_down_D is None else y_TD + self.b_down_D).to(x_TD.dtype)
 
-    def to(self, device: torch.device | str) -> "FFNWeights":
-        """The same weights on another device."""
-        move = lambda t: None if t is None else t.to(device)  # noqa: E731
-        return replace(
-            self,
-            w_up_FD=self.w_up_FD.to(device),
-            w_down_FD=self.w_down_FD.to(device),
-            w_gate_FD=move(self.w_gate_FD),
-            b_up_F=move(self.b_up_F),
-            b_gate_F=move(self.b_gate_F),
-            b_down_D=move(self.b_down_D),
-        )
+    def to(self, *args: Any, **kwargs: Any) -> "FFNWeights":
+        """The same weights on another device or in another dtype."""
+        tensors: dict[str, Any] = {
+            name: t.to(*args, **kwargs) for name, t in vars(self).items() if isinstance(t, Tensor)
+        }
+        return replace(self, **tensors)
 
     def permute(self, order_F: Tensor) -> "FFNWeights":
         """The same function with its neurons in another order."""
@@ -110,11 +105,11 @@ class Compensation:
     w_out_RD: Tensor | None = None
 
     def output(self, x: Tensor) -> Tensor:
-        """What is added for inputs x [..., D]: [..., D], or [D] where it is the same for all."""
+        """What is added for inputs x [..., D]: [..., D], or [D] where it is the same for all; in the dtype of the tensors."""
         constant_D = self.constant_D if self.constant_D is not None else x.new_zeros(x.shape[-1])
         if self.w_in_RD is None or self.w_out_RD is None:
             return constant_D
-        return constant_D + (x @ self.w_in_RD.T) @ self.w_out_RD
+        return constant_D + (x.to(self.w_in_RD.dtype) @ self.w_in_RD.T) @ self.w_out_RD
 
     def to(self, *args: Any, **kwargs: Any) -> "Compensation":
         """The same tensors on another device or in another dtype."""

@@ -94,7 +94,9 @@ class Conversion:
     def shares(self) -> list[Tensor]:
         """What each FFN computed in the latest call, as a share of dense, counted as `eval` counts; differentiable."""
         return [
-            torch.ones(()) if number not in self.layers else self.layers[number].active + self.overheads[number]
+            torch.ones((), device=self.loaded.device)  # the others' counts are there
+            if number not in self.layers
+            else self.layers[number].active + self.overheads[number]
             for number in range(len(self.plans))
         ]
 
@@ -221,6 +223,8 @@ def refine(
     """
     target = conversion.budget.fraction * SPEND[1]
     before, start = mean_kl(conversion, heldout), conversion.state()
+    if not conversion.layers:  # the budget leaves every FFN dense
+        return Outcome(before, before, False)
     price = max(before, 1e-6) / target
     with torch.no_grad():
         rate = _LEARNING_RATE * min(1.0, len(conversion.logits(train[0], dense=True)) / _FULL_PREDICTIONS)

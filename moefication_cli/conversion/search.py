@@ -211,7 +211,7 @@ class WholeModel:
         conversion, _, shape = self._settled(config)
         outcome = refine(conversion, self.train, self.heldout, config.refine or 0, self.control)
         shares = settle(conversion, self.heldout)
-        if not outcome.kept:
+        if not outcome.kept and conversion.layers:
             self.control.say("refinement did not lower the KL on held-out calibration data: kept as planned")
         return conversion.finished(shares), vars(outcome) | {"shape": shape}
 

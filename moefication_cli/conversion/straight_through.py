@@ -33,11 +33,12 @@ class StraightThroughMoEFFN:
         self.form, self.threshold = router, threshold
         self.as_dense, self.shift, self.density = False, 0.0, 0.0
         self.spread = 0.0  # measured on the first call
-        self.active: Tensor = torch.full((), weights.num_shared / weights.ffn.num_neurons)
+        share = weights.num_shared / weights.ffn.num_neurons
+        self.active: Tensor = torch.full((), share, device=weights.ffn.w_up_FD.device)
         extra = weights.compensation or Compensation()
         named = {} if router is None else dict(router.tensors())
         named |= {f"extra.{k}": v for k, v in vars(extra).items() if isinstance(v, Tensor)}
-        named.setdefault("extra.constant_D", torch.zeros_like(weights.ffn.w_up_FD[0]))
+        named.setdefault("extra.constant_D", torch.zeros_like(weights.ffn.w_up_FD[0], dtype=torch.float32))
         self.parameters = {name: tensor.detach().clone().requires_grad_() for name, tensor in named.items()}
         self._scale: dict[str, float] = {}
 
@@ -59,10 +60,11 @@ class StraightThroughMoEFFN:
         else:
             gates_TE = self._gates(x_TD)
             h_TF = ffn.hidden(x_TD)
-            routed_TF = h_TF[:, kept:].unflatten(1, (-1, self.weights.expert_size)) * gates_TE.unsqueeze(-1)
+            gates_TE1 = gates_TE.unsqueeze(-1).to(h_TF.dtype)
+            routed_TF = h_TF[:, kept:].unflatten(1, (-1, self.weights.expert_size)) * gates_TE1
             y_TD = routed_TF.flatten(1) @ ffn.w_down_FD[kept:] + h_TF[:, :kept] @ ffn.w_down_FD[:kept]
-        y_TD = y_TD + self.learned_compensation().output(x_TD)
-        return y_TD if ffn.b_down_D is None else y_TD + ffn.b_down_D
+        y_TD = y_TD.float() + self.learned_compensation().output(x_TD)  # routers and corrections are float32
+        return (y_TD if ffn.b_down_D is None else y_TD + ffn.b_down_D).to(x_TD.dtype)
 
     def _gates(self, x_TD: Tensor) -> Tensor:
         scores_TE = self.learned_router().scores(x_TD)

@@ -34,18 +34,22 @@ _SAMPLE_TOKENS = 2048
 _STATISTICS = ("variance_F", "contribution_F", "mean_F")
 
 
-def static_row(model: RunModel, activations: Artifact, fraction: float, backend: str, control: Control) -> SelectionRow:
+def static_row(
+    model: RunModel, activations: Artifact, fraction: float, backend: str, dtype: torch.dtype, control: Control
+) -> SelectionRow:
     """Static pruning at this share of the neurons; per layer the best of four ways, see `selections.prune`."""
     layers: list[Any] = []
     for index in range(len(model.sites)):
         with activations.open_layer(index) as stored:
             statistics = {name: stored.tensor(name) for name in _STATISTICS}
         sample = read_tokens(activations, index, _SAMPLE_TOKENS, layer_seed(control.seed, index)).x_TD
-        layers.append(prune(model.read_ffn(index), statistics, fraction, sample.to(model.device), backend)[0])
+        layers.append(prune(model.read_ffn(index), statistics, fraction, sample.to(model.device), backend, dtype)[0])
     return SelectionRow("static", "baseline", fraction, layers, meta={"rule": "static", "score": "best of four"})
 
 
-def paper_row(run: RunDir, model: RunModel, fraction: float, config: EvalConfig, control: Control) -> SelectionRow:
+def paper_row(
+    run: RunDir, model: RunModel, fraction: float, config: EvalConfig, dtype: torch.dtype, control: Control
+) -> SelectionRow:
     """The published recipe at this fraction, everything counted as `config.fraction_of` says."""
     stage = build_paper(run, model, control)
     layers: list[Any] = []
@@ -56,7 +60,7 @@ def paper_row(run: RunDir, model: RunModel, fraction: float, config: EvalConfig,
         least = cost.flops(1) / cost.dense_flops
         budget = Budget(max(fraction, least) if config.fraction_of == "flops" else fraction, config.fraction_of)
         plan = plan_layers(model, None, [layer], budget, control.seed)[0]
-        weights = expert_weights(model.read_ffn(layer.index), layer.partition)
+        weights = expert_weights(model.read_ffn(layer.index).to(dtype), layer.partition)
         moe = MoEFFN(weights, layer.routers[0], plan.rule, backend=config.backend, may_go_dense=False)
         layers.append(PinnedFFN(moe))
         plans.append(plan)

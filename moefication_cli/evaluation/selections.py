@@ -59,8 +59,8 @@ class NeuronOracleFFN:
     def __call__(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
         h = self.dense.hidden(x)
         kept = (h.abs() * self.norm_F).topk(self.top_k, dim=-1, sorted=False).indices
-        y = torch.zeros_like(h).scatter_(-1, kept, h.gather(-1, kept)) @ self.dense.w_down_FD
-        return y if self.dense.b_down_D is None else y + self.dense.b_down_D
+        y = torch.zeros_like(h).scatter_(-1, kept, h.gather(-1, kept)).to(self.norm_F.dtype) @ self.dense.w_down_FD
+        return (y if self.dense.b_down_D is None else y + self.dense.b_down_D).to(x.dtype)
 
 
 class DenseFFN:
@@ -115,12 +115,17 @@ def random_selection(top_k: int, seed: int) -> Any:
 
 
 def prune(
-    dense: FFNWeights, statistics: dict[str, Tensor], fraction: float, sample_TD: Tensor, backend: str = "auto"
+    dense: FFNWeights,
+    statistics: dict[str, Tensor],
+    fraction: float,
+    sample_TD: Tensor,
+    backend: str = "auto",
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[FFNLayer, dict[str, Any]]:
     """The strongest static pruning we know at this fraction, judged by output error on a calibration sample.
 
     Tries importance by variance x norm^2 (FLAP) and by mean contribution, each with and without the dropped neurons'
-    mean output as a bias: mean compensation helps GELU and SiLU models and destroys ReLU ones.
+    mean output as a bias: mean compensation helps GELU and SiLU models and destroys ReLU ones. The layer computes in `dtype`.
     """
     num_kept = max(1, round(fraction * dense.num_neurons))
     norm_F = dense.w_down_FD.norm(dim=1)
@@ -140,7 +145,7 @@ def prune(
             error = float((full_TD - part_TD - (mean_D if compensated else 0)).square().sum())
             if best is None or error < best[0]:
                 extra = Compensation(constant_D=mean_D) if compensated else None
-                kept = ExpertWeights(dense.permute(kept_F), 1, num_kept, extra)
+                kept = ExpertWeights(dense.permute(kept_F).to(dtype), 1, num_kept, extra)
                 layer = PinnedFFN(PrunedFFN(kept, backend, dense.num_neurons))
                 best = (error, layer, {"importance": name, "compensated": compensated})
     assert best is not None

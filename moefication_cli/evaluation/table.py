@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+import torch
 
 from moefication_cli.config import ApplyConfig, EvalConfig
 from moefication_cli.conversion.plan import RoutedLayer, routed_layers
@@ -43,11 +43,17 @@ class Ground:
     """
 
     inputs: EvalInputs
-    net: nn.Module
+    net: Any  # a model of transformers
     routed: dict[str, list[RoutedLayer]]
     like: ApplyConfig
     config: EvalConfig
     control: Control
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the FFNs compute in: baselines with weights of their own do the same."""
+        found: torch.dtype = self.net.dtype
+        return found
 
     @property
     def layers(self) -> list[RoutedLayer]:
@@ -55,7 +61,7 @@ class Ground:
         return self.routed[str(self.like.router)]
 
 
-def ground_of(inputs: EvalInputs, net: nn.Module, config: EvalConfig, control: Control) -> Ground:
+def ground_of(inputs: EvalInputs, net: Any, config: EvalConfig, control: Control) -> Ground:
     """Permutes `net` and reads the routers. Raises ConfigError where none is trained."""
     tokens = None
     if inputs.activations is not None:
@@ -107,11 +113,12 @@ def _neuron(ground: Ground, fraction: float) -> list[SelectionRow]:
 
 def _static(ground: Ground, fraction: float) -> list[SelectionRow]:
     assert ground.inputs.activations is not None
-    return [static_row(ground.inputs.model, ground.inputs.activations, fraction, ground.config.backend, ground.control)]
+    model, activations, backend = ground.inputs.model, ground.inputs.activations, ground.config.backend
+    return [static_row(model, activations, fraction, backend, ground.dtype, ground.control)]
 
 
 def _paper(ground: Ground, fraction: float) -> list[SelectionRow]:
-    return [paper_row(ground.inputs.run, ground.inputs.model, fraction, ground.config, ground.control)]
+    return [paper_row(ground.inputs.run, ground.inputs.model, fraction, ground.config, ground.dtype, ground.control)]
 
 
 SELECTIONS: dict[str, Selection] = {

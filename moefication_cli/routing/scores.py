@@ -32,11 +32,11 @@ def token_chunks(num_tokens: int, num_neurons: int, num_bytes: int = _CHUNK_BYTE
 
 
 def expert_scores(h_TF: Tensor, weights: ExpertWeights, kind: ScoreKind) -> Tensor:
-    """scores_TE of the routed experts from hidden activations in expert order; shared neurons are left out."""
-    h_TEN = h_TF[:, weights.num_shared :].unflatten(1, (weights.num_experts, weights.expert_size))
+    """scores_TE (float32) of the routed experts from hidden activations in expert order; shared neurons are left out."""
+    h_TEN = h_TF[:, weights.num_shared :].float().unflatten(1, (weights.num_experts, weights.expert_size))
     if kind == "activation":
         return h_TEN.abs().sum(-1)
-    w_END = weights.ffn.w_down_FD[weights.num_shared :].unflatten(0, (weights.num_experts, weights.expert_size))
+    w_END = weights.ffn.w_down_FD[weights.num_shared :].float().unflatten(0, (weights.num_experts, weights.expert_size))
     if kind == "contribution":
         return torch.einsum("ten,en->te", h_TEN.abs(), w_END.norm(dim=-1))
     gram_ENN = w_END @ w_END.transpose(1, 2)
@@ -52,8 +52,8 @@ def oracle_scores(x_TD: Tensor, weights: ExpertWeights, kind: ScoreKind) -> Tens
     out_TE = torch.empty(x_TD.shape[0], weights.num_experts, dtype=torch.float32, device=x_TD.device)
     num_bytes = _CHUNK_BYTES if x_TD.is_cuda else _CACHE_BYTES
     for part in token_chunks(x_TD.shape[0], weights.ffn.num_neurons, num_bytes):
-        h_TF = weights.ffn.hidden(x_TD[part].to(weights.ffn.w_up_FD.dtype))
-        out_TE[part] = expert_scores(h_TF, weights, kind).float()
+        h_TF = weights.ffn.hidden(x_TD[part])
+        out_TE[part] = expert_scores(h_TF, weights, kind)
     if not torch.isfinite(out_TE).all():
         raise NonFiniteError(
             "expert scores contain NaN or infinity", "look for overflow in the model's weights or inputs"
