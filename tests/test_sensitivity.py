@@ -2,14 +2,17 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_inputs, tiny_model
 from torch import Tensor, nn
 
+from moefication_cli.models import sensitivity
 from moefication_cli.models.masking import TokenMask
-from moefication_cli.models.sensitivity import gradient_norms, sampled_log_likelihood, token_weights
+from moefication_cli.models.sensitivity import backward_sampled, gradient_norms, token_weights
 from moefication_cli.models.sites import find_sites
+from moefication_cli.tasks.examples import Batch
 
 
 def add_to_outputs(model: nn.Module, deltas: dict[str, Tensor]) -> list[torch.utils.hooks.RemovableHandle]:
@@ -30,7 +33,7 @@ def test_norms_equal_autograd(name: str) -> None:
     found: dict[int, Tensor] = {}
     with gradient_norms(model, sites, lambda site, norm_T: found.setdefault(site.index, norm_T), mask):
         logits = model(**inputs).logits
-        sampled_log_likelihood(logits, None, torch.Generator().manual_seed(0)).backward()
+        backward_sampled(logits, None, 0)
         generator = torch.Generator().manual_seed(0)
         noise = torch.rand(logits.flatten(0, -2).shape, generator=generator).clamp_(1e-9, 1 - 1e-7)
         drawn = (logits.detach().flatten(0, -2) - (-noise.log()).log()).argmax(-1)
@@ -57,16 +60,43 @@ def test_norms_equal_autograd(name: str) -> None:
 
 def test_the_likelihood_is_of_draws_from_the_model_itself() -> None:
     logits = torch.tensor([[2.0, 0.0, -1.0]]).log_softmax(-1)
-    generator = torch.Generator().manual_seed(0)
-    many = logits.expand(20000, 3).unsqueeze(0)
+    many = logits.expand(20000, 3).unsqueeze(0).clone().requires_grad_()
     # The mean log-likelihood of the model's own draws is minus its entropy.
-    mean = float(sampled_log_likelihood(many, None, generator)) / 20000
+    mean = backward_sampled(many, None, 0) / 20000
     entropy = -float((logits.exp() * logits).sum())
     assert mean == pytest.approx(-entropy, abs=0.02)
     assert abs(mean + torch.tensor(3.0).log()) > 0.1  # negative control: uniform draws would give another mean
     real = torch.zeros(1, 20000, dtype=torch.bool)
     real[0, :5] = True
-    assert float(sampled_log_likelihood(many, real, generator)) > 5 * float(logits.min()) - 1e-3
+    assert backward_sampled(many, real, 1) > 5 * float(logits.min()) - 1e-3
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, 100])
+def test_the_gradient_is_that_of_autograd_in_chunks_of_any_size(
+    chunk_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sensitivity, "_CHUNK_BYTES", chunk_rows * 4 * 5)
+    logits = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    real = torch.tensor([[True] * 4, [True, True, False, False]])
+    backward_sampled(logits, real, 7)
+    found, logits.grad = logits.grad, None
+    noise = torch.rand(6, 5, generator=torch.Generator().manual_seed(7))  # the same draws, whatever the chunks
+    flat = logits.flatten(0, 1)[real.flatten()]
+    drawn = (flat.detach() - (-noise.log()).log()).argmax(-1, keepdim=True)
+    (flat.gather(-1, drawn).squeeze(-1) - flat.logsumexp(-1)).sum().backward()
+    assert torch.allclose(found, logits.grad, atol=1e-6) and float(found[1, 2:].abs().max()) == 0
+    assert not torch.allclose(found, logits.grad.roll(1, -1), atol=1e-2)  # negative control
+
+
+def test_a_batch_in_pieces_keeps_its_rows() -> None:
+    ids = torch.arange(40).view(8, 5)
+    mask = (torch.arange(5) < torch.arange(1, 9).clamp_max(5).unsqueeze(1)).long()
+    batch = Batch({"input_ids": ids, "attention_mask": mask}, np.arange(8), int(mask.sum()))
+    pieces = list(batch.pieces(15))
+    assert [len(piece.inputs["input_ids"]) for piece in pieces] == [3, 3, 2]
+    assert torch.equal(torch.cat([piece.inputs["input_ids"] for piece in pieces]), ids)
+    assert sum(piece.num_tokens for piece in pieces) == batch.num_tokens
+    assert len(list(batch.pieces(1))) == 8 and len(list(batch.pieces(1000))) == 1
 
 
 def test_weights_say_what_an_error_costs() -> None:
@@ -81,7 +111,7 @@ def test_weights_say_what_an_error_costs() -> None:
     mask, norms = TokenMask(model), []
     with gradient_norms(model, [site], lambda _, norm_T: norms.append(norm_T), mask):
         logits = model(**batch).logits
-        sampled_log_likelihood(logits, None, torch.Generator().manual_seed(2)).backward()
+        backward_sampled(logits, None, 2)
     mask.remove()
     weight_T = norms[0].view(400, 7).mean(0)  # expected over the labels that were drawn
 

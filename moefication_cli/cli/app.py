@@ -260,7 +260,7 @@ def _stop_on_signals() -> None:
             raise _StoppedError(signum)
 
         signal.signal(signal.SIGALRM, again)
-        signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
+        signal.setitimer(signal.ITIMER_REAL, 0.1, 1.0)
         raise _StoppedError(signum)
 
     def dropped(unraisable: Any) -> None:

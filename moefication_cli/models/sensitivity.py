@@ -16,6 +16,7 @@ from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.sites import FFNSite
 
 _RIDGE = 0.03  # of the mean variance
+_CHUNK_BYTES = 64 * 2**20  # of float32 predictions handled at a time
 _CHUNK = 2048  # tokens converted to float32 at a time: blocks this small are reused by the allocator
 
 Deliver = Callable[[FFNSite, Tensor], None]
@@ -54,19 +55,30 @@ def gradient_norms(
             handle.remove()
 
 
-def sampled_log_likelihood(logits: Tensor, real: Tensor | None, generator: torch.Generator) -> Tensor:
-    """Sum of log p of one draw from the model's own distribution per prediction; `real` (bool) leaves padding out.
+def backward_sampled(logits: Tensor, real: Tensor | None, seed: int) -> float:
+    """Draw one label per prediction from the model's own distribution and run the backward pass of their log-likelihood.
 
-    logits [..., C]; `real` of its leading shape.
+    Returns its sum. logits [..., C]; `real` (bool, of the leading shape) leaves padding out. The gradient, which is
+    (1 at the label) - softmax, is written down directly, in chunks: one copy of the logits in all, where autograd would
+    keep four in float32.
     """
-    flat = logits.float().flatten(0, -2)
+    flat_PC = logits.detach().flatten(0, -2)
+    rows_P = torch.arange(len(flat_PC), device=flat_PC.device)
     if real is not None:
-        flat = flat[real.flatten().to(flat.device)]
-    with torch.no_grad():
-        # Gumbel's trick draws with the caller's generator on any device.
-        noise = torch.rand(flat.shape, generator=generator).clamp_(1e-9, 1 - 1e-7).log_().neg_().log_().neg_()
-        drawn = (flat + noise.to(flat.device)).argmax(-1, keepdim=True)
-    return (flat.gather(-1, drawn).squeeze(-1) - flat.logsumexp(-1)).sum()
+        rows_P = rows_P[real.flatten().to(flat_PC.device)]
+    gradient_PC, total = torch.zeros_like(flat_PC), 0.0
+    generator = torch.Generator(flat_PC.device).manual_seed(seed)
+    for part in rows_P.split(max(1, _CHUNK_BYTES // (4 * flat_PC.shape[1]))):
+        log_PC = flat_PC[part].float().log_softmax(-1)
+        noise_PC = torch.rand(log_PC.shape, generator=generator, device=log_PC.device)
+        noise_PC.clamp_(1e-9, 1 - 1e-7).log_().neg_().log_().neg_()  # Gumbel's trick
+        drawn_P1 = noise_PC.add_(log_PC).argmax(-1, keepdim=True)
+        total += float(log_PC.gather(-1, drawn_P1).sum())
+        step_PC = log_PC.exp_().neg_()
+        step_PC.scatter_add_(-1, drawn_P1, torch.ones_like(step_PC[:, :1]))
+        gradient_PC[part] = step_PC.to(gradient_PC.dtype)
+    logits.backward(gradient_PC.view_as(logits))  # type: ignore[no-untyped-call]
+    return total
 
 
 def token_weights(norm_T: Tensor, sequence_T: Tensor) -> Tensor:

@@ -23,8 +23,9 @@ from moefication_cli.split.graph import Graph
 from moefication_cli.split.partition import Partition
 from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.manifest import BASE_MODEL, Manifest
+from moefication_cli.store.options import StageOptions
 from moefication_cli.store.rundir import RunDir
-from moefication_cli.store.writer import StageOptions, StageWriter
+from moefication_cli.store.writer import StageWriter
 
 _TOKEN_BYTES = 768 * 2**20  # of a router's training: a layer of a 7B model then fits beside its weights in a few GiB
 _BLOCK = 64  # tokens read together when a layer's inputs are sampled

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from moefication_cli.errors import ConfigError, MoEficationError, first_line
 from moefication_cli.store import jsonio
 from moefication_cli.store.manifest import Manifest
+from moefication_cli.store.options import StageOptions
 from moefication_cli.store.rundir import RunDir
-from moefication_cli.store.writer import StageOptions, StageWriter
+from moefication_cli.store.writer import StageWriter
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]

@@ -44,6 +44,12 @@ def _fastmoe(x_TD: Tensor, selected: Tensor, weights: ExpertWeights) -> Tensor:
     return compute(x_TD, selected, weights)
 
 
+def _fastmoe_layer(weights: ExpertWeights) -> Callable[[Tensor, Tensor], Tensor]:
+    from moefication_cli.runtime.cuda.fastmoe import FastMoELayer
+
+    return FastMoELayer(weights)
+
+
 def _no_obstacle(weights: ExpertWeights, dtype: torch.dtype) -> str | None:
     return None
 
@@ -69,7 +75,8 @@ def _unreadable(weights: ExpertWeights, dtype: torch.dtype) -> str | None:
 class Backend:
     """A row of `BACKENDS`: what computes, and what it needs. None: any device, no package, any dtype.
 
-    `obstacle` says what about these weights, for inputs of this dtype, it cannot work with.
+    `obstacle` says what about these weights, for inputs of this dtype, it cannot work with. `prepare`, where a backend keeps
+    weights in a layout of its own, makes once per layer what is then called as `(x_TD, selected) -> y_TD`.
     """
 
     compute: Callable[[Tensor, Tensor, ExpertWeights], Tensor]
@@ -77,6 +84,7 @@ class Backend:
     package: str | None = None
     dtypes: tuple[torch.dtype, ...] | None = None
     obstacle: Callable[[ExpertWeights, torch.dtype], str | None] = _no_obstacle
+    prepare: Callable[[ExpertWeights], Callable[[Tensor, Tensor], Tensor]] | None = None
 
     def missing(self, device: torch.device, dtype: torch.dtype, weights: ExpertWeights | None) -> str | None:
         """Why it cannot run there (on these weights), or None."""
@@ -96,7 +104,7 @@ BACKENDS: dict[str, Backend] = {
     "grouped": Backend(torch_backends.grouped, obstacle=_grouped_obstacle),
     "numba": Backend(_numba, "cpu", "numba", (torch.float32, torch.bfloat16), _unreadable),
     "triton": Backend(_triton, "cuda", "triton", obstacle=_unreadable),
-    "fastmoe": Backend(_fastmoe, "cuda", "fmoe"),
+    "fastmoe": Backend(_fastmoe, "cuda", "fmoe", prepare=_fastmoe_layer),
 }
 
 

@@ -15,7 +15,7 @@ from moefication_cli.errors import ConfigError
 from moefication_cli.ffn import ExpertWeights
 from moefication_cli.routing.router import Router
 from moefication_cli.routing.rules import Rule, TopK
-from moefication_cli.runtime.backends import ALL_ON_TOKENS, BACKENDS, available, choose
+from moefication_cli.runtime.backends import ALL_ON_TOKENS, BACKENDS, CUDA_FEW_TOKENS, available, choose
 
 if TYPE_CHECKING:
     from moefication_cli.runtime.cpu.numba_backend import CompiledLayer
@@ -66,12 +66,14 @@ class MoEFFN:
         object.__setattr__(self, name, value)
         if name in _SETTINGS:
             self._prepared: CompiledLayer | None = None
+            self._layout: tuple[str, Callable[[Tensor, Tensor], Tensor]] | None = None  # of a backend that prepares
             self._fast: CompiledLayer | None = None  # set where calls without gradients are one compiled call
             self._fast_below = sys.maxsize  # ... of inputs with fewer elements than this
 
     def count_selections(self, on: bool = True) -> None:
         """Starts (from zero) or stops counting, per expert, how many tokens selected it: `counts_E`, of `num_counted` tokens."""
-        self.counts_E = torch.zeros(self.weights.num_experts, dtype=torch.int64) if on else None
+        device = self.weights.ffn.w_up_FD.device  # copying to the CPU would wait for the GPU in every layer
+        self.counts_E = torch.zeros(self.weights.num_experts, dtype=torch.int64, device=device) if on else None
         self.num_counted = 0
 
     @property
@@ -124,6 +126,9 @@ class MoEFFN:
             if self.backend == "auto" and self._all_on:
                 self._fast_below = ALL_ON_TOKENS * compiled.width
             return y_TD
+        if real_T is not None and x_TD.is_cuda and len(x_TD) <= CUDA_FEW_TOKENS and self.counts_E is None:
+            # Leaving padding out would wait for the GPU in every layer; computing it costs less
+            return self._selected(name, x_TD).masked_fill(~real_T.unsqueeze(1), 0)
         if real_T is not None and not bool(real_T.all()):
             y_TD = torch.zeros_like(x_TD)
             y_TD[real_T] = self._selected(name, x_TD[real_T])
@@ -178,7 +183,12 @@ class MoEFFN:
         self._count(selected, x_TD)
         if name == "numba":
             return self._compile()(x_TD, selected)
-        return BACKENDS[name].compute(x_TD, selected, self.weights)
+        backend = BACKENDS[name]
+        if backend.prepare is None:
+            return backend.compute(x_TD, selected, self.weights)
+        if self._layout is None or self._layout[0] != name:
+            self._layout = name, backend.prepare(self.weights)
+        return self._layout[1](x_TD, selected)
 
     def _auto(self, x_TD: Tensor) -> str:
         weights, top_k = self.weights, self._top_k
@@ -199,6 +209,7 @@ class MoEFFN:
         if selected is None:
             self.counts_E += x_TD.shape[0]
         elif selected.dtype == torch.bool:
-            self.counts_E += selected.sum(dim=0).cpu()
+            self.counts_E += selected.sum(dim=0)
         else:
-            self.counts_E += torch.bincount(selected.reshape(-1).cpu(), minlength=self.weights.num_experts)
+            ids = selected.reshape(-1).long()
+            self.counts_E.scatter_add_(0, ids, torch.ones_like(ids))

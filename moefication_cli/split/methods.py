@@ -20,7 +20,9 @@ from moefication_cli.split.metis import cut_weight, partition_graph
 from moefication_cli.split.partition import Partition, check_divides, nearest_divisor, random_partition, with_shared
 from moefication_cli.split.profiles import by_importance, contribution_profile, keep_pattern
 
-DEFAULT_EXPERT_SIZE = 4  # small experts keep far more quality; see tests/benchmarks/README.md
+# Small experts keep far more quality (tests/benchmarks/README.md). On CUDA nothing has been measured; by arithmetic alone, 32
+# is the least that its grouped products run faster than dense (see runtime/backends.py).
+DEFAULT_EXPERT_SIZE = {"cpu": 4, "cuda": 32}
 
 Metrics = dict[str, Any]
 
@@ -104,8 +106,11 @@ def split_method(name: str) -> SplitMethod:
     return SPLITS[name]
 
 
-def expert_counts(num_neurons: int, config: SplitConfig) -> tuple[int, int]:
-    """(experts, shared neurons) of one FFN under this config. Raises ConfigError listing the divisors."""
+def expert_counts(num_neurons: int, config: SplitConfig, device: str = "cpu") -> tuple[int, int]:
+    """(experts, shared neurons) of one FFN under this config, which is to run on `device` (cpu or cuda).
+
+    Raises ConfigError listing the divisors.
+    """
     if config.num_experts is not None and config.expert_size is not None:
         raise ConfigError("--num-experts and --expert-size exclude each other", "give one of them")
     if config.num_experts is not None:
@@ -115,7 +120,7 @@ def expert_counts(num_neurons: int, config: SplitConfig) -> tuple[int, int]:
         check_divides(num_neurons, config.expert_size)  # a size divides F exactly when the count of such experts does
         size = config.expert_size
     else:
-        size = nearest_divisor(num_neurons, DEFAULT_EXPERT_SIZE)
+        size = nearest_divisor(num_neurons, DEFAULT_EXPERT_SIZE[device])
     experts = num_neurons // size
     shared_experts = min(round(config.shared_fraction * experts), experts - 1)
     return experts - shared_experts, shared_experts * size
@@ -136,7 +141,7 @@ def split_layer(
     where the experts do not divide the neurons, the method does not fit the FFN, or `warm` has other experts.
     """
     method = split_method(config.method)
-    num_experts, num_shared = expert_counts(weights.num_neurons, config)
+    num_experts, num_shared = expert_counts(weights.num_neurons, config, weights.w_up_FD.device.type)
     shared_idx, profile_FT = torch.empty(0, dtype=torch.int64), None
     if num_shared or method.reads_activations:
         assert profile_tokens is not None

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +21,7 @@ from moefication_cli.errors import ConfigError, MoEficationError, NonFiniteError
 from moefication_cli.models.capture import capture
 from moefication_cli.models.heads import checked_task
 from moefication_cli.models.loading import LoadedModel, load_model
-from moefication_cli.models.sensitivity import gradient_norms, predicted_weights, sampled_log_likelihood, token_weights
+from moefication_cli.models.sensitivity import backward_sampled, gradient_norms, predicted_weights, token_weights
 from moefication_cli.models.sites import FFNSite
 from moefication_cli.runs.control import Control, Result
 from moefication_cli.runs.data import data_inputs, open_examples, predictions
@@ -47,6 +48,7 @@ SHARD_BYTES = 256 * 2**20  # of stored inputs, over all layers: what is redone a
 # By default these are the longest of each block of sequences sorted by length: token weights learnt from sequences of all
 # lengths in equal number kept less of the model's quality.
 _GRADIENT_EVERY, _GRADIENT_FIRST = 32, 2
+_GRADIENT_TOKENS = 4096  # per backward pass, padding included: what autograd keeps of them bounds the stage's memory
 _UNKNOWN = -1.0  # gradient norm of a token of the other batches
 
 
@@ -203,25 +205,29 @@ def collect_shard(
     def on_gradient(site: FFNSite, norm_T: Tensor) -> None:
         norms[site.index].append(norm_T)
 
+    # Nobody reads the logits of these passes: where the model can leave them out, all but one position's are
+    no_logits = {"logits_to_keep": 1} if "logits_to_keep" in signature(loaded.model.forward).parameters else {}
     loaded.model.requires_grad_(False)
     with ExitStack() as stack:
         # Layers that an earlier run has finished have nothing to grow
         files = {i: stack.enter_context(_open_inputs(work, chain, sites[i], config)) for i in work.unfinished()}
         mask = stack.enter_context(capture(loaded.model, sites, on_input, on_hidden))
         for number, batch in enumerate(shard.batches, shard.first_batch):
-            for side in rows:
-                rows[side] = _sequence_of_tokens(batch, side, first_row)
-            if config.sensitivity and (number % _GRADIENT_EVERY == 0 or number < _GRADIENT_FIRST):
-                with gradient_norms(loaded.model, sites, on_gradient, mask):
-                    logits = loaded.model(**batch.to(loaded.device).inputs).logits
-                    generator = torch.Generator().manual_seed(layer_seed(seed, first_row))
-                    sampled_log_likelihood(*predictions(logits, batch), generator).backward()  # type: ignore[no-untyped-call]
-            else:
-                with torch.no_grad():
-                    loaded.model(**batch.to(loaded.device).inputs)
-                for site in sites:
-                    norms[site.index].append(torch.full((len(rows[site.stack]),), _UNKNOWN))
-            first_row += _num_rows(batch)
+            measured = config.sensitivity and (number % _GRADIENT_EVERY == 0 or number < _GRADIENT_FIRST)
+            for piece in batch.pieces(_GRADIENT_TOKENS) if measured else [batch]:
+                for side in rows:
+                    rows[side] = _sequence_of_tokens(piece, side, first_row)
+                inputs = piece.to(loaded.device).inputs
+                if measured:
+                    with gradient_norms(loaded.model, sites, on_gradient, mask):
+                        logits = loaded.model(**inputs).logits
+                        backward_sampled(*predictions(logits, piece), layer_seed(seed, first_row))
+                else:
+                    with torch.no_grad():
+                        loaded.model(**inputs, **no_logits)
+                    for site in sites:
+                        norms[site.index].append(torch.full((len(rows[site.stack]),), _UNKNOWN))
+                first_row += _num_rows(piece)
         for file in files.values():
             file.sync()
     tensors: dict[str, Tensor] = {}

@@ -25,7 +25,8 @@ from moefication_cli.store import files, jsonio, locks
 from moefication_cli.store.artifact import COMMANDS, Artifact, Check, StagePaths, check_stage, verified
 from moefication_cli.store.hashes import HashCache
 from moefication_cli.store.manifest import BASE_MODEL, SCHEMA_VERSION, Manifest, check_fields, check_schema, differences
-from moefication_cli.store.writer import StageOptions, StageWriter
+from moefication_cli.store.options import StageOptions
+from moefication_cli.store.writer import StageWriter
 
 LOCK_TIMEOUT = 5.0
 

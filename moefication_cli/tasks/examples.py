@@ -7,7 +7,7 @@ windows of text), C classes, T tokens, V vocabulary, R rows of a batch's tensors
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -61,6 +61,16 @@ class Batch:
         prefix = "decoder_" if own else ""
         mask, ids = self.inputs.get(f"{prefix}attention_mask"), self.inputs.get(f"{prefix}input_ids")
         return mask if mask is not None or ids is None else torch.ones_like(ids)
+
+    def pieces(self, max_tokens: int) -> Iterator["Batch"]:
+        """The batch in parts of at most so many tokens, padding included, or of one sequence; rows stay in order."""
+        rows, longest = self.inputs["input_ids"].shape
+        size = max(1, max_tokens // longest)
+        for start in range(0, rows, size):
+            part = {name: tensor[start : start + size] for name, tensor in self.inputs.items()}
+            piece = Batch(part, self.example_B[start : start + size], 0)
+            masks = [piece.mask_of("encoder"), piece.mask_of("decoder") if "decoder_input_ids" in part else None]
+            yield replace(piece, num_tokens=sum(int(mask.sum()) for mask in masks if mask is not None))
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device."""

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from moefication_cli.store.manifest import Manifest
+from moefication_cli.store.options import StageOptions
 from moefication_cli.store.rundir import RunDir
-from moefication_cli.store.writer import StageOptions, StageWriter
+from moefication_cli.store.writer import StageWriter
 
 LAYERS = ["encoder.layer.0", "encoder.layer.1", "encoder.layer.2", "encoder.layer.3"]
 FORK = multiprocessing.get_context("fork")

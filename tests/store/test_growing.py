@@ -12,9 +12,9 @@ from moefication_cli.errors import CorruptArtifactError, MoEficationError
 from moefication_cli.store.growing import GrowingLayer
 from moefication_cli.store.layerfile import open_layer, read_layer
 from moefication_cli.store.manifest import Manifest
+from moefication_cli.store.options import StageOptions
 from moefication_cli.store.partial import Partial
 from moefication_cli.store.rundir import RunDir
-from moefication_cli.store.writer import StageOptions
 
 OTHERS = {
     "sequence_T": torch.arange(7, dtype=torch.int32),

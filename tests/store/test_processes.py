@@ -19,8 +19,8 @@ from moefication_cli.errors import (
 from moefication_cli.store import files, jsonio, locks
 from moefication_cli.store.artifact import StagePaths
 from moefication_cli.store.manifest import Manifest
+from moefication_cli.store.options import StageOptions
 from moefication_cli.store.rundir import RunDir
-from moefication_cli.store.writer import StageOptions
 
 
 def kill_at(call: int) -> None:

@@ -17,8 +17,8 @@ from moefication_cli.errors import (
     StaleArtifactError,
 )
 from moefication_cli.store import files
+from moefication_cli.store.options import StageOptions
 from moefication_cli.store.rundir import RunDir
-from moefication_cli.store.writer import StageOptions
 
 
 def test_stage_round_trip(run: RunDir) -> None:

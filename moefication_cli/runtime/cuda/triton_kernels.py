@@ -6,6 +6,8 @@ Block sizes are fixed, not tuned: written without a GPU at hand, checked with Tr
 `grouped` is the better backend: here a weight is read once per token that wants it. Shapes: `runtime.reference`.
 """
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -128,12 +130,14 @@ def compute(x_TD: Tensor, selected: Tensor, weights: ExpertWeights) -> Tensor:
     gate_FD = ffn.w_up_FD if ffn.w_gate_FD is None else ffn.w_gate_FD
     b_up_F = x_TD if ffn.b_up_F is None else ffn.b_up_F
     b_gate_F = x_TD if ffn.b_gate_F is None else ffn.b_gate_F
-    _hidden[(num_tokens * K, triton.cdiv(N, rows))](
-        x_TD, ids_TK, ffn.w_up_FD, gate_FD, b_up_F, b_gate_F, h_TKN, D, N, weights.num_shared, K,
-        ACT=ffn.activation, GATED=ffn.gated, BIAS_UP=ffn.b_up_F is not None, BIAS_GATE=ffn.b_gate_F is not None,
-        BLOCK=BLOCK_D, ROWS=rows,
-    )  # fmt: skip
-    _output[(num_tokens, triton.cdiv(D, BLOCK_D), triton.cdiv(K, EXPERTS))](
-        h_TKN, ids_TK, ffn.w_down_FD, y_TD, D, N, weights.num_shared, K, BLOCK=BLOCK_D, ROWS=rows, EXPERTS=EXPERTS
-    )
+    # Triton launches on the current device, whatever the tensors are on
+    with torch.cuda.device(x_TD.device) if x_TD.is_cuda else nullcontext():
+        _hidden[(num_tokens * K, triton.cdiv(N, rows))](
+            x_TD, ids_TK, ffn.w_up_FD, gate_FD, b_up_F, b_gate_F, h_TKN, D, N, weights.num_shared, K,
+            ACT=ffn.activation, GATED=ffn.gated, BIAS_UP=ffn.b_up_F is not None, BIAS_GATE=ffn.b_gate_F is not None,
+            BLOCK=BLOCK_D, ROWS=rows,
+        )  # fmt: skip
+        _output[(num_tokens, triton.cdiv(D, BLOCK_D), triton.cdiv(K, EXPERTS))](
+            h_TKN, ids_TK, ffn.w_down_FD, y_TD, D, N, weights.num_shared, K, BLOCK=BLOCK_D, ROWS=rows, EXPERTS=EXPERTS
+        )
     return y_TD.to(x_TD.dtype)
