@@ -1,11 +1,12 @@
 # Everything the project asks of a machine: Python 3.11 or newer, and make.
 #   make demo    environment, install, the demo            make test    environment, install, lint, types, tests
 #   make bench   the full benchmark (long)                 make clean   remove the environment and caches
+#   make cuda    what a GPU is needed for, figures in cuda.json
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench cuda clean
 demo: $(VENV)/.installed
 	$(BIN)/moefication demo
 
@@ -19,6 +20,9 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python tests/benchmarks/bench_targets.py
+
+cuda: $(VENV)/.installed
+	$(BIN)/python tests/benchmarks/bench_cuda.py
 
 $(VENV)/.installed: pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv $(VENV)
