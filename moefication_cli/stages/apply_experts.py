@@ -44,8 +44,9 @@ def apply_experts(run: RunDir, config: ApplyConfig = ApplyConfig(), control: Con
     model = open_model(run, None, control)
     name = choose_router(run, config.router)
     split, router = run.require("split"), run.require(f"router/{name}")
-    # A calibrated router's compensation is fitted on activations; the published kind needs none.
-    activations = run.require("activations") if run.manifest("activations") is not None else None
+    # What a router was trained on decides thresholds and compensation; one that was trained on nothing needs none
+    needed = "activations" in router.manifest.inputs or run.manifest("activations") is not None
+    activations = run.require("activations") if needed else None
     tokens = None if activations is None else [layer["tokens"] for layer in activations.metrics["layers"]]
     layers = routed_layers(model, split, router, tokens)
     config = replace(config, router=name)

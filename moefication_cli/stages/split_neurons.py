@@ -108,6 +108,8 @@ def _read_partition_file(pattern: str, graph: Artifact | None, index: int, site:
             f"--from-partition {pattern}: {len(found)} partition files for layer {index} ({site.name})",
             f"gpmetis writes {name}.graph.part.N beside each exported graph",
         )
+    if not found[0].is_file():  # reading a pipe or a device could wait for ever
+        raise ConfigError(f"--from-partition {found[0]} is not a file", "name the .part.N files that gpmetis wrote")
     suffix = found[0].suffix.removeprefix(".")
     num_experts = int(suffix) if suffix.isdigit() else None
     try:

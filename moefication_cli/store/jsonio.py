@@ -86,6 +86,8 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises `FileNotFoundError`, or `CorruptArtifactError` naming the file."""
+    if path.exists() and not path.is_file():  # reading a pipe or a device could wait for ever
+        raise CorruptArtifactError(f"{path} is not a file", "remove it, then run the stage that writes it")
     value = parse(path.read_bytes(), path)
     if not isinstance(value, dict):
         raise CorruptArtifactError(f"{path} holds no JSON object", "run the stage that wrote it again, with --force")

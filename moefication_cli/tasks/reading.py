@@ -106,6 +106,16 @@ class Rows:
         return found
 
 
+def expanded(ref: str | Path) -> Path:
+    """The path with `~` filled in. Raises ConfigError where there is no such user."""
+    try:
+        return Path(ref).expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"data not found: {ref}: there is no such user", "give a file, a folder or a hub dataset"
+        ) from None
+
+
 def load_rows(
     ref: str | Path,
     *,
@@ -126,7 +136,7 @@ def load_rows(
     Raises ConfigError: not found, empty, unreadable, offline, wrong field.
     """
     name = str(ref)
-    path = Path(ref).expanduser()
+    path = expanded(ref)
     notes: list[str] = []
     if path.exists():
         files = find_files(path, split, _PREFERRED[purpose], notes)
@@ -152,7 +162,7 @@ def data_digest(ref: str | Path, split: str | None, purpose: Purpose, sha256: Ca
 
     One file counts whatever it is called, files of a folder under their names. Raises ConfigError as `load_rows`.
     """
-    path = Path(ref).expanduser()
+    path = expanded(ref)
     if not path.exists():
         if _FILE_SUFFIX.search(str(ref)) or str(ref).startswith((".", "/", "~")):
             raise ConfigError(f"data {ref} not found", "check the path given with --data")

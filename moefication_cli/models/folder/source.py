@@ -14,7 +14,13 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -34,6 +40,8 @@ LOAD_ERRORS = (
     TypeError,
     SafetensorError,
     UnpicklingError,
+    ArithmeticError,  # sizes of zero
+    StrictDataclassError,  # a value of config.json of another type
 )
 
 
@@ -58,8 +66,11 @@ def resolve_source(ref: str | Path, revision: str | None = None, trust_remote_co
     Raises ConfigError where there is no such model, or files are missing.
     """
     text = str(ref)
-    folder = Path(text).expanduser()
     commit = None
+    try:
+        folder = Path(text).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"model not found: {text}: there is no such user", "give a folder or a hub id") from None
     if not folder.exists():
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
             raise ConfigError(f"model not found: {text}", "give a local folder or a hub id such as google-t5/t5-small")
@@ -103,10 +114,12 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
         if not index.is_file():
             continue
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()), key=str)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ConfigError(f"{index} is not a valid weight index", "download the model again") from None
         for name in names:
+            if not isinstance(name, str):
+                raise ConfigError(f"{index} is not a valid weight index: it names {name!r}", "download the model again")
             if Path(name).name != name:
                 raise ConfigError(f"{index} names a file outside its folder: {name!r}")
             if not (folder / name).is_file():
@@ -119,7 +132,11 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
 def load_config(source: Source, trust_remote_code: bool = False) -> Any:
     """The transformers configuration of a source. Raises ConfigError where transformers cannot read it."""
     try:
-        return transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+        names = getattr(config, "architectures", None)
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"`architectures` is {names!r}, not a list of class names")
+        return config
     except LOAD_ERRORS as error:
         if "trust_remote_code" in str(error):
             hint = "read it, and if you trust it add --trust-remote-code to this command"
