@@ -249,7 +249,7 @@ class _StoppedError(BaseException):
 
 
 def _stop_on_signals() -> None:
-    """Raise where the program stands, and again every second until somebody catches it.
+    """Raise where the program stands, again after 0.1 seconds and then every second until somebody catches it.
 
     Python drops an exception raised inside a destructor or a weak-reference callback, and prints it: once would not be
     enough, and what it prints would be a traceback.

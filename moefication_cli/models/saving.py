@@ -45,9 +45,8 @@ def save_converted(model: Any, moe: MoEFolder, save_directory: str | Path, **opt
         sizes = {"num_experts": weights.num_experts, "num_shared": weights.num_shared, "rule": rule}
         layers.append({name: value for name, value in entry.items() if name != "router"} | sizes | routed)
         tensors |= layer_tensors(index, router, weights.compensation)
-    settings = {name: value for name, value in moe.settings.items() if name not in {"tensors", "weights", "digest"}}
     checkpoint = Checkpoint(folder, ffn=moe.settings.get("ffn"))
-    write_moe_settings(folder, settings | {"layers": layers, "weights": sealed(checkpoint)}, tensors)
+    write_moe_settings(folder, moe.settings | {"layers": layers, "weights": sealed(checkpoint)}, tensors)
 
 
 def _entries(moe: MoEFolder) -> list[dict[str, Any]]:

@@ -77,7 +77,7 @@ def apply_experts(run: RunDir, config: ApplyConfig = ApplyConfig(), control: Con
             if config.embed_code:
                 embed_code(work.folder)
             written = Checkpoint(work.folder, ffn=run.info.ffn, trust_remote_code=control.trust_remote_code)
-            content = settings(plans, name, config, run.info.ffn) | {"weights": sealed(written)}
+            content = settings(plans, name, config, run.info.ffn) | {"weights": sealed(written, work.hashes.sha256)}
             write_moe_settings(work.folder, content, router_tensors(plans))
             for index in control.track(range(len(plans)), "check", len(plans)):
                 check_layer(model, written, index, control.seed)

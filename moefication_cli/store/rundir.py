@@ -84,9 +84,8 @@ class RunDir:
         except (FileNotFoundError, NotADirectoryError):
             return RunInfo()
         check_schema(value.get("schema"), "run", path)
-        value.pop(
-            "trust_remote_code", None
-        )  # versions before 0.3 remembered the permission; it is given anew each time
+        # Versions before 0.3 remembered the permission to run a model's code; it is given anew to each command
+        value.pop("trust_remote_code", None)
         check_fields(value, RunInfo, path)
         return RunInfo(**value)
 

@@ -8,21 +8,24 @@ those rows (a 7B model in float16: about 50 MB read). One changed bit elsewhere 
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moefication_cli.errors import CorruptArtifactError
 from moefication_cli.models.folder.checkpoint import Checkpoint
-from moefication_cli.store.files import sha256
+from moefication_cli.store.files import sha256 as file_sha256
 from moefication_cli.store.header import Header, read_header
 
 _ROWS = 64
 _AGAIN = "write the folder again: moefication apply RUN --force"
 
 
-def sealed(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The `weights` object of a folder that is written; its weight files must be safetensors."""
+def sealed(checkpoint: Checkpoint, sha256: Callable[[Path], str] = file_sha256) -> dict[str, Any]:
+    """The `weights` object of a folder that is written; its weight files must be safetensors.
+
+    `sha256` may be that of a `HashCache`, so that a stage which hashes its files when it commits reads them once.
+    """
     names = ["config.json", *(path.name for path in checkpoint.files)]
     headers: dict[str, Header] = {}
     ffns = {}
@@ -63,7 +66,7 @@ def check_seal(folder: Path, weights: Any, verify: bool = False) -> None:
 def _check_file(path: Path, entry: Mapping[str, Any], verify: bool) -> None:
     try:
         size = path.stat().st_size
-        found = sha256(path) if verify else entry["sha256"]
+        found = file_sha256(path) if verify else entry["sha256"]
     except OSError as error:
         raise CorruptArtifactError(f"{path} cannot be read: {error.strerror}", _AGAIN) from None
     if size != entry["bytes"]:
