@@ -5,9 +5,6 @@ dataclasses, which check themselves (`option.Options`). Lists are tuples here an
 Imports nothing heavy, so `--help` stays instant.
 """
 
-from dataclasses import dataclass
-from typing import Literal
-
 from moefication_cli.config.option import (
     LAYERS,
     Options,
@@ -17,287 +14,24 @@ from moefication_cli.config.option import (
     recorded_values,
     same_option,
 )
+from moefication_cli.config.stages import (
+    ApplyConfig,
+    CollectConfig,
+    ControlConfig,
+    DataConfig,
+    EvalConfig,
+    GraphConfig,
+    ModelConfig,
+    RouterConfig,
+    Score,
+    SplitConfig,
+    TaskConfig,
+    TaskName,
+)
+from moefication_cli.config.tools import BenchConfig, DemoConfig, RunConfig, TuneConfig
 
 __all__ = [
     "LAYERS", "ApplyConfig", "BenchConfig", "CollectConfig", "ControlConfig", "DataConfig", "DemoConfig", "EvalConfig",
     "GraphConfig", "ModelConfig", "Options", "RouterConfig", "RunConfig", "Score", "SplitConfig", "TaskConfig", "TaskName",
     "TuneConfig", "compared_values", "option", "options_of", "recorded_values", "same_option",
 ]  # fmt: skip
-
-TaskName = Literal["classification", "text2text", "lm"]
-Score = Literal["activation", "contribution", "norm"]
-FRACTION_OF = "What fractions bound: flops (everything counted, router included) or neurons (the paper's reading)"
-
-
-@dataclass(frozen=True)
-class ControlConfig(Options):
-    """What every stage takes and no result depends on, `seed` apart."""
-
-    device: str = option("auto", "auto, cpu, cuda or cuda:N", compared=False)
-    seed: int = option(0, "Seed; each layer derives its own from it", minimum=0)
-    layers: tuple[int, ...] | None = option(
-        None, "Only these layers, e.g. 0,3-7 (batch arrays)", compared=False, kind=LAYERS
-    )
-    force: bool = option(False, "Redo the stage even if it is up to date", compared=False)
-    dry_run: bool = option(
-        False, "Say what would be read, written and how long it would take; do nothing", compared=False
-    )
-    trust_remote_code: bool = option(
-        False, "Run code that comes with the model; never remembered, each command needs it anew", compared=False
-    )
-    json: bool = option(False, "Print exactly one JSON object on stdout", compared=False)
-    quiet: bool = option(False, "No progress on stderr, only warnings and errors", compared=False)
-
-
-@dataclass(frozen=True)
-class ModelConfig(Options):
-    """Which model; remembered in run.json by the first stage that names it. Stages compare its fingerprint, not its name."""
-
-    model: str | None = option(None, "Hub id or local folder; later stages find it in run.json", compared=False)
-    revision: str | None = option(None, "Revision of a hub model", compared=False)
-    ffn: str | None = option(
-        None, 'FFN described by hand: "up=...,gate=...,down=..." with * for the layer number', compared=False
-    )
-
-
-@dataclass(frozen=True)
-class TaskConfig(Options):
-    """How text becomes model input; remembered in run.json."""
-
-    task: TaskName | None = option(None, "classification, text2text or lm; guessed from the architecture")
-    prompt: str | None = option(None, 'text2text: a template such as "sst2 sentence: {sentence}", or a GLUE task name')
-    label_words: tuple[str, ...] | None = option(
-        None, "text2text: the words of the labels, in label order: negative,positive"
-    )
-    text_field: tuple[str, ...] | None = option(None, "Field with the text; a,b for a sentence pair")
-    label_field: str | None = option(None, "Field with the label")
-    max_length: int | None = option(None, "Tokens per sequence (default: the model's limit, at most 512)", minimum=2)
-
-
-@dataclass(frozen=True)
-class DataConfig(Options):
-    """Where rows come from."""
-
-    # Its content is compared, as an input of the stage, and not its name
-    data: str | None = option(
-        None, "Hub dataset (glue/sst2) or local .tsv/.csv/.jsonl/.parquet/.txt file", compared=False
-    )
-    split: str | None = option(None, "Split of the dataset (default: train to calibrate, validation to evaluate)")
-    header: bool = option(True, "The first row of a .tsv/.csv names its fields; else fields are column numbers from 0")
-    documents: Literal["auto", "file", "line"] = option("auto", "In .txt data, one document per file or per line")
-    limit: int | None = option(None, "Use at most this many examples, sampled uniformly", minimum=1)
-
-
-@dataclass(frozen=True)
-class CollectConfig(ModelConfig, TaskConfig, DataConfig):
-    """collect-activations: run the model over data, store each FFN's inputs and its neurons' statistics."""
-
-    max_tokens: int = option(131072, "Real tokens to keep; sequences are sampled uniformly over all data", minimum=1)
-    storage_dtype: Literal["float16", "bfloat16", "float32"] = option("float16", "How inputs are stored")
-    dtype: str | None = option(None, "Model dtype (default: float32 on CPU, the checkpoint's on CUDA)")
-    batch_size: int = option(32, "Sequences per forward pass", minimum=1, compared=False)
-    sensitivity: bool = option(
-        True, "Also measure how much each token's FFN output matters (a backward pass); routers and budgets use it"
-    )
-    offload: bool = option(False, "Model larger than memory: let accelerate place and offload it", compared=False)
-
-
-@dataclass(frozen=True)
-class GraphConfig(Options):
-    """build-graph: which neurons fire together."""
-
-    weights: Literal["sum", "count"] = option("sum", "Edge weight: sum of products of positive activations, or count")
-    neighbours: int = option(64, "Strongest edges kept per neuron; 0 keeps all", minimum=0)
-    max_tokens: int | None = option(None, "Use at most this many of the collected tokens", minimum=1)
-    export_metis: str | None = option(None, "Also write plain METIS graph files here", compared=False)
-
-
-@dataclass(frozen=True)
-class SplitConfig(ModelConfig):
-    """split: which expert does each neuron belong to?"""
-
-    method: Literal["random", "kmeans", "graph", "activation"] = option(
-        "activation", "random; kmeans: weight rows; graph: METIS on co-activation; activation: contribution profiles"
-    )
-    num_experts: int | None = option(None, "Experts per FFN; must divide its neurons", minimum=1)
-    expert_size: int | None = option(None, "Neurons per expert, instead of --num-experts", minimum=1)
-    shared_fraction: float = option(0.0, "Share of neurons that is always on", minimum=0.0, maximum=0.95)
-    solver: Literal["swap", "constrained"] = option("swap", "Balanced k-means: ours, or k-means-constrained")
-    restarts: int = option(4, "Balanced k-means starts; the best is kept", minimum=1)
-    projection: Literal["auto", "up", "gate"] = option("auto", "kmeans: rows to cluster (auto: gate rows where gated)")
-    profile: Literal["contribution", "pattern"] = option(
-        "contribution", "activation: how much a neuron writes at each token, or whether it is among the top fifth there"
-    )
-    profile_tokens: int = option(4096, "activation: tokens that make up a neuron's profile", minimum=1)
-    from_partition: str | None = option(None, "Folder or file pattern of gpmetis .part.N files, one per layer")
-    init: str | None = option(
-        None, "Warm start from the split of this run directory; the better of warm and cold stays"
-    )
-
-
-@dataclass(frozen=True)
-class RouterConfig(Options):
-    """train-router: which experts does this token need?"""
-
-    router: Literal["regression", "mlp", "linear", "quadratic", "similarity", "random"] = option(
-        "regression", "regression: low-rank, predicts contribution; mlp: the paper's; linear; quadratic; similarity"
-    )
-    score: Score | None = option(None, "What an expert is worth (default: activation for mlp, norm otherwise)")
-    width: int | None = option(
-        None, "Hidden width of regression and quadratic routers (default: d/24 and d/8, budgets choose)", minimum=1
-    )
-    calibration_tokens: int = option(4096, "Tokens behind each calibration curve, fitted and held out", minimum=64)
-    epochs: int | None = option(
-        None, "Passes over the tokens (default: 6, for mlp 4 at most: it stops early)", minimum=1
-    )
-    batch_size: int | None = option(None, "Tokens per training step (default: 1024, for mlp 2048)", minimum=1)
-    learning_rate: float | None = option(None, "Adam's step (default: by router)", minimum=0.0)
-    patience: int = option(3, "Epochs without improvement before stopping", minimum=1)
-    heldout_fraction: float = option(
-        0.1, "Share of sequences held out to measure and to stop", minimum=0.01, maximum=0.9
-    )
-    max_tokens: int | None = option(None, "Use at most this many of the collected tokens", minimum=1)
-    fractions: tuple[float, ...] = option(
-        (0.05, 0.1, 0.2, 0.3, 0.5), "Active fractions the captured share is reported at", above=0, maximum=1
-    )
-    recipe: Literal["default", "paper"] = option("default", "paper: the published training (30 epochs, batch 512)")
-
-
-@dataclass(frozen=True)
-class ApplyConfig(Options):
-    """apply: write RUN/model, a normal Hugging Face folder that is also the MoE."""
-
-    router: str | None = option(None, "Which trained router (default: the one there is)")
-    fraction: float = option(0.2, "What an FFN may compute, as a share of dense", minimum=0.0, maximum=1.0)
-    fraction_of: Literal["flops", "neurons"] = option("flops", FRACTION_OF)
-    target_kl: float | None = option(
-        None,
-        "Instead of --fraction: the least compute whose KL to dense on calibration data is at most this (nats)",
-        minimum=0.0,
-    )
-    top_k: int | None = option(None, "Experts per token, instead of --fraction", minimum=1)
-    rule: Literal["threshold", "top_k", "max_ratio", "cumulative"] | None = option(
-        None,
-        "Experts per token: all above a calibrated threshold; a fixed number; all near the token's best; the fewest that "
-        "hold a share of its scores (default: by router)",
-    )
-    budget: Literal["auto", "uniform"] | None = option(
-        None,
-        "auto: share the compute between layers by what it saves; uniform: the same everywhere (default: by router)",
-    )
-    compensation: Literal["auto", "mean", "none"] = option(
-        "auto", "What stands in for dropped experts: their mean, or the best low-rank correction as well"
-    )
-    keep_dense: tuple[int, ...] | None = option(None, "Layers left as they are, e.g. 0,11", kind=LAYERS)
-    refine: int | None = option(
-        None,
-        "Steps that fit routers, thresholds and corrections to the whole model on calibration data; its own weights stay "
-        "(apply: 0; run: by model size)",
-        minimum=0,
-    )
-    embed_code: bool = option(
-        False, "Write code into RUN/model: with trust_remote_code=True transformers loads the MoE"
-    )
-
-
-@dataclass(frozen=True)
-class EvalConfig(TaskConfig, DataConfig):
-    """eval: quality and time of the MoE beside the dense model, oracles and baselines."""
-
-    selection: tuple[str, ...] | None = option(
-        None, "Comma list of groundtruth,neuron,random,static,paper and routers (default: all there are)"
-    )
-    fractions: tuple[float, ...] | None = option(
-        None, "Comma list (default: the fraction of RUN/model)", above=0, maximum=1
-    )
-    seeds: int = option(1, "Rows of random selection, each with a seed of its own", minimum=1)
-    fraction_of: Literal["flops", "neurons"] = option("flops", FRACTION_OF)
-    name: str = option("default", "Keeps several evaluations apart", compared=False)
-    backend: str = option("auto", "Backend of the MoE rows; `reference` masks a dense FFN")
-    batch_size: int = option(32, "Sequences per forward pass", minimum=1)
-    dtype: str | None = option(None, "Model dtype (default: float32 on CPU, the checkpoint's on CUDA)")
-
-
-@dataclass(frozen=True)
-class RunConfig(Options):
-    """run: what the whole pipeline takes besides the options of its stages."""
-
-    eval_data: str | None = option(None, "Data to evaluate on; without it the run ends with RUN/model")
-    eval_split: str | None = option(None, "Split of --eval-data")
-    eval_limit: int | None = option(None, "Evaluate on at most this many examples, sampled uniformly", minimum=1)
-    recipe: Literal["default", "paper"] = option("default", "paper: published split and router, defects mended")
-
-
-@dataclass(frozen=True)
-class DemoConfig(Options):
-    """demo: the shipped model, converted and measured on standard-library modules it never saw."""
-
-    fractions: tuple[float, ...] = option(
-        (0.1, 0.2, 0.3, 0.5), "What an FFN may compute, as shares of dense", above=0, maximum=1
-    )
-
-
-@dataclass(frozen=True)
-class TuneConfig(Options):
-    """tune: every combination of these, judged on held-out calibration data. All are comma lists."""
-
-    methods: tuple[Literal["activation", "kmeans", "random"], ...] = option(
-        ("activation", "kmeans"), "Splits: activation, kmeans, random"
-    )
-    expert_sizes: tuple[int, ...] = option((4, 16, 32), "Neurons per expert", minimum=1)
-    routers: tuple[Literal["regression", "linear", "quadratic"], ...] = option(
-        ("regression",), "regression, linear, quadratic"
-    )
-    budgets: tuple[Literal["auto", "uniform"], ...] = option(("auto",), "auto, uniform")
-    compensations: tuple[Literal["auto", "mean", "none"], ...] = option(("auto", "none"), "auto, mean, none")
-    fractions: tuple[float, ...] = option(
-        (0.1, 0.2, 0.3, 0.5), "What an FFN may compute, as shares of dense", above=0, maximum=1
-    )
-    max_tokens: int = option(32768, "Tokens every router is trained on", minimum=1)
-    heldout_tokens: int = option(16384, "Tokens to judge on", minimum=64)
-    batch_size: int = option(32, "Sequences per forward pass", minimum=1)
-
-
-@dataclass(frozen=True)
-class BenchConfig(Options):
-    """bench: time of the MoE beside the dense model, and how fast it could be."""
-
-    shape: Literal["t5-base", "bert-large", "opt-1.3b", "llama-7b-layer"] | None = option(
-        None, "Random weights of this architecture instead of MODEL_OR_RUN"
-    )
-    mode: tuple[Literal["ffn", "prefill", "decode"], ...] | None = option(
-        None, "Comma list of ffn, prefill, decode (default: all the model has)"
-    )
-    tokens: tuple[int, ...] = option((1, 8, 64, 512), "ffn: tokens per call, a comma list", minimum=1)
-    batch: tuple[int, ...] = option((1,), "prefill, decode: sequences at once, a comma list", minimum=1)
-    seq: tuple[int, ...] = option((128,), "prefill: tokens per sequence, a comma list", minimum=1)
-    prompt_tokens: int = option(32, "decode: tokens before the first generated one", minimum=1)
-    new_tokens: int = option(32, "decode: tokens generated before starting again from the prompt", minimum=1)
-    fractions: tuple[float, ...] | None = option(
-        None,
-        "Active share of the experts, a comma list (default: 0.2; of a run, what RUN/model does)",
-        above=0,
-        maximum=1,
-    )
-    expert_size: int | None = option(
-        None, "Neurons per expert of random routers (default: 32; llama-7b-layer 128)", minimum=1
-    )
-    num_experts: int | None = option(None, "Experts per FFN, instead of --expert-size", minimum=1)
-    router_width: int | None = option(
-        None, "Hidden width of random routers, 0 for linear ones (default: as train-router's)", minimum=0
-    )
-    firing: float = option(
-        0.15, "--shape: share of ReLU neurons that fire, by a bias of the random weights", minimum=0.001, maximum=1.0
-    )
-    activation: str | None = option(None, "--shape: another activation, e.g. gelu (default: relu; llama silu)")
-    backend: str = option("auto", "Backend of the MoE")
-    dtype: str | None = option(None, "float32 or bfloat16 (default: float32 on CPU, the checkpoint's on CUDA)")
-    threads: int | None = option(None, "CPU threads (default: what torch takes)", minimum=1)
-    clock: Literal["wall", "cpu"] = option(
-        "wall", "cpu: count what one thread computes, so that other programs disturb less (with --threads 1)"
-    )
-    repeats: int = option(100, "Dense and MoE take turns at most so many times per row", minimum=1)
-    seconds: float = option(5.0, "Seconds per row, about; 5 turns at least", minimum=0.0)
-    revision: str | None = option(None, "Revision of a hub model")
-    ffn: str | None = option(None, 'FFN described by hand: "up=...,gate=...,down=..." with * for the layer number')
-    task: TaskName | None = option(None, "classification, text2text or lm; guessed from the architecture")
