@@ -7,6 +7,8 @@ import pytest
 from cli_runner import Runner
 from tiny_models import save_tiny
 
+SENTENCES = ["sentence\tlabel", *(f"w{i % 30} w{(i * 7) % 30} w{(i * 3) % 30} w5\t{i % 2}" for i in range(60))]
+
 
 @pytest.fixture
 def shared_dir() -> Path:
@@ -21,6 +23,21 @@ def shared_dir() -> Path:
 def run_cli(capsys: pytest.CaptureFixture[str]) -> Runner:
     """Runs a command and returns its exit code, stdout and stderr."""
     return Runner(capsys)
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    """A tiny BERT classifier of two classes."""
+    save_tiny("bert", tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Sixty labelled sentences for it."""
+    path = tmp_path / "train.tsv"
+    path.write_text("\n".join(SENTENCES) + "\n")
+    return path
 
 
 @pytest.fixture

@@ -16,22 +16,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 
 from moefication_cli import config
+from moefication_cli.cli.console import Console
+from moefication_cli.errors import MoEficationError
 from moefication_cli.runtime.backends import BACKENDS
-
-SENTENCES = ["sentence\tlabel", *(f"w{i % 30} w{(i * 7) % 30} w{(i * 3) % 30} w5\t{i % 2}" for i in range(60))]
-
-
-@pytest.fixture
-def bert(tmp_path: Path) -> Path:
-    save_tiny("bert", tmp_path / "bert")
-    return tmp_path / "bert"
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    path = tmp_path / "train.tsv"
-    path.write_text("\n".join(SENTENCES) + "\n")
-    return path
 
 
 def contents(folder: object) -> dict[str, bytes]:
@@ -292,3 +279,12 @@ def test_signals_leave_a_run_that_resumes(
     assert not (run / "activations").exists()
     # No lock is left behind.
     run_cli.ok("split", run, "--model", bert, "--method", "random", "--num-experts", 6)
+
+
+def test_messages_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console()
+    console.say("reads \x1b[31mred\x07\nand lines")
+    console.error(MoEficationError("no \x1b]0;title\x07", "run \x9b2J"))
+    said = capsys.readouterr().err
+    assert "\x1b" not in said and "\x07" not in said and "\x9b" not in said
+    assert "reads \\x1b[31mred\\x07\nand lines" in said

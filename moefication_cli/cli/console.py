@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -23,6 +24,7 @@ _TITLES = {
     "num_neurons": "F",
     "d_model": "d",
 }
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but tabs and line ends
 _PLAIN_INTERVAL = 5.0  # seconds between progress lines where stderr is no terminal
 _PIPE_WIDTH = 200  # columns of a table where stdout is no terminal
 
@@ -41,7 +43,7 @@ class Console:
     def say(self, message: str) -> None:
         """A sentence about what is happening (which path was taken, what was guessed)."""
         if not self.quiet or message.startswith("warning"):
-            self._err.print(Text(message))
+            self._err.print(_text(message))
 
     def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
         """A progress bar on a terminal, a plain line every few seconds elsewhere."""
@@ -72,13 +74,13 @@ class Console:
         if result.rows:
             self._out.print(_table(result.rows))
         for note in result.notes:
-            self._out.print(Text(note))
+            self._out.print(_text(note))
 
     def error(self, error: MoEficationError) -> None:
         """One message on stderr; under --json the object on stdout as well."""
-        self._err.print(Text(f"error: {error.message}"))
+        self._err.print(_text(f"error: {error.message}"))
         if error.hint:
-            self._err.print(Text(f"hint: {error.hint}"))
+            self._err.print(_text(f"hint: {error.hint}"))
         if self.json_mode:
             details = {"code": error.code, "message": error.message, "hint": error.hint, "exit_code": error.exit_code}
             self.json({"ok": False, "error": details})
@@ -87,6 +89,11 @@ class Console:
         """Exactly one strict JSON object: no NaN, keys sorted."""
         sys.stdout.write(json.dumps(_finite(value), sort_keys=True, allow_nan=False) + "\n")
         sys.stdout.flush()
+
+
+def _text(message: str) -> Text:
+    """A message as it is shown: what files and other people's records put into it cannot steer the terminal."""
+    return Text(_CONTROL.sub(lambda found: repr(found[0])[1:-1], message))
 
 
 def _finite(value: Any) -> Any:
@@ -106,7 +113,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             _TITLES.get(name, name.replace("_", " ")), justify="right" if name in numeric else "left", overflow="fold"
         )
     for row in rows:
-        table.add_row(*(_cell(row.get(name)) for name in names))
+        table.add_row(*(_text(_cell(row.get(name))) for name in names))
     return table
 
 

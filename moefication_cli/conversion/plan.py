@@ -20,13 +20,13 @@ from moefication_cli.routing.routers import read_router
 from moefication_cli.routing.rules import Rule, Threshold, TopK, as_mask, rule_class
 from moefication_cli.routing.tokens import Tokens
 from moefication_cli.runs.control import chosen_layers
+from moefication_cli.runs.costs import FIT_TOKENS
 from moefication_cli.runs.inputs import RunModel, expert_weights, layer_seed, read_partition, read_tokens
 from moefication_cli.split.partition import Partition
 from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.rundir import RunDir
 
 SAFETY = 0.97  # of the budget: thresholds are calibrated on other tokens than those they meet
-FIT_TOKENS = 16384
 
 FractionOf = Literal["flops", "neurons"]
 

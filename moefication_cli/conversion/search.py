@@ -22,6 +22,7 @@ from moefication_cli.models.surgery import permute_in_place
 from moefication_cli.routing.routers import router_kind
 from moefication_cli.routing.rules import rule_class
 from moefication_cli.runs.control import Control
+from moefication_cli.runs.costs import HELDOUT_TOKENS, STEP_TOKENS, refine_memory
 from moefication_cli.runs.data import calibration_data, load_whole, open_examples
 from moefication_cli.runs.inputs import RunModel, begin_options
 from moefication_cli.store import jsonio
@@ -29,12 +30,9 @@ from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.rundir import RunDir
 from moefication_cli.tasks.examples import Batch, Examples
 
-_STEP_TOKENS = 2048
-_HELDOUT_TOKENS = 12288
 # Multiply-adds x 2 that refinement may cost by default, and the steps that are worth it: minutes on two cores.
 _DEFAULT_FLOPS = 1e13
 _FEWEST, _MOST = 60, 300
-_FLOAT = 4
 # Kinds of plans to try on the whole model: what curves choose, more correction, a router of full rank (the first one).
 _SHAPES: dict[str, dict[str, Any]] = {
     "curves": {},
@@ -157,27 +155,28 @@ def _refinable(config: ApplyConfig) -> bool:
     return config.top_k is None and (config.rule is None or rule_class(config.rule).refinable)
 
 
-def default_steps(run: RunDir, model: RunModel, config: ApplyConfig, control: Control) -> int:
-    """How many steps `run` refines a model of this size; 0, and said, where there is nothing to refine or no memory."""
+def default_steps(model: RunModel, config: ApplyConfig, sequences: int | None, control: Control) -> int:
+    """How many steps `run` refines a model of this size; 0, and said, where there is nothing to refine or no memory.
+
+    `sequences`: how many there are to calibrate on, None where nothing is collected yet.
+    """
     if not router_kind(str(config.router)).calibrated:
         return 0
     if not _refinable(config):
         control.say("routers are not fitted to the whole model: that needs the threshold rule")
         return 0
-    if run.read_stage("activations").metrics["layers"][0]["sequences"] < _FEWEST_BATCHES:
+    if sequences is not None and sequences < _FEWEST_BATCHES:
         control.say("routers are not fitted to the whole model: there are too few sequences to calibrate on")
         return 0
-    described = model.checkpoint.describe()
-    parameters = described["parameters"]
-    needed, there = 4.0 * parameters * _FLOAT, total_memory(model.device)
+    needed, there = refine_memory(model), total_memory(model.device)
     if needed > there:
         control.say(
             f"routers are not fitted to the whole model: it would take about {needed / 2**30:.1f} GiB of memory and there "
             f"are {there / 2**30:.1f} (--refine N does it anyway)"
         )
         return 0
-    # Dense, converted, and its gradient; what is no FFN is about half as much again, embeddings cost nothing.
-    step_flops = 8.0 * _STEP_TOKENS * 1.5 * described["ffn_parameters"]
+    # Dense, converted, and its gradient; what is no FFN is about half as much again, embeddings and heads left out
+    step_flops = 8.0 * STEP_TOKENS * 1.5 * model.checkpoint.describe()["ffn_parameters"]
     return max(_FEWEST, min(_MOST, round(_DEFAULT_FLOPS / step_flops)))
 
 
@@ -198,7 +197,7 @@ class WholeModel:
             run, self.loaded, calibration_data(run, model, activations), replace(control, say=lambda message: None)
         )
         first = activations.metrics["layers"][0]
-        size = max(1, round(_STEP_TOKENS * min(1.0, first["sequences"] / first["tokens"])))
+        size = max(1, round(STEP_TOKENS * min(1.0, first["sequences"] / first["tokens"])))
         size = min(size, max(1, first["sequences"] // _FEWEST_BATCHES))
         self.train, self.heldout = _batches(examples, config.refine or 0, size, control.seed)
 
@@ -251,8 +250,8 @@ def _same(a: Sequence[LayerPlan], b: Sequence[LayerPlan]) -> bool:
 
 def _batches(examples: Examples, steps: int, size: int, seed: int) -> tuple[list[Batch], list[Batch]]:
     """(training, held-out) batches in random order, from other sequences than the router saw where there are enough."""
-    judged = max(_HELDOUT_TOKENS // 3, min(_HELDOUT_TOKENS, steps * _STEP_TOKENS // 8)) if steps else _HELDOUT_TOKENS
-    found = list(examples.calibration(steps * _STEP_TOKENS + judged, seed + 1, size))
+    judged = max(HELDOUT_TOKENS // 3, min(HELDOUT_TOKENS, steps * STEP_TOKENS // 8)) if steps else HELDOUT_TOKENS
+    found = list(examples.calibration(steps * STEP_TOKENS + judged, seed + 1, size))
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
     found = [found[i] for i in order]
     tokens, count = 0, 0

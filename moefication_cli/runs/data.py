@@ -1,5 +1,6 @@
 """From a run's data and task options to `Examples`; what the user said once is remembered in run.json."""
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
@@ -7,8 +8,9 @@ from torch import Tensor
 from moefication_cli.config import CollectConfig, EvalConfig
 from moefication_cli.config.option import list_text
 from moefication_cli.errors import ConfigError, StaleArtifactError
+from moefication_cli.models.folder.source import Source
 from moefication_cli.models.heads import checked_task
-from moefication_cli.models.loading import LoadedModel, load_model, tokenizer_digest
+from moefication_cli.models.loading import LoadedModel, load_model, load_tokenizer, tokenizer_digest
 from moefication_cli.runs.control import Control
 from moefication_cli.runs.inputs import RunModel
 from moefication_cli.store.artifact import Artifact
@@ -18,20 +20,47 @@ from moefication_cli.tasks.reading import data_digest, load_rows
 from moefication_cli.tasks.task import prepare
 
 
-def open_examples(run: RunDir, loaded: LoadedModel, config: CollectConfig | EvalConfig, control: Control) -> Examples:
+@dataclass(frozen=True)
+class TextReader:
+    """What turns text into a model's input: its tokenizer, its configuration and where both came from."""
+
+    tokenizer: Any
+    config: Any
+    source: Source
+
+
+def open_examples(
+    run: RunDir, reader: LoadedModel | TextReader, config: CollectConfig | EvalConfig, control: Control
+) -> Examples:
     """The rows `config.data` names, as examples of the run's task. Says on stderr what was guessed.
 
     Raises ConfigError: no data, no such field, a task the model cannot do.
     """
+    examples, said = _read_examples(run, reader, config, control)
+    run.note(**said)
+    return examples
+
+
+def check_evaluation_data(run: RunDir, model: RunModel, config: EvalConfig, control: Control) -> None:
+    """Raise ConfigError where `eval` would: data that is not there or cannot be read, labels that the model has not."""
+    checkpoint = model.checkpoint
+    words = load_tokenizer(checkpoint.source, control.trust_remote_code)
+    _read_examples(run, TextReader(words, checkpoint.config, checkpoint.source), config, Control(seed=control.seed))
+
+
+def _read_examples(
+    run: RunDir, reader: LoadedModel | TextReader, config: CollectConfig | EvalConfig, control: Control
+) -> tuple[Examples, dict[str, Any]]:
+    """The examples, and what of run.json they settle."""
     purpose = _purpose(config)
     if config.data is None:
         raise ConfigError("no data was named", "name a file or hub dataset with --data")
     info = run.info
     known = dict(info.fields or {})
     asked = config.task or info.task
-    task = checked_task(loaded.config, asked, loaded.source.ref)
+    task = checked_task(reader.config, asked, reader.source.ref)
     if asked is None:
-        control.say(f"task: {task} (guessed from {loaded.config.architectures[0]})")
+        control.say(f"task: {task} (guessed from {reader.config.architectures[0]})")
     prompt, words = config.prompt or info.prompt, list_text(config.label_words) or info.label_words
     said = {"text_field": list_text(config.text_field), "label_field": config.label_field}
     said["max_length"] = config.max_length  # type: ignore[assignment]
@@ -47,11 +76,11 @@ def open_examples(run: RunDir, loaded: LoadedModel, config: CollectConfig | Eval
     )
     options = TaskOptions(fields["max_length"], prompt, words, config.limit, control.seed)
     labelled = purpose == "evaluate"
-    examples = prepare(task, loaded.tokenizer, loaded.config, rows, options, require_labels=labelled)  # type: ignore[arg-type]
+    examples = prepare(task, reader.tokenizer, reader.config, rows, options, require_labels=labelled)  # type: ignore[arg-type]
     for note in [*rows.notes, *examples.notes]:
         control.say(note)
-    _remember(run, task, prompt, words, fields)
-    return examples
+    settled = {name: value for name, value in fields.items() if value is not None}
+    return examples, {"task": task, "prompt": prompt, "label_words": words, "fields": settled or None}
 
 
 def data_inputs(run: RunDir, model: RunModel, config: CollectConfig | EvalConfig) -> dict[str, str]:
@@ -120,8 +149,3 @@ def tokens_of_stacks(batch: Batch) -> dict[str, int]:
     stacks: tuple[Literal["encoder", "decoder"], ...] = ("encoder", "decoder")
     masks = {stack: batch.mask_of(stack) for stack in stacks}
     return {stack: 0 if mask is None else int(mask.sum()) for stack, mask in masks.items()}
-
-
-def _remember(run: RunDir, task: str, prompt: str | None, words: str | None, fields: dict[str, Any]) -> None:
-    said = {name: value for name, value in fields.items() if value is not None}
-    run.note(task=task, prompt=prompt, label_words=words, fields=said or None)

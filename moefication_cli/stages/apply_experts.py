@@ -7,7 +7,6 @@ import torch
 
 from moefication_cli.config import ApplyConfig
 from moefication_cli.conversion.plan import (
-    FIT_TOKENS,
     LayerPlan,
     check_budget,
     choose_router,
@@ -23,7 +22,8 @@ from moefication_cli.models.folder.moe_folder import write_moe_settings
 from moefication_cli.models.folder.seal import sealed
 from moefication_cli.routing.rules import TopK
 from moefication_cli.runs.control import Control, Result
-from moefication_cli.runs.estimate import estimate, ffn_bytes, total_ffn_flops
+from moefication_cli.runs.costs import apply_cost
+from moefication_cli.runs.estimate import estimate
 from moefication_cli.runs.inputs import RunModel, begin_options, layer_seed, open_model, read_tokens
 from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.rundir import RunDir
@@ -56,18 +56,8 @@ def apply_experts(run: RunDir, config: ApplyConfig = ApplyConfig(), control: Con
         config = replace(config, fraction=fraction_for(inputs, config))
     check_budget(layers, activations, budget_of(config))
     if control.dry_run:
-        d_model = max(site.d_model for site in model.sites)
-        size = float(sum(path.stat().st_size for path in model.checkpoint.files))
-        return estimate(
-            "apply",
-            run,
-            model,
-            writes=run.path("model"),
-            num_bytes=size,
-            flops=0.0 if activations is None else total_ffn_flops(model, FIT_TOKENS),
-            memory=2 * ffn_bytes(model) + (0 if activations is None else 16.0 * FIT_TOKENS * d_model),
-            reads={"split": split, "router": router},
-        )
+        cost = apply_cost(model, config, activations is not None)
+        return estimate("apply", model, run.path("model"), cost, {"split": split, "router": router})
     with run.begin("model", begin_options(config, control, model, stages)) as work:
         manifest = work.manifest
         if not work.up_to_date:

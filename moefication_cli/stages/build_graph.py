@@ -10,7 +10,8 @@ from moefication_cli.config import GraphConfig
 from moefication_cli.ffn import FFNWeights
 from moefication_cli.routing.scores import token_chunks
 from moefication_cli.runs.control import Control, Result
-from moefication_cli.runs.estimate import estimate, ffn_bytes, total_ffn_flops
+from moefication_cli.runs.costs import graph_cost
+from moefication_cli.runs.estimate import estimate
 from moefication_cli.runs.inputs import (
     layer_options,
     layer_seed,
@@ -34,19 +35,9 @@ def build_graph(run: RunDir, config: GraphConfig = GraphConfig(), control: Contr
     model = open_model(run, None, control)
     activations = run.require("activations")
     if control.dry_run:
-        tokens = config.max_tokens or activations.metrics["layers"][0]["tokens"]
-        neurons = max(site.num_neurons for site in model.sites)
-        edges = neurons * (config.neighbours or neurons)
-        return estimate(
-            "build-graph",
-            run,
-            model,
-            writes=run.path("graph"),
-            num_bytes=8.0 * edges * len(model.sites),
-            flops=total_ffn_flops(model, tokens) + len(model.sites) * tokens * neurons**2,
-            memory=ffn_bytes(model) + 4.0 * neurons**2 + 16.0 * edges,
-            reads={"activations": activations},
-        )
+        tokens = activations.metrics["layers"][0]["tokens"]
+        cost = graph_cost(model, config, tokens)
+        return estimate("build-graph", model, run.path("graph"), cost, {"activations": activations})
     with control.ranks.begin(run, "graph", layer_options(config, control, model, {"activations": activations})) as work:
         for index in control.track(work.pending(), "build-graph", len(model.sites)):
             weights = model.read_ffn(index)

@@ -24,6 +24,7 @@ from moefication_cli.models.loading import LoadedModel, load_model
 from moefication_cli.models.sensitivity import backward_sampled, gradient_norms, predicted_weights, token_weights
 from moefication_cli.models.sites import FFNSite
 from moefication_cli.runs.control import Control, Result
+from moefication_cli.runs.costs import collect_cost
 from moefication_cli.runs.data import data_inputs, open_examples, predictions
 from moefication_cli.runs.estimate import estimate
 from moefication_cli.runs.inputs import (
@@ -65,17 +66,7 @@ def collect_activations(run: RunDir, config: CollectConfig, control: Control = C
     config = replace(config, data=absolute(config.data))
     checked_task(model.checkpoint.config, config.task or run.info.task, model.checkpoint.source.ref)
     if control.dry_run:
-        width = sum(site.d_model for site in model.sites)
-        parameters = model.checkpoint.describe()["parameters"]
-        return estimate(
-            "collect-activations",
-            run,
-            model,
-            writes=run.path("activations"),
-            num_bytes=config.max_tokens * width * getattr(torch, config.storage_dtype).itemsize,
-            flops=2.0 * parameters * config.max_tokens,
-            memory=4.0 * parameters + SHARD_BYTES,
-        )
+        return estimate("collect-activations", model, run.path("activations"), collect_cost(model, config))
     options = layer_options(config, control, model, {}, data_inputs(run, model, config))
     options = replace(options, only=None)
     with control.ranks.begin(run, "activations", options) as work:

@@ -20,6 +20,18 @@ from moefication_cli.config.option import distribute, offered_options
 from moefication_cli.conversion.search import default_steps
 from moefication_cli.errors import ConfigError
 from moefication_cli.runs.control import Control, Result
+from moefication_cli.runs.costs import (
+    apply_cost,
+    calibration_tokens,
+    collect_cost,
+    eval_cost,
+    graph_cost,
+    num_experts,
+    router_cost,
+    split_cost,
+)
+from moefication_cli.runs.data import check_evaluation_data
+from moefication_cli.runs.estimate import dry_run_of, figures
 from moefication_cli.runs.inputs import open_model
 from moefication_cli.runs.ranks import Ranks
 from moefication_cli.stages.apply_experts import apply_experts
@@ -102,6 +114,11 @@ def run_stages(
     if extra.recipe == "paper":
         split = replace(split, method="kmeans", expert_size=32, num_experts=None, shared_fraction=0.0)
         router = replace(router, router="mlp", recipe="paper")
+    if extra.eval_data is not None:  # now, and not when everything else is done
+        config = _evaluation(extra, evaluate, apply)
+        check_evaluation_data(run, open_model(run, collect, control), config, control)
+    if control.dry_run:
+        return estimate_stages(run, extra, collect, split, router, apply, evaluate, control)
     done: list[Result] = []
     collect = _remembered(run, collect, control)
     done.append(collect_activations(run, collect, control))
@@ -114,25 +131,63 @@ def run_stages(
     control = replace(control, ranks=Ranks())
     apply = replace(apply, router=apply.router or router.router)
     if apply.refine is None:
-        apply = replace(apply, refine=default_steps(run, open_model(run, None, control), apply, control) or None)
+        sequences = run.read_stage("activations").metrics["layers"][0]["sequences"]
+        apply = replace(apply, refine=default_steps(open_model(run, None, control), apply, sequences, control) or None)
     done.append(apply_experts(run, apply, control))
     if extra.eval_data is None:
         control.say("no --eval-data: nothing was measured; moefication eval RUN --data ... does it")
         return _last(done)
-    fractions = tuple(dict.fromkeys((*(evaluate.fractions or ()), apply.fraction)))
+    done.append(evaluate_stage(run, _evaluation(extra, evaluate, apply), control))
+    return _last(done)
+
+
+def estimate_stages(
+    run: RunDir,
+    extra: RunConfig,
+    collect: CollectConfig,
+    split: SplitConfig,
+    router: RouterConfig,
+    apply: ApplyConfig,
+    evaluate: EvalConfig,
+    control: Control,
+) -> Result:
+    """The dry run of `run_stages`: one row per stage, whatever is up to date included, and their sum. Writes nothing."""
+    model = open_model(run, collect, control)
+    tokens, experts = calibration_tokens(collect), num_experts(model, split)
+    apply = replace(apply, router=apply.router or router.router)
+    if apply.refine is None:
+        apply = replace(apply, refine=default_steps(model, apply, None, control) or None)
+    costs = {"activations": collect_cost(model, collect)}
+    if split.method == "graph":
+        costs["graph"] = graph_cost(model, GraphConfig(), tokens)
+    costs |= {
+        "split": split_cost(model, split),
+        f"router/{router.router}": router_cost(model, router, tokens, experts),
+        "model": apply_cost(model, apply, activations=True),
+    }
+    if extra.eval_data is not None:
+        config = _evaluation(extra, evaluate, apply)
+        measured = len(config.selection or ()) * len(config.fractions or ())
+        costs[f"eval/{config.name}"] = eval_cost(model, config.data, config.limit, measured)
+    rows = [
+        {"stage": name.partition("/")[0], "writes": str(run.path(name)), **figures(model, cost)}
+        for name, cost in costs.items()
+    ]
+    return dry_run_of(rows, "run", model)
+
+
+def _evaluation(extra: RunConfig, evaluate: EvalConfig, apply: ApplyConfig) -> EvalConfig:
+    """What `run` evaluates: its router and every baseline, at its fraction and those asked for."""
     baselines = ("groundtruth", "neuron", "random", "static", "paper")
-    selection = evaluate.selection or (*baselines, str(apply.router))
-    config = replace(
+    return replace(
         evaluate,
         data=extra.eval_data,
         split=extra.eval_split,
         limit=extra.eval_limit,
-        fractions=fractions,
-        selection=selection,
+        fractions=tuple(dict.fromkeys((*(evaluate.fractions or ()), apply.fraction))),
+        selection=evaluate.selection or (*baselines, str(apply.router)),
         fraction_of=apply.fraction_of,
     )
-    done.append(evaluate_stage(run, config, control))
-    return _last(done)
 
 
 def _remembered(run: RunDir, collect: CollectConfig, control: Control) -> CollectConfig:

@@ -10,6 +10,7 @@ from moefication_cli.evaluation.plots import plot_quality
 from moefication_cli.evaluation.rows import lost_to
 from moefication_cli.evaluation.table import SELECTIONS, EvalInputs
 from moefication_cli.runs.control import Control, Result
+from moefication_cli.runs.costs import eval_cost
 from moefication_cli.runs.data import data_inputs
 from moefication_cli.runs.estimate import estimate
 from moefication_cli.runs.inputs import absolute, begin_options, open_model
@@ -49,18 +50,8 @@ def evaluate(run: RunDir, config: EvalConfig, control: Control = Control()) -> R
         activations = run.require("activations")
     stages = {"split": split, "activations": activations, "model": applied}
     if control.dry_run:
-        parameters = float(model.checkpoint.describe()["parameters"])
-        passes = 1 + len(fractions) * len(selections)
-        return estimate(
-            "eval",
-            run,
-            model,
-            writes=run.path(f"eval/{config.name}"),
-            num_bytes=1e5,
-            flops=2 * parameters * passes * 128 * (config.limit or 1000),
-            memory=8 * parameters,
-            reads=stages,
-        )
+        cost = eval_cost(model, config.data, config.limit, len(fractions) * len(selections))
+        return estimate("eval", model, run.path(f"eval/{config.name}"), cost, stages)
     used = {f"router/{name}": stage for name, stage in routers.items() if name in selections}
     config = replace(config, data=absolute(config.data))
     options = begin_options(config, control, model, {**stages, **used}, data_inputs(run, model, config))

@@ -9,7 +9,8 @@ from moefication_cli.config import SplitConfig
 from moefication_cli.errors import ConfigError
 from moefication_cli.models.sites import FFNSite
 from moefication_cli.runs.control import Control, Result
-from moefication_cli.runs.estimate import estimate, ffn_bytes
+from moefication_cli.runs.costs import split_cost
+from moefication_cli.runs.estimate import estimate
 from moefication_cli.runs.inputs import (
     RunModel,
     layer_options,
@@ -49,18 +50,7 @@ def split_neurons(run: RunDir, config: SplitConfig = SplitConfig(), control: Con
     activations = run.require("activations") if profiled else None
     inputs = {"graph": graph, "activations": activations}
     if control.dry_run:
-        neurons = max(site.num_neurons for site in model.sites)
-        width = config.profile_tokens if config.method == "activation" else model.sites[0].d_model
-        return estimate(
-            "split",
-            run,
-            model,
-            writes=run.path("split"),
-            num_bytes=4.0 * neurons * len(model.sites),
-            flops=len(model.sites) * neurons**2 * (2.0 * width + 500 * config.restarts),
-            memory=ffn_bytes(model) + 4.0 * neurons * (neurons + width),
-            reads=inputs,
-        )
+        return estimate("split", model, run.path("split"), split_cost(model, config), inputs)
     with control.ranks.begin(run, "split", layer_options(config, control, model, inputs)) as work:
         for index in control.track(work.pending(), "split", len(model.sites)):
             partition, metrics = _split_index(model, activations, graph, index, config, control)

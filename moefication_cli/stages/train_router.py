@@ -2,10 +2,10 @@
 
 from moefication_cli.config import RouterConfig
 from moefication_cli.errors import ConfigError, NonFiniteError
-from moefication_cli.routing.routers import router_kind
 from moefication_cli.routing.train import TrainedLayer, train_layer
 from moefication_cli.runs.control import Control, Result
-from moefication_cli.runs.estimate import estimate, ffn_bytes, total_ffn_flops
+from moefication_cli.runs.costs import router_cost
+from moefication_cli.runs.estimate import estimate
 from moefication_cli.runs.inputs import (
     RunModel,
     expert_weights,
@@ -14,13 +14,10 @@ from moefication_cli.runs.inputs import (
     layered_result,
     open_model,
     read_partition,
-    tokens_in_memory,
     training_tokens,
 )
 from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.rundir import RunDir
-
-_CANDIDATES = 65  # of a calibration curve with three routers
 
 
 def train_router(run: RunDir, config: RouterConfig = RouterConfig(), control: Control = Control()) -> Result:
@@ -33,25 +30,11 @@ def train_router(run: RunDir, config: RouterConfig = RouterConfig(), control: Co
     model = open_model(run, None, control)
     activations, split = run.require("activations"), run.require("split")
     if control.dry_run:
-        d_model, neurons = (max(getattr(site, name) for site in model.sites) for name in ("d_model", "num_neurons"))
         experts = max(layer["num_experts"] for layer in split.metrics["layers"])
         collected = max(layer["tokens"] for layer in activations.metrics["layers"])
-        tokens = min(collected, config.max_tokens or tokens_in_memory(d_model, experts))
-        width = config.width or d_model // 8
-        # Every candidate of the calibration curve: what it drops, and a regression on the FFN's inputs
-        calibrating = 2.0 * _CANDIDATES * config.calibration_tokens * d_model * (d_model + neurons)
-        return estimate(
-            "train-router",
-            run,
-            model,
-            writes=run.path(f"router/{config.router}"),
-            num_bytes=4.0 * width * (d_model + experts) * len(model.sites),
-            flops=total_ffn_flops(model, tokens)
-            + 6.0 * tokens * width * (d_model + experts) * (config.epochs or 6) * len(model.sites)
-            + (calibrating * len(model.sites) if router_kind(config.router).calibrated else 0.0),
-            memory=2 * ffn_bytes(model) + 8.0 * tokens * (d_model + experts),
-            reads={"activations": activations, "split": split},
-        )
+        cost = router_cost(model, config, collected, experts)
+        reads = {"activations": activations, "split": split}
+        return estimate("train-router", model, run.path(f"router/{config.router}"), cost, reads)
     options = layer_options(config, control, model, {"activations": activations, "split": split})
     with control.ranks.begin(run, f"router/{config.router}", options) as work:
         for index in control.track(work.pending(), "train-router", len(model.sites)):

@@ -7,6 +7,7 @@ and resume like any others. Judged on sequences that neither split nor router sa
 
 import itertools
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,9 @@ from moefication_cli.models.loading import LoadedModel
 from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.surgery import install, permute_in_place
 from moefication_cli.runs.control import Control, Result
+from moefication_cli.runs.costs import Cost, forward_flops, model_parameters, num_experts, router_cost, split_cost
 from moefication_cli.runs.data import calibration_data, flat_predictions, load_whole, open_examples
+from moefication_cli.runs.estimate import estimate
 from moefication_cli.runs.inputs import RunModel, begin_options, open_model
 from moefication_cli.split.methods import expert_counts
 from moefication_cli.stages.split_neurons import split_neurons
@@ -53,6 +56,10 @@ def tune(run: RunDir, config: TuneConfig, control: Control) -> Result:
     """
     model = open_model(run, None, control)
     activations = run.require("activations")
+    if control.dry_run:
+        return estimate(
+            "tune", model, run.path("tune"), _cost(model, activations, config), {"activations": activations}
+        )
     options = begin_options(config, control, model, {"activations": activations})
     with run.begin("tune", options) as work:
         if work.up_to_date:
@@ -70,6 +77,22 @@ def tune(run: RunDir, config: TuneConfig, control: Control) -> Result:
     ]
     table = sorted(front, key=lambda row: float(row["ffn_flops_fraction"]))
     return Result("tune", table, {"all": rows}, up_to_date=work.reason is None, notes=notes)
+
+
+def _cost(model: RunModel, activations: Artifact, config: TuneConfig) -> Cost:
+    """Of every split that divides the FFNs, its routers, and two passes over the held-out tokens per combination."""
+    collected = activations.metrics["layers"][0]["tokens"]
+    parts = []
+    for method, size in itertools.product(config.methods, config.expert_sizes):
+        splitting = SplitConfig(method=method, expert_size=size)
+        with suppress(ConfigError):
+            experts = num_experts(model, splitting)
+            trained = (RouterConfig(router=router, max_tokens=config.max_tokens) for router in config.routers)
+            parts += [split_cost(model, splitting), *(router_cost(model, c, collected, experts) for c in trained)]
+    measured = len(config.budgets) * len(config.compensations) * len(dict.fromkeys(config.fractions)) * len(parts)
+    passes = forward_flops(model) * config.heldout_tokens * measured
+    memory = max([2 * model_parameters(model) * 4, *(part.memory for part in parts)])
+    return Cost(sum(part.num_bytes for part in parts), passes + sum(part.flops for part in parts), memory)
 
 
 def _sweep(

@@ -224,7 +224,10 @@ class RunDir:
         manifest = self._paths(stage).read_manifest_or_none()
         argv = manifest.environment.get("argv") if manifest else None
         if isinstance(argv, list) and len(argv) > 2 and argv[1] in {COMMANDS[kind], "run"}:
-            return shlex.join(["moefication", *(str(a) for a in argv[1:])])
+            words = [str(word) for word in argv[1:]]
+            if not words[1].startswith("-"):  # the run directory, which may have been copied or moved since
+                words[1] = str(self.root)
+            return shlex.join(["moefication", *words])
         parts = ["moefication", COMMANDS[kind], str(self.root)]
         if kind == "activations":
             model = [] if (self.root / "run.json").exists() else ["--model", "MODEL"]

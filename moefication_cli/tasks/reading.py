@@ -1,10 +1,12 @@
 """Rows to run a model on: a hub dataset or local files, read through `datasets` and memory-mapped.
 
-Local files never touch the network; what `datasets` writes for them lies in a temporary folder that lives as long as
-the `Rows`. Every field of a .tsv/.csv is text. In a .tsv quotes are ordinary characters, as in the GLUE files.
+Local files never touch the network. What `datasets` writes for them it maps into memory, and the folder is removed as
+soon as it has: a process that is killed leaves nothing in the temporary folder. Every field of a .tsv/.csv is text. In a
+.tsv quotes are ordinary characters, as in the GLUE files.
 Does not tokenise (`language`, `classification`, `text2text` do) and does not choose the task.
 """
 
+import errno
 import hashlib
 import logging
 import os
@@ -12,7 +14,7 @@ import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -24,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from datasets.exceptions import DatasetGenerationError
 
-from moefication_cli.errors import ConfigError, first_line
+from moefication_cli.errors import ConfigError, MoEficationError, first_line
 from moefication_cli.tasks.fields import guess_fields, split_fields
 from moefication_cli.tasks.local_files import Documents, find_files, guess_documents, read_rows
 
@@ -43,6 +45,7 @@ _COLLECTIONS = {
     "tweet_eval": "cardiffnlp/tweet_eval",
     "c4": "allenai/c4",
 }
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 _FILE_SUFFIX = re.compile(r"\.(tsv|csv|jsonl|json|parquet|txt|gz|zip|arrow)$", re.IGNORECASE)
 
 
@@ -64,7 +67,6 @@ class Rows:
     files: tuple[Path, ...] = ()
     fingerprint: str | None = None
     document_starts: npt.NDArray[np.int64] | None = None
-    _cache: Any = None
 
     @property
     def num_rows(self) -> int:
@@ -141,10 +143,9 @@ def load_rows(
     if path.exists():
         files = find_files(path, split, _PREFERRED[purpose], notes)
         mode = guess_documents(files, documents, notes)
-        cache = TemporaryDirectory(prefix="moefication-data-")
-        with _quiet(), _readable(name):
-            dataset, starts = read_rows(files, header, mode, cache.name)
-        rows = Rows(dataset, (), None, notes, name, tuple(files), None, starts, cache)
+        with _quiet(), _readable(name), TemporaryDirectory(prefix="moefication-data-") as cache:
+            dataset, starts = read_rows(files, header, mode, cache)
+        rows = Rows(dataset, (), None, notes, name, tuple(files), None, starts)
     elif _FILE_SUFFIX.search(name) or name.startswith((".", "/", "~")):
         raise ConfigError(f"data {name} not found", "check the path given with --data")
     else:
@@ -191,9 +192,7 @@ def _with_fields(rows: Rows, text_field: str | None, label_field: str | None) ->
     if label is not None and label_field is None:
         said.append(f"label {label!r}")
     notes = [*rows.notes, f"{rows.source}: guessed fields: {', '.join(said)}"] if said else rows.notes
-    return Rows(
-        rows.dataset, text, label, notes, rows.source, rows.files, rows.fingerprint, rows.document_starts, rows._cache
-    )
+    return replace(rows, text_fields=text, label_field=label, notes=notes)
 
 
 def _load_hub(name: str, split: str | None, revision: str | None, purpose: Purpose, notes: list[str]) -> Any:
@@ -235,22 +234,33 @@ def _listed(names: Sequence[str]) -> str:
 
 @contextmanager
 def _readable(name: str) -> Iterator[None]:
-    """Whatever a reader trips over is a ConfigError with its first cause."""
+    """Whatever a reader trips over is a ConfigError with its first cause; a temporary folder that takes nothing is not."""
     try:
         yield
     except (DatasetGenerationError, ConnectionError) as error:
         cause: BaseException = error
         while isinstance(cause, DatasetGenerationError) and cause.__cause__ is not None:
             cause = cause.__cause__
+        _raise_unwritable(cause)
         if isinstance(error, ConnectionError):
             hint = "check the spelling of a local path; hub data needs a network the first time"
             raise ConfigError(f"{name} is no local file, and the hub cannot be reached", hint) from error
         raise ConfigError(f"{name} cannot be read: {first_line(cause)}", "check the file's format") from error
     except (OSError, ValueError, KeyError) as error:  # datasets' own errors, pandas', pyarrow's and UnicodeDecodeError
+        _raise_unwritable(error)
         if "corresponds to no data" in str(error):  # how the builders say that there is no row
             raise ConfigError(f"{name} is empty", "name data with at least one row") from error
         hint = "check --data, --split and --revision"
         raise ConfigError(f"{name} cannot be read: {first_line(error)}", hint) from error
+
+
+def _raise_unwritable(error: BaseException) -> None:
+    """Raise MoEficationError for a full or read-only temporary folder: nothing is wrong with the data then."""
+    if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+        raise MoEficationError(
+            f"nothing can be written to the temporary folder: {error.strerror}",
+            "free some space there, or name another folder in TMPDIR; then run the same command again",
+        ) from error
 
 
 @contextmanager

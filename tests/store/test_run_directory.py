@@ -1,6 +1,7 @@
 """A stage in a run directory: what is written reads back, is fresh or stale, resumes, and is named to the user."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -242,6 +243,8 @@ def test_command_repeats_what_made_the_stage(run: RunDir, monkeypatch: pytest.Mo
     split(run)
     monkeypatch.setattr(sys, "argv", ["pytest"])
     assert run.command("split") == f"moefication split '{run.root}' --num-experts 4"
+    copied = shutil.copytree(run.root, run.root.with_name("copied"))
+    assert RunDir(copied).command("split") == f"moefication split {copied} --num-experts 4"  # not the original's name
 
 
 @pytest.mark.parametrize(

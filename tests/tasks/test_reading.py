@@ -1,6 +1,8 @@
 """Data files and labels as rows."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -116,3 +118,30 @@ def test_label_outside_the_set_names_row_and_value(labels):
         class_labels(labels, ["negative", "positive"], "d", [])
     with pytest.raises(ConfigError, match="regression"):
         class_labels([0.5], ["negative", "positive"], "d", [])
+
+
+def test_nothing_stays_in_the_temporary_folder(sst2, tmp_path, monkeypatch):
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    rows = load_rows(sst2)
+    assert list(folder.iterdir()) == []  # a process that is killed now leaves nothing
+    assert rows.take(["sentence"], np.array([6])) == [("NA",)]
+
+
+def test_a_full_temporary_folder_is_not_blamed_on_the_data(sst2):
+    code = """
+import resource, sys
+from moefication_cli.errors import ConfigError, MoEficationError
+from moefication_cli.tasks.reading import load_rows
+assert load_rows(sys.argv[1]).num_rows == 7
+resource.setrlimit(resource.RLIMIT_FSIZE, (16, 16))
+try:
+    load_rows(sys.argv[1])
+except MoEficationError as error:
+    assert not isinstance(error, ConfigError)
+    sys.exit(f"{error.exit_code} {error.message} {error.hint}")
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(sst2)], capture_output=True, text=True, check=False)
+    assert "1 nothing can be written to the temporary folder" in done.stderr
+    assert "TMPDIR" in done.stderr

@@ -95,6 +95,16 @@ class Checkpoint:
             self._fingerprint = jsonio.digest({path.name: sha256(path) for path in paths})
         return self._fingerprint
 
+    def multiplied_parameters(self) -> int:
+        """Parameters that a token is multiplied with: all matrices but embedding tables (a tied output head counts)."""
+        return sum(
+            parameter.numel()
+            for module in self._architecture.modules()
+            if not isinstance(module, torch.nn.Embedding)
+            for parameter in module.parameters(recurse=False)
+            if parameter.dim() > 1
+        )
+
     def describe(self) -> dict[str, Any]:
         """What `moefication inspect` shows: the model, one row per FFN, divisors of F, the FFNs' parameter share."""
         # parameters() yields tied weights once
