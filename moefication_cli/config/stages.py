@@ -149,7 +149,12 @@ class ApplyConfig(Options):
     """apply: write RUN/model, a normal Hugging Face folder that is also the MoE."""
 
     router: str | None = option(None, "Which trained router (default: the one there is)")
-    fraction: float = option(0.2, "What an FFN may compute, as a share of dense", minimum=0.0, maximum=1.0)
+    fraction: float = option(
+        0.2,
+        "Share of the dense FFN that may be computed, in the mean over calibration data (other data: about as much)",
+        minimum=0.0,
+        maximum=1.0,
+    )
     fraction_of: Literal["flops", "neurons"] = option("flops", FRACTION_OF)
     target_kl: float | None = option(
         None,

@@ -16,8 +16,8 @@ from moefication_cli.conversion.plan_files import budget_of, read_plans, router_
 from moefication_cli.conversion.refine import Conversion, mean_kl, refine, settle
 from moefication_cli.errors import ConfigError
 from moefication_cli.models.folder.moe_folder import write_moe_settings
-from moefication_cli.models.loading import total_memory
 from moefication_cli.models.masking import TokenMask
+from moefication_cli.models.memory import total_memory
 from moefication_cli.models.surgery import permute_in_place
 from moefication_cli.routing.routers import router_kind
 from moefication_cli.routing.rules import rule_class

@@ -59,6 +59,7 @@ def measure(
         "tokens": tokens,
         "device": str(model.device),
         "threads": torch.get_num_threads(),
+        "fraction_is": "a bound on the mean over calibration data; ffn_flops_fraction is what this data took",
         "dense": reference,
         "rows": entries,
     }

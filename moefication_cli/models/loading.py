@@ -7,7 +7,6 @@ Does not place models over several devices unless `device_map` says so.
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -163,13 +162,6 @@ def tokenizer_digest(folder: Path, sha256: Callable[[Path], str]) -> str:
     """Identifies the tokenizer of a model's folder by the names and contents of its files."""
     files = sorted(p for p in folder.iterdir() if p.is_file() and any(p.match(pattern) for pattern in _TOKENIZER_FILES))
     return hashlib.sha256("".join(f"{path.name}\0{sha256(path)}\n" for path in files).encode()).hexdigest()
-
-
-def total_memory(device: torch.device) -> int:
-    """Bytes of memory where the model would run, free or not: the same every time."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def load(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moefication_cli.models.loading import total_memory
+from moefication_cli.models.memory import total_memory
 from moefication_cli.runs.control import Result
 from moefication_cli.runs.costs import Cost
 from moefication_cli.runs.inputs import RunModel
