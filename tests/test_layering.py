@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "moefication_cli"
 # Bottom to top. A package imports from itself and from lower levels; packages of one level do not know each other.
 LEVELS = (
-    ("errors",),
+    ("errors", "cgroups"),
     ("config",),
     ("ffn", "compiled"),  # the data all tensor code shares: the weights of a layer; where compiled kernels are kept
     ("split", "routing", "store", "tasks"),

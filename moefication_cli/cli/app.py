@@ -11,6 +11,7 @@ import typer
 from moefication_cli.cli.commands import app
 from moefication_cli.cli.console import Console
 from moefication_cli.cli.options import ENV_PREFIX
+from moefication_cli.cli.threads import share_the_machine
 from moefication_cli.errors import MoEficationError
 from moefication_cli.runs.ranks import rank_and_size
 
@@ -53,6 +54,8 @@ def main() -> NoReturn:
     """Entry point: every error becomes one message on stderr and the documented exit code."""
     _stop_on_signals()
     arguments = sys.argv[1:]
+    if "bench" not in arguments[:1]:  # which measures what a program gets that loads the model
+        share_the_machine(os.environ)
     console = Console(json_mode="--json" in arguments and rank_and_size()[0] == 0)
     sys.exit(exit_code(console, arguments))
 
