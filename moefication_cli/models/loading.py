@@ -5,9 +5,8 @@ Weights are read from local files only (`source` finds or downloads them); pickl
 Does not place models over several devices unless `device_map` says so.
 """
 
-import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -34,10 +33,6 @@ from moefication_cli.runtime.pruned import PrunedFFN
 
 log = logging.getLogger(__name__)
 
-_TOKENIZER_FILES = (
-    "*tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "normalizer.json", "*.model",
-    "*.tiktoken", "chat_template*",
-)  # fmt: skip
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -156,12 +151,6 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:
     if words.pad_token is None and words.eos_token is not None:
         words.pad_token = words.eos_token
     return words
-
-
-def tokenizer_digest(folder: Path, sha256: Callable[[Path], str]) -> str:
-    """Identifies the tokenizer of a model's folder by the names and contents of its files."""
-    files = sorted(p for p in folder.iterdir() if p.is_file() and any(p.match(pattern) for pattern in _TOKENIZER_FILES))
-    return hashlib.sha256("".join(f"{path.name}\0{sha256(path)}\n" for path in files).encode()).hexdigest()
 
 
 def load(

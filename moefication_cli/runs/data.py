@@ -8,9 +8,10 @@ from torch import Tensor
 from moefication_cli.config import CollectConfig, EvalConfig
 from moefication_cli.config.option import list_text
 from moefication_cli.errors import ConfigError, StaleArtifactError
+from moefication_cli.models.folder.contents import tokenizer_digest
 from moefication_cli.models.folder.source import Source
 from moefication_cli.models.heads import checked_task
-from moefication_cli.models.loading import LoadedModel, load_model, load_tokenizer, tokenizer_digest
+from moefication_cli.models.loading import LoadedModel, load_model, load_tokenizer
 from moefication_cli.runs.control import Control
 from moefication_cli.runs.inputs import RunModel
 from moefication_cli.store.artifact import Artifact

@@ -84,8 +84,6 @@ def open_model(run: RunDir, config: ModelConfig | None, control: Control) -> Run
         trust_remote_code=control.trust_remote_code,  # never from run.json: whoever gives us a run could run code
     )
     fingerprint = checkpoint.fingerprint(run.hashes.sha256)
-    if ffn is not None:  # other FFNs of the same weights are another model to every stage
-        fingerprint = hashlib.sha256(f"{fingerprint}/{ffn}".encode()).hexdigest()
     named["revision"] = checkpoint.resolved_revision
     run.note(**named | {"model": model, "fingerprint": fingerprint})
     return RunModel(checkpoint, fingerprint, device)

@@ -1,10 +1,9 @@
-"""Local data files as memory-mapped datasets: which files, in which format, and where documents start.
+"""Local data files as memory-mapped datasets: in which format, and where documents start.
 
 Through the builders of `datasets`, called directly: no network, no code from the data, one cache folder.
 """
 
 import csv
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,42 +16,8 @@ from moefication_cli.errors import ConfigError
 
 Documents = Literal["auto", "file", "line"]
 
-_SUFFIXES = (".parquet", ".jsonl", ".json", ".tsv", ".csv", ".txt")
-_SPLIT_WORDS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "dev": ("dev", "validation", "valid", "val"),
-    "test": ("test", "eval"),
-}
 _HEAD = 1 << 18  # bytes looked at to guess what a document is
 _LONG_LINE = 200  # characters; a line wrapped for reading is shorter, a document on one line usually longer
-
-
-def find_files(path: Path, split: str | None, preferred: Sequence[str], notes: list[str]) -> list[Path]:
-    """The data files of a path: itself, or those of a folder that belong to the split. ConfigError if there is none."""
-    if path.is_file():
-        if path.suffix.lower() not in _SUFFIXES:
-            raise ConfigError(f"{path}: unknown kind of data file", f"use one of {', '.join(_SUFFIXES)}")
-        if split is not None:
-            notes.append(f"--split {split} is ignored: {path} is one file")
-        return [path]
-    files = [f for f in sorted(path.rglob("*")) if f.suffix.lower() in _SUFFIXES and f.is_file() and _is_data(f, path)]
-    if not files:
-        raise ConfigError(f"{path} holds no data files", f"use files of kind {', '.join(_SUFFIXES)}")
-    wanted = [split] if split is not None else [*preferred]
-    chosen = next((found for name in wanted if (found := [f for f in files if _in_split(f, path, name)])), [])
-    if split is not None and not chosen:
-        listed = ", ".join(f.name for f in files[:10])
-        raise ConfigError(f"{path}: no file of split {split!r}", f"files there: {listed}")
-    if chosen and split is None and len(chosen) < len(files):
-        notes.append(f"{path}: reading {', '.join(f.name for f in chosen[:5])} (--split)")
-    chosen = chosen or files
-    kinds = {f.suffix.lower() for f in chosen}
-    if len(kinds) > 1:
-        raise ConfigError(
-            f"{path} mixes files of kind {', '.join(sorted(kinds))}", "name one file with --data, or a --split"
-        )
-    return chosen
 
 
 def guess_documents(files: Sequence[Path], documents: Documents, notes: list[str]) -> Literal["file", "line"] | None:
@@ -145,14 +110,3 @@ def _columns(path: Path, separator: str, header: bool) -> list[str]:
             f"{path}: the header names {len(first)} columns, the next line has {len(second)}", "check the file"
         )
     return first
-
-
-def _is_data(path: Path, root: Path) -> bool:
-    if any(part.startswith(".") for part in path.relative_to(root).parts):
-        return False
-    return path.stem.lower() not in ("readme", "license", "dataset_info", "dataset_infos", "dataset_dict", "state")
-
-
-def _in_split(path: Path, root: Path, split: str) -> bool:
-    words = re.split(r"[^a-z0-9]+", str(path.relative_to(root).with_suffix("")).lower())
-    return any(alias in words for alias in _SPLIT_WORDS.get(split.lower(), (split.lower(),)))

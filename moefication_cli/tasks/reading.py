@@ -7,7 +7,6 @@ Does not tokenise (`language`, `classification`, `text2text` do) and does not ch
 """
 
 import errno
-import hashlib
 import logging
 import os
 import re
@@ -17,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlparse
 
 import datasets
@@ -27,16 +26,10 @@ import numpy.typing as npt
 from datasets.exceptions import DatasetGenerationError
 
 from moefication_cli.errors import ConfigError, MoEficationError, first_line
+from moefication_cli.tasks.data_files import PREFERRED, Purpose, expanded, find_files, local_digest
 from moefication_cli.tasks.fields import guess_fields, split_fields
-from moefication_cli.tasks.local_files import Documents, find_files, guess_documents, read_rows
+from moefication_cli.tasks.local_files import Documents, guess_documents, read_rows
 
-Purpose = Literal["calibrate", "evaluate"]
-
-# The first of these splits a dataset has is taken when none is named
-_PREFERRED: dict[Purpose, tuple[str, ...]] = {
-    "calibrate": ("train", "validation", "dev", "test"),
-    "evaluate": ("validation", "dev", "test", "train"),
-}
 # Datasets of several configurations that users name as NAME/CONFIG, without the owner
 _COLLECTIONS = {
     "glue": "nyu-mll/glue",
@@ -108,16 +101,6 @@ class Rows:
         return found
 
 
-def expanded(ref: str | Path) -> Path:
-    """The path with `~` filled in. Raises ConfigError where there is no such user."""
-    try:
-        return Path(ref).expanduser()
-    except RuntimeError:
-        raise ConfigError(
-            f"data not found: {ref}: there is no such user", "give a file, a folder or a hub dataset"
-        ) from None
-
-
 def load_rows(
     ref: str | Path,
     *,
@@ -141,7 +124,7 @@ def load_rows(
     path = expanded(ref)
     notes: list[str] = []
     if path.exists():
-        files = find_files(path, split, _PREFERRED[purpose], notes)
+        files = find_files(path, split, PREFERRED[purpose], notes)
         mode = guess_documents(files, documents, notes)
         with _quiet(), _readable(name), TemporaryDirectory(prefix="moefication-data-") as cache:
             dataset, starts = read_rows(files, header, mode, cache)
@@ -169,11 +152,7 @@ def data_digest(ref: str | Path, split: str | None, purpose: Purpose, sha256: Ca
             raise ConfigError(f"data {ref} not found", "check the path given with --data")
         with _quiet(), _readable(str(ref)):
             return str(_load_hub(str(ref), split, None, purpose, [])._fingerprint)
-    digest = hashlib.sha256()
-    for file in find_files(path, split, _PREFERRED[purpose], []):
-        name = "" if path.is_file() else file.relative_to(path).as_posix()
-        digest.update(f"{name}\0{sha256(file)}\n".encode())
-    return digest.hexdigest()
+    return local_digest(path, split, purpose, sha256)
 
 
 def _with_fields(rows: Rows, text_field: str | None, label_field: str | None) -> Rows:
@@ -208,7 +187,7 @@ def _load_hub(name: str, split: str | None, revision: str | None, purpose: Purpo
         loaded = datasets.load_dataset(path, config, split=split, revision=revision)
     if isinstance(loaded, datasets.Dataset):
         return loaded
-    chosen = next((s for p in _PREFERRED[purpose] for s in loaded if s.startswith(p)), next(iter(loaded)))
+    chosen = next((s for p in PREFERRED[purpose] for s in loaded if s.startswith(p)), next(iter(loaded)))
     if len(loaded) > 1:
         notes.append(f"{name}: reading split {chosen!r} of {', '.join(loaded)} (--split)")
     return loaded[chosen]

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from moefication_cli.errors import ConfigError
 from moefication_cli.ffn import FFNWeights
+from moefication_cli.models.folder.contents import fingerprint
 from moefication_cli.models.folder.permuted import TensorPlan, copy_side_files, write_shards
 from moefication_cli.models.folder.source import TensorFile, load_config, meta_model, resolve_source
 from moefication_cli.models.heads import task_of
 from moefication_cli.models.sites import FFNSite, ParamSlice, find_sites, refuse_quantised
 from moefication_cli.split.partition import divisors
-from moefication_cli.store import jsonio
 from moefication_cli.store.files import sha256 as file_sha256
 
 
@@ -44,6 +44,7 @@ class Checkpoint:
         refuse_quantised(self.config, self.source.ref)
         self._architecture: nn.Module = meta_model(self.config, trust_remote_code)
         self.sites: list[FFNSite] = find_sites(self._architecture, ffn)
+        self._ffn = ffn
         self._fingerprint: str | None = None
 
     @property
@@ -89,10 +90,9 @@ class Checkpoint:
         return replace(weights, **rows)
 
     def fingerprint(self, sha256: Callable[[Path], str] = file_sha256) -> str:
-        """Digest of the contents of config.json and the weight files; `sha256` may be `HashCache(run).sha256`."""
+        """See `contents.fingerprint`; `sha256` may be `HashCache(run).sha256`."""
         if self._fingerprint is None:
-            paths = (self.folder / "config.json", *self.files)
-            self._fingerprint = jsonio.digest({path.name: sha256(path) for path in paths})
+            self._fingerprint = fingerprint(self.folder, self.files, self._ffn, sha256)
         return self._fingerprint
 
     def multiplied_parameters(self) -> int:

@@ -4,7 +4,6 @@ Only safetensors, and `.bin` through `torch.load(weights_only=True)`; what that 
 from the model's folder unless `trust_remote_code`. Everything wrong with a source is a ConfigError that names it.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from moefication_cli.errors import ConfigError, CorruptArtifactError, first_line
+from moefication_cli.models.folder.contents import weight_files
 from moefication_cli.store.header import Header, read_header
 
 _SIDE_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
@@ -80,7 +80,7 @@ def resolve_source(ref: str | Path, revision: str | None = None, trust_remote_co
         raise ConfigError(f"model not found: {text} is not a folder", "give the folder that holds config.json")
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{text} has no config.json", "give a Hugging Face model folder (save_pretrained writes one)")
-    return Source(text, folder, _weight_files(folder), commit)
+    return Source(text, folder, weight_files(folder), commit)
 
 
 def _download(ref: str, revision: str | None, trust_remote_code: bool) -> Path:
@@ -103,30 +103,6 @@ def _download(ref: str, revision: str | None, trust_remote_code: bool) -> Path:
         hint = "give a local folder, or download it first with `hf download`"
         raise ConfigError(f"model not found: {ref} ({first_line(error)})", hint) from None
     return folder
-
-
-def _weight_files(folder: Path) -> tuple[Path, ...]:
-    """In the order transformers looks for them."""
-    for stem in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / stem).is_file():
-            return (folder / stem,)
-        index = folder / f"{stem}.index.json"
-        if not index.is_file():
-            continue
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()), key=str)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ConfigError(f"{index} is not a valid weight index", "download the model again") from None
-        for name in names:
-            if not isinstance(name, str):
-                raise ConfigError(f"{index} is not a valid weight index: it names {name!r}", "download the model again")
-            if Path(name).name != name:
-                raise ConfigError(f"{index} names a file outside its folder: {name!r}")
-            if not (folder / name).is_file():
-                raise ConfigError(f"{folder} lacks {name}, which {index.name} lists", "download the model again")
-        if names:
-            return tuple(folder / name for name in names)
-    raise ConfigError(f"{folder} has no model.safetensors or pytorch_model.bin", "give a folder with PyTorch weights")
 
 
 def load_config(source: Source, trust_remote_code: bool = False) -> Any:
