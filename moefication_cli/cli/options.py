@@ -41,15 +41,20 @@ def register(
     argument: str = "run",
     argument_help: str = "Run directory",
     argument_default: Any = ...,
+    second: tuple[str, str] | None = None,
     without: Collection[str] = (),
 ) -> None:
     """Add the command `name` whose options are the fields of `configs`, and of ControlConfig but those in `without`.
 
     Stages that share a name and its help share the option. Where the help differs it is another option: the first config
     has it, the others keep their default (`run --batch-size` is not the batch size routers are trained with).
-    `body` gets the argument, one instance of each config class, a ControlConfig and where each value came from.
+    `second` is the name and the help of an argument after it that may be left out, and then is "".
+    `body` gets the arguments, one instance of each config class, a ControlConfig and where each value came from.
     """
-    parameters = [_argument(argument, argument_help, argument_default), _context(), _config_file(name)]
+    arguments = {argument: _argument(argument, argument_help, argument_default)}
+    if second is not None:
+        arguments[second[0]] = _argument(*second, "")
+    parameters = [*arguments.values(), _context(), _config_file(name)]
     everything = (*configs, ControlConfig)
     offered = {n: e for n, e in offered_options(everything).items() if n != argument and n not in without}
     kinds: dict[str, OptionType] = {}
@@ -71,7 +76,7 @@ def register(
             own = {e.name for e in options_of(config) if e.name in offered and same_option(e, offered[e.name])}
             asked = own | ({"seed"} & offered.keys())
             sources[config] = {key: _SOURCES.get(source_name(context, key), "default") for key in asked}
-        body(values[argument], *instances, sources)
+        body(*(values[name] for name in arguments), *instances, sources)
 
     command.__doc__ = body.__doc__
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

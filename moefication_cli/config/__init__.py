@@ -28,10 +28,20 @@ from moefication_cli.config.stages import (
     TaskConfig,
     TaskName,
 )
-from moefication_cli.config.tools import BenchConfig, DemoConfig, RunConfig, TuneConfig
+from moefication_cli.config.tools import (
+    BenchConfig,
+    CleanConfig,
+    DemoConfig,
+    RunConfig,
+    RunsConfig,
+    StatusConfig,
+    TuneConfig,
+    VerifyConfig,
+)
 
 __all__ = [
-    "LAYERS", "ApplyConfig", "BenchConfig", "CollectConfig", "ControlConfig", "DataConfig", "DemoConfig", "EvalConfig",
-    "GraphConfig", "ModelConfig", "Options", "RouterConfig", "RunConfig", "Score", "SplitConfig", "TaskConfig", "TaskName",
-    "TuneConfig", "compared_values", "option", "options_of", "recorded_values", "same_option",
+    "LAYERS", "ApplyConfig", "BenchConfig", "CleanConfig", "CollectConfig", "ControlConfig", "DataConfig", "DemoConfig",
+    "EvalConfig", "GraphConfig", "ModelConfig", "Options", "RouterConfig", "RunConfig", "RunsConfig", "Score",
+    "SplitConfig", "StatusConfig", "TaskConfig", "TaskName", "TuneConfig", "VerifyConfig", "compared_values", "option",
+    "options_of", "recorded_values", "same_option",
 ]  # fmt: skip

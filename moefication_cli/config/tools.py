@@ -18,6 +18,32 @@ class RunConfig(Options):
 
 
 @dataclass(frozen=True)
+class StatusConfig(Options):
+    """status: the state of every stage."""
+
+    exit_code: bool = option(False, "Exit with 0 all current, 3 stale or missing, 4 corrupt, 5 running")
+    watch: bool = option(False, "Show it again every few seconds until interrupted")
+
+
+@dataclass(frozen=True)
+class VerifyConfig(Options):
+    """verify: has no options of its own."""
+
+
+@dataclass(frozen=True)
+class RunsConfig(Options):
+    """runs: has no options of its own."""
+
+
+@dataclass(frozen=True)
+class CleanConfig(Options):
+    """clean: what to delete besides the stage that is named."""
+
+    partial: bool = option(False, "What interrupted work has left; it could have been resumed")
+    trials: bool = option(False, "The splits and routers that `tune` keeps")
+
+
+@dataclass(frozen=True)
 class DemoConfig(Options):
     """demo: the shipped model, converted and measured on standard-library modules it never saw."""
 

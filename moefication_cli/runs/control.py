@@ -54,6 +54,7 @@ class Result:
     payload: dict[str, Any] = field(default_factory=dict)
     up_to_date: bool = False
     notes: list[str] = field(default_factory=list)  # sentences under the table
+    exit_code: int = 0  # of a command that answers by it (`status --exit-code`)
 
     @property
     def path(self) -> Path:

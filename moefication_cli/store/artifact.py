@@ -36,15 +36,15 @@ COMMANDS = {
     "tune": "tune",
     "report": "report",
 }
-_NAMED = {"router", "eval", "baseline", "refined"}
+NAMED = {"router", "eval", "baseline", "refined"}
 
 
 def check_stage(stage: str) -> None:
     """`ConfigError` unless `stage` is the name of a stage; a NAME is letters, digits, `.`, `_`, `-`, at most 100."""
     kind, _, name = stage.partition("/")
-    if kind not in COMMANDS or (kind in _NAMED) != ("/" in stage):
+    if kind not in COMMANDS or (kind in NAMED) != ("/" in stage):
         raise ConfigError(f"there is no stage {stage!r}", f"stages are {', '.join(COMMANDS)}")
-    if kind in _NAMED and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+    if kind in NAMED and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise ConfigError(
             f"{name!r} cannot be the name of a {kind} folder", "use letters, digits, '.', '_' and '-', no path"
         )
@@ -137,6 +137,32 @@ class StagePaths:
         files.remove(self.final / ".work")
 
 
+def stages_of(root: Path, kind: str) -> list[str]:
+    """Stages of a kind that are there or were begun, by name."""
+    folder = root / kind if kind in NAMED else root
+    if not folder.is_dir():
+        return []
+    entries = {path.name for path in folder.iterdir()}
+    begun = {name[1 : -len(".partial")] for name in entries if name.startswith(".") and name.endswith(".partial")}
+    made = {name for name in entries if name[0] != "." and (folder / name).is_dir()}
+    names = sorted(made | begun)
+    return [f"{kind}/{name}" for name in names] if kind in NAMED else [kind] if kind in names else []
+
+
+def stages_in(root: Path) -> list[str]:
+    """Stages that are there or were begun, in the order of the pipeline."""
+    return [stage for kind in COMMANDS for stage in stages_of(root, kind)]
+
+
+def leftovers_in(root: Path) -> list[Path]:
+    """Folders that interrupted work has left: what a later run would go on from, and replaced stages."""
+    found = []
+    for stage in stages_in(root):
+        paths = StagePaths(root, stage)
+        found += [path for path in (paths.partial, paths.old) if path.exists()]
+    return found
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A finished stage as it was when `RunDir.read_stage` read it."""
@@ -216,28 +242,41 @@ def verified(paths: StagePaths, manifest: Manifest, hashes: HashCache, check: Ch
     `check`: "size" alone, "cached" (hash what changed since it was last hashed) or "full" (hash everything).
     Raises `CorruptArtifactError` naming the file, expected and actual.
     """
-    identities = {}
-    root = paths.final.resolve()
-    hint = f"run `moefication {COMMANDS[paths.stage.split('/')[0]]} {paths.run}` again with --force"
-    for name, entry in manifest.files.items():
-        path = paths.final / name
-        try:
-            if not path.resolve(strict=True).is_relative_to(root):
-                raise corrupt(paths.manifest, f"names a file outside its folder: {name!r}")
-            identities[name] = files.identity(path)
-            if identities[name][0] != entry["bytes"]:
-                found = identities[name][0]
-                raise CorruptArtifactError(f"{path} has {found} bytes, the manifest says {entry['bytes']}", hint)
-            actual = entry["sha256"] if check == "size" else hashes.sha256(path, fresh=check == "full")
-            if actual != entry["sha256"]:
-                actual = hashes.sha256(path, fresh=True)  # the cache must not accuse a file that is whole
-        except OSError as error:
-            raise CorruptArtifactError(
-                f"{path} is in the manifest but cannot be read: {error.strerror}", hint
-            ) from error
-        if actual != entry["sha256"]:
-            raise CorruptArtifactError(
-                f"{path} was altered: sha256 {actual[:16]}..., the manifest says {entry['sha256'][:16]}...", hint
-            )
+    identities = {name: _verified_file(paths, name, entry, hashes, check) for name, entry in manifest.files.items()}
     hashes.save()
     return Artifact(manifest, paths.final, identities)
+
+
+def damaged_files(paths: StagePaths, manifest: Manifest, hashes: HashCache) -> list[CorruptArtifactError]:
+    """One error per file of the stage that is not as the manifest says; every byte is read."""
+    found = []
+    for name, entry in manifest.files.items():
+        try:
+            _verified_file(paths, name, entry, hashes, "full")
+        except CorruptArtifactError as error:
+            found.append(error)
+    return found
+
+
+def _verified_file(
+    paths: StagePaths, name: str, entry: Mapping[str, Any], hashes: HashCache, check: Check
+) -> tuple[int, int, int, int]:
+    """The identity of a file that is as the manifest's `entry` says."""
+    path = paths.final / name
+    hint = f"run `moefication {COMMANDS[paths.stage.split('/')[0]]} {paths.run}` again with --force"
+    try:
+        if not path.resolve(strict=True).is_relative_to(paths.final.resolve()):
+            raise corrupt(paths.manifest, f"names a file outside its folder: {name!r}")
+        identity = files.identity(path)
+        if identity[0] != entry["bytes"]:
+            raise CorruptArtifactError(f"{path} has {identity[0]} bytes, the manifest says {entry['bytes']}", hint)
+        actual = entry["sha256"] if check == "size" else hashes.sha256(path, fresh=check == "full")
+        if actual != entry["sha256"]:
+            actual = hashes.sha256(path, fresh=True)  # the cache must not accuse a file that is whole
+    except OSError as error:
+        raise CorruptArtifactError(f"{path} is in the manifest but cannot be read: {error.strerror}", hint) from error
+    if actual != entry["sha256"]:
+        raise CorruptArtifactError(
+            f"{path} was altered: sha256 {actual[:16]}..., the manifest says {entry['sha256'][:16]}...", hint
+        )
+    return identity

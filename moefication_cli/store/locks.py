@@ -7,6 +7,7 @@ filelock itself falls back to an existence file that holds process and host.
 Lock files hold the holder's process and host for messages and stay in place: unlinking one would split its waiters.
 """
 
+import fcntl
 import os
 import socket
 import warnings
@@ -64,6 +65,21 @@ def is_held(path: Path) -> bool:
         return True
     lock.release()
     return False
+
+
+def live_holder(path: Path) -> str | None:
+    """Who holds the lock now, in words; None if nobody does. Writes nothing and needs no permission to.
+
+    The look takes a shared lock for a moment, at which another process finds it busy and tries again.
+    """
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return holder(path)
+    except OSError:  # not there, or a file system without locks
+        return None
+    return None
 
 
 @contextmanager

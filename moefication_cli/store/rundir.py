@@ -20,9 +20,24 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from moefication_cli.errors import ConfigError, CorruptArtifactError, MissingArtifactError, StaleArtifactError
+from moefication_cli.errors import (
+    ConfigError,
+    CorruptArtifactError,
+    MissingArtifactError,
+    MoEficationError,
+    StaleArtifactError,
+)
 from moefication_cli.store import files, jsonio, locks
-from moefication_cli.store.artifact import COMMANDS, Artifact, Check, StagePaths, check_stage, verified
+from moefication_cli.store.artifact import (
+    COMMANDS,
+    Artifact,
+    Check,
+    StagePaths,
+    check_stage,
+    leftovers_in,
+    stages_in,
+    verified,
+)
 from moefication_cli.store.hashes import HashCache
 from moefication_cli.store.manifest import BASE_MODEL, SCHEMA_VERSION, Manifest, check_fields, check_schema, differences
 from moefication_cli.store.options import StageOptions
@@ -270,6 +285,45 @@ class RunDir:
             self._write_noted()
         finally:
             work.release()
+
+    # -- deleting ----------------------------------------------------------------------------------------------------
+
+    def remove(self, stage: str) -> None:
+        """Delete a stage and what was begun of it. Raises LockedError while somebody works on it, and MoEficationError for
+        a folder of that name which this program did not make.
+        """
+        paths = self._paths(stage)
+        with paths.locked(self.lock_timeout):
+            self._refuse_busy(paths)
+            made = paths.final.is_symlink() or paths.manifest.exists() or not paths.final.exists()
+            if not made:
+                raise MoEficationError(
+                    f"{paths.final} was not made by this program: it has no manifest.json", "delete it"
+                )
+            for path in (paths.final, paths.partial, paths.old):
+                files.remove(path)
+
+    def remove_leftovers(self) -> None:
+        """Delete what interrupted work on any stage has left. Raises LockedError while somebody works there."""
+        for path in leftovers_in(self.root):
+            kind = path.parent.name if path.parent != self.root else ""
+            name = path.name[1:].removesuffix(".partial").removesuffix(".old")
+            paths = self._paths(f"{kind}/{name}" if kind else name)
+            with paths.locked(self.lock_timeout):
+                self._refuse_busy(paths)
+                files.remove(path)
+
+    def remove_all(self) -> None:
+        """Delete the whole run directory. Raises LockedError while somebody works there."""
+        for stage in stages_in(self.root):
+            self._refuse_busy(self._paths(stage))
+        files.remove(self.root)
+
+    @staticmethod
+    def _refuse_busy(paths: StagePaths) -> None:
+        for path in sorted(paths.locks.glob("*.lock")):
+            if path.stem != "stage" and locks.live_holder(path):
+                raise locks.locked_error(path, f"`{paths.stage}`")
 
     def _write_noted(self) -> None:
         if self._noted:

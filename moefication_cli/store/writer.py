@@ -128,7 +128,7 @@ class StageWriter:
             self.partial.restart(
                 old=self.paths.read_manifest_or_none(),
                 final=self.paths.final,
-                description={"config": self.compared, "inputs": self.inputs},
+                description={"config": self.compared, "inputs": self.inputs, "layers": len(self.layers)},
             )
         for index in redo:
             self.partial.discard(index)

@@ -1,9 +1,10 @@
 """Ties experts to the weights they were made for: what `moefication.json` records of a folder's weights, and the check.
 
 A router of another permutation, or of another model, fits in every shape and selects nonsense. So `weights` in
-`moefication.json` holds `files`, {name: {sha256, bytes}} of the weight files and config.json, and `ffns`, per FFN the
-tensors' places [file, name] and a digest of 64 evenly spaced rows of each. Checked on every load: sizes of the files, and
-those rows (a 7B model in float16: about 50 MB read). One changed bit elsewhere is found by `verify`, which hashes all files.
+`moefication.json` holds `files`, {name: {sha256, bytes}} of the weight files and config.json, `others`, the same of the
+files beside them, and `ffns`, per FFN the tensors' places [file, name] and a digest of 64 evenly spaced rows of each.
+Checked on every load: sizes of the weight files, and those rows (a 7B model in float16: about 50 MB read). One changed
+bit elsewhere is found by `verify`, which hashes all files.
 """
 
 import hashlib
@@ -33,11 +34,27 @@ def sealed(checkpoint: Checkpoint, sha256: Callable[[Path], str] = file_sha256) 
         parameters = sorted({piece.parameter for piece in site.slices()})
         places = [[file.path.name, key] for file, key in map(checkpoint.locate, parameters)]
         ffns[site.name] = {"tensors": places, "digest": _digest(checkpoint.folder, places, headers)}
-    described = {
-        name: {"sha256": sha256(checkpoint.folder / name), "bytes": (checkpoint.folder / name).stat().st_size}
-        for name in names
-    }
-    return {"files": described, "ffns": ffns}
+    folder = checkpoint.folder
+
+    def described(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        return {name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in names}
+
+    others = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name not in names)
+    return {"files": described(names), "others": described(others), "ffns": ffns}
+
+
+def altered_others(folder: Path, weights: Mapping[str, Any]) -> list[CorruptArtifactError]:
+    """One error per file beside weights and configuration (tokenizer, code) that is not as it was written.
+
+    Loading does not ask: people edit these. Folders of versions before 0.3 do not record them.
+    """
+    found = []
+    for name, entry in weights.get("others", {}).items():
+        try:
+            _check_file(folder / name, entry, verify=True)
+        except CorruptArtifactError as error:
+            found.append(error)
+    return found
 
 
 def check_seal(folder: Path, weights: Any, verify: bool = False) -> None:

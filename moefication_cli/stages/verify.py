@@ -1,0 +1,85 @@
+"""verify: read every byte of a run or of a converted model, and name what is not as it was written."""
+
+from pathlib import Path
+from typing import Any
+
+from moefication_cli.config import VerifyConfig
+from moefication_cli.errors import CorruptArtifactError, MissingArtifactError, MoEficationError
+from moefication_cli.models.folder.moe_folder import FOLDER, SETTINGS, read_moe_folder
+from moefication_cli.models.folder.seal import altered_others
+from moefication_cli.models.loading import check_weights
+from moefication_cli.runs.control import Control, Result
+from moefication_cli.runs.today import GONE, inputs_today
+from moefication_cli.store.artifact import StagePaths, damaged_files, stages_in
+from moefication_cli.store.manifest import BASE_MODEL
+from moefication_cli.store.rundir import RunDir
+
+
+def verify(target: str, config: VerifyConfig, control: Control) -> Result:
+    """One row per damaged file of a run directory or of a folder that `apply` wrote; exit code 4 if there is one.
+
+    Raises MissingArtifactError where `target` is neither.
+    """
+    root = Path(target)
+    if (root / FOLDER / SETTINGS).is_file():
+        rows = _folder(root, "moefication apply RUN --force")
+        checked = 1
+    elif (root / "run.json").is_file():
+        run = RunDir(root)
+        stages = stages_in(root)
+        rows = _run_record(run)
+        for stage in control.track(stages, "verify", len(stages)):
+            rows += _stage(run, stage)
+        checked = len(stages)
+    else:
+        raise MissingArtifactError(
+            f"{target} is neither a run directory nor a converted model",
+            f"it has no run.json and no {FOLDER}/{SETTINGS}",
+        )
+    what = "nothing is damaged" if not rows else f"{len(rows)} of them damaged"
+    notes = [f"{checked} {'stages' if checked != 1 else 'folder'} read in full: {what}"]
+    return Result("verify", rows, {"damaged": len(rows)}, notes=notes, exit_code=4 if rows else 0)
+
+
+def _run_record(run: RunDir) -> list[dict[str, Any]]:
+    """run.json, and whether the model is still the one it names."""
+    try:
+        info = run.info
+    except CorruptArtifactError as error:
+        return [_row("run.json", error.message, "restore run.json, or start a new run directory")]
+    manifests = [StagePaths(run.root, stage).read_manifest_or_none() for stage in stages_in(run.root)]
+    known = next((manifest for manifest in manifests if manifest is not None), None)
+    if known is None or info.fingerprint is None:
+        return []
+    now = inputs_today(run, known).get(BASE_MODEL, info.fingerprint)
+    if now == info.fingerprint:
+        return []
+    what = f"{info.model} is {GONE}" if now == GONE else f"{info.model} is not what this run was made from"
+    return [_row("run.json", what, "restore the model, or run all stages again")]
+
+
+def _stage(run: RunDir, stage: str) -> list[dict[str, Any]]:
+    paths, command = StagePaths(run.root, stage), f"{run.command(stage)} --force"
+    try:
+        manifest = paths.read_manifest()
+    except CorruptArtifactError as error:
+        return [_row(stage, error.message, command)]
+    if manifest is None:
+        return []
+    rows = [_row(stage, error.message, command) for error in damaged_files(paths, manifest, run.hashes)]
+    run.hashes.save()
+    return rows + (_folder(paths.final, command) if stage == "model" and not rows else [])
+
+
+def _folder(folder: Path, command: str) -> list[dict[str, Any]]:
+    """What `load(folder, verify=True)` would refuse, and what was altered beside the weights."""
+    try:
+        moe = read_moe_folder(folder)
+        check_weights(folder, moe, verify=True)
+    except MoEficationError as error:
+        return [_row("model", error.message, command)]
+    return [_row("model", error.message, command) for error in altered_others(folder, moe.settings.get("weights", {}))]
+
+
+def _row(stage: str, damage: str, command: str) -> dict[str, Any]:
+    return {"stage": stage, "damage": damage, "command": command}
