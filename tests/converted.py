@@ -27,19 +27,21 @@ def convert(
     extra: bool = False,
     dense: tuple[int, ...] = (),
     pruned: tuple[int, ...] = (),
+    shared: int = 0,
+    **options: Any,
 ) -> Any:
     """Writes `folder` and returns the dense model it was made from, which is saved beside it as `source`.
 
     Layers in `dense` stay dense, those in `pruned` have no router and half of their experts always on; `extra` gives the
-    others a compensation.
+    others a compensation, `shared` neurons are always on. `options` are those of `save_tiny`.
     """
-    model = save_tiny(name, folder.with_name("source"))
+    model = save_tiny(name, folder.with_name("source"), **options)
     checkpoint = Checkpoint(folder.with_name("source"))
     checkpoint.write_permuted(folder, orders_of(checkpoint))
     layers: list[dict[str, Any]] = []
     tensors: dict[str, torch.Tensor] = {}
     for site in checkpoint.sites:
-        entry = {"layer": site.name, "num_experts": num_experts, "num_shared": 0, "rule": {"top_k": top_k}}
+        entry = {"layer": site.name, "num_experts": num_experts, "num_shared": shared, "rule": {"top_k": top_k}}
         compensation = Compensation(torch.ones(16), torch.ones(2, 16), torch.ones(2, 16)) if extra else None
         if site.index in dense:
             layers.append({"layer": site.name, "dense": True})

@@ -162,9 +162,11 @@ def tiny_tokenizer(folder: Path, ends: bool = False) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def save_tiny(name: str, folder: Path, tokenizer: bool = True, **options: Any) -> Any:
+def save_tiny(
+    name: str, folder: Path, tokenizer: bool = True, dtype: torch.dtype = torch.float32, **options: Any
+) -> Any:
     """Saves a tiny model (and tokenizer) into `folder` and returns it."""
-    model = tiny_model(name)
+    model = tiny_model(name).to(dtype)
     model.save_pretrained(folder, **options)
     if tokenizer:
         tiny_tokenizer(folder, ends=name == "bart-classifier")

@@ -17,6 +17,7 @@ from moefication_cli.config import (
     ControlConfig,
     DemoConfig,
     EvalConfig,
+    ExportConfig,
     GraphConfig,
     ModelConfig,
     RouterConfig,
@@ -206,6 +207,14 @@ def _bench(target: str, config: BenchConfig, control: ControlConfig, sources: So
     run_command(control, sources, lambda c: bench(target or None, config, c))
 
 
+def _export(run: str, config: ExportConfig, control: ControlConfig, sources: Sources) -> None:
+    """Write the converted model as a native MoE checkpoint (Mixtral, Qwen, Granite, GLM) that needs no package of ours."""
+    from moefication_cli.stages.export import export
+    from moefication_cli.store.rundir import RunDir
+
+    run_command(control, sources, lambda c: export(RunDir(run), config, c))
+
+
 def _status(run: str, config: StatusConfig, control: ControlConfig, sources: Sources) -> None:
     """Say of every stage of a run whether it is up to date, why not, and which command mends it."""
     from moefication_cli.stages.status import status
@@ -278,6 +287,7 @@ register(
     argument_default="",
     without=("layers", "force"),
 )
+register(app, "export", [ExportConfig], _export, without=("layers", "dry_run"))
 _STAGES_ONLY = ("device", "seed", "layers", "force", "trust_remote_code")
 register(app, "status", [StatusConfig], _status, without=(*_STAGES_ONLY, "dry_run"))
 register(

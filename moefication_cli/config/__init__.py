@@ -20,6 +20,7 @@ from moefication_cli.config.stages import (
     ControlConfig,
     DataConfig,
     EvalConfig,
+    FormatName,
     GraphConfig,
     ModelConfig,
     RouterConfig,
@@ -32,6 +33,7 @@ from moefication_cli.config.tools import (
     BenchConfig,
     CleanConfig,
     DemoConfig,
+    ExportConfig,
     RunConfig,
     RunsConfig,
     StatusConfig,
@@ -41,7 +43,7 @@ from moefication_cli.config.tools import (
 
 __all__ = [
     "LAYERS", "ApplyConfig", "BenchConfig", "CleanConfig", "CollectConfig", "ControlConfig", "DataConfig", "DemoConfig",
-    "EvalConfig", "GraphConfig", "ModelConfig", "Options", "RouterConfig", "RunConfig", "RunsConfig", "Score",
+    "EvalConfig", "ExportConfig", "FormatName", "GraphConfig", "ModelConfig", "Options", "RouterConfig", "RunConfig", "RunsConfig", "Score",
     "SplitConfig", "StatusConfig", "TaskConfig", "TaskName", "TuneConfig", "VerifyConfig", "compared_values", "option",
     "options_of", "recorded_values", "same_option",
 ]  # fmt: skip

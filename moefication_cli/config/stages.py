@@ -6,6 +6,7 @@ from typing import Literal
 from moefication_cli.config.option import LAYERS, Options, option
 
 TaskName = Literal["classification", "text2text", "lm"]
+FormatName = Literal["mixtral", "qwen2_moe", "qwen3_moe", "granitemoeshared", "glm4_moe"]
 Score = Literal["activation", "contribution", "norm"]
 FRACTION_OF = "What fractions bound: flops (everything counted, router included) or neurons (the paper's reading)"
 
@@ -120,8 +121,10 @@ class SplitConfig(ModelConfig):
 class RouterConfig(Options):
     """train-router: which experts does this token need?"""
 
-    router: Literal["regression", "mlp", "linear", "quadratic", "similarity", "random"] = option(
-        "regression", "regression: low-rank, predicts contribution; mlp: the paper's; linear; quadratic; similarity"
+    router: Literal["regression", "mlp", "linear", "quadratic", "native", "similarity", "random"] = option(
+        "regression",
+        "regression: low-rank, predicts contribution; mlp: the paper's; linear; quadratic; native: linear without a bias, "
+        "for export; similarity",
     )
     score: Score | None = option(None, "What an expert is worth (default: activation for mlp, norm otherwise)")
     width: int | None = option(
@@ -180,6 +183,11 @@ class ApplyConfig(Options):
         "Steps that fit routers, thresholds and corrections to the whole model on calibration data; its own weights stay "
         "(apply: 0; run: by model size)",
         minimum=0,
+    )
+    host: FormatName | None = option(
+        None,
+        "Plan what this native MoE format can hold, for `export --to`: a fixed number of experts, router native",
+        names=("--for",),
     )
     embed_code: bool = option(
         False, "Write code into RUN/model: with trust_remote_code=True transformers loads the MoE"

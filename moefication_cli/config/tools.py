@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moefication_cli.config.option import Options, option
-from moefication_cli.config.stages import TaskName
+from moefication_cli.config.stages import FormatName, TaskName
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,14 @@ class RunConfig(Options):
     eval_split: str | None = option(None, "Split of --eval-data")
     eval_limit: int | None = option(None, "Evaluate on at most this many examples, sampled uniformly", minimum=1)
     recipe: Literal["default", "paper"] = option("default", "paper: published split and router, defects mended")
+
+
+@dataclass(frozen=True)
+class ExportConfig(Options):
+    """export: a native MoE checkpoint of the converted model."""
+
+    to: FormatName | None = option(None, "Native MoE format to write")
+    out: str | None = option(None, "Folder to write, which must be empty or not there")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from moefication_cli.conversion.plan import (
 from moefication_cli.conversion.plan_files import budget_of, router_tensors, settings
 from moefication_cli.conversion.search import PlanInputs, fraction_for, make_plans
 from moefication_cli.errors import MoEficationError
+from moefication_cli.export.write import check_hostable
 from moefication_cli.models.folder.checkpoint import Checkpoint
 from moefication_cli.models.folder.embedded import embed_code
 from moefication_cli.models.folder.moe_folder import write_moe_settings
@@ -43,6 +44,8 @@ def apply_experts(run: RunDir, config: ApplyConfig = ApplyConfig(), control: Con
     """
     model = open_model(run, None, control)
     name = choose_router(run, config.router)
+    if config.host is not None:
+        config = replace(config, rule="top_k", budget="uniform", compensation="none", refine=None)
     split, router = run.require("split"), run.require(f"router/{name}")
     # What a router was trained on decides thresholds and compensation; one that was trained on nothing needs none
     needed = "activations" in router.manifest.inputs or run.manifest("activations") is not None
@@ -62,6 +65,8 @@ def apply_experts(run: RunDir, config: ApplyConfig = ApplyConfig(), control: Con
         manifest = work.manifest
         if not work.up_to_date:
             plans = make_plans(inputs, config)
+            if config.host is not None:
+                check_hostable(config.host, model.checkpoint.config.to_dict(), plans)
             orders = {plan.layer.name: plan.layer.partition.order_F() for plan in plans if plan.rule is not None}
             model.checkpoint.write_permuted(work.folder, orders)
             if config.embed_code:

@@ -114,6 +114,8 @@ def run_stages(
     if extra.recipe == "paper":
         split = replace(split, method="kmeans", expert_size=32, num_experts=None, shared_fraction=0.0)
         router = replace(router, router="mlp", recipe="paper")
+    if apply.host is not None:
+        router = replace(router, router="native")
     if extra.eval_data is not None:  # now, and not when everything else is done
         config = _evaluation(extra, evaluate, apply)
         check_evaluation_data(run, open_model(run, collect, control), config, control)

@@ -174,6 +174,10 @@ class Checkpoint:
         rename = renamer(self._architecture)
         return {rename(key): (file, key) for file in self._tensor_files.values() for key in file.keys}
 
+    def tensor_file(self, path: Path) -> TensorFile:
+        """One of `files`, opened."""
+        return self._tensor_files[path]
+
     def locate(self, parameter: str) -> tuple[TensorFile, str]:
         """(weight file, name in it) of a parameter of the model. Raises ConfigError where the files have no such tensor."""
         found = self._locations.get(parameter)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moefication_cli.errors import ConfigError
 from moefication_cli.routing.router import Router
-from moefication_cli.routing.routers import linear, mlp, random, regression, similarity
+from moefication_cli.routing.routers import linear, mlp, native, random, regression, similarity
 from moefication_cli.routing.training import RouterKind
 
 ROUTERS: dict[str, RouterKind] = {
@@ -18,6 +18,7 @@ ROUTERS: dict[str, RouterKind] = {
     "mlp": mlp.MLP,
     "linear": linear.LINEAR,
     "quadratic": regression.QUADRATIC,
+    "native": native.NATIVE,
     "similarity": similarity.SIMILARITY,
     "random": random.RANDOM,
 }

@@ -1,0 +1,170 @@
+"""Write a converted model as an ordinary checkpoint of a native MoE format, one decoder layer in memory at a time."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moefication_cli.conversion.plan import LayerPlan
+from moefication_cli.errors import ConfigError
+from moefication_cli.export.formats import FORMATS, Format, Layer, Shape
+from moefication_cli.ffn import Compensation
+from moefication_cli.models.folder.checkpoint import Checkpoint
+from moefication_cli.models.folder.moe_folder import MoEFolder
+from moefication_cli.models.folder.permuted import copy_side_files
+from moefication_cli.routing.router import Router, TwoLayerRouter
+from moefication_cli.routing.rules import Rule, TopK
+from moefication_cli.store import files, jsonio
+
+# Router weights times this make logits of standard deviation 2^-11.5: probabilities equal to 2e-4 of themselves, and
+# still apart in float32 (2^-16 and below tie, and the wrong experts win)
+_LOGIT_SPREAD = 2.0**-11.5
+_AGAIN = "moefication apply RUN --for FORMAT plans a model that it can hold"
+
+
+def check_hostable(name: str, config: Mapping[str, Any], plans: Sequence[LayerPlan]) -> None:
+    """Raise ConfigError where the format `name` cannot hold these plans of a model of that configuration."""
+    shapes = {
+        plan.layer.name: _shape(plan.layer.name, plan.num_experts, plan.num_shared, plan.router, plan.rule,
+                                plan.compensation, name, plan.layer.site.num_neurons)
+        for plan in plans
+    }  # fmt: skip
+    _check_shapes(name, config, shapes)
+
+
+def common_shape(checkpoint: Checkpoint, moe: MoEFolder, name: str) -> Shape:
+    """What all layers of a converted folder have in common. Raises ConfigError where the format cannot hold them."""
+    shapes = {
+        site.name: _shape(site.name, layer.num_experts, layer.num_shared, layer.router, layer.rule,
+                          layer.compensation, name, site.num_neurons)
+        for site, layer in zip(checkpoint.sites, moe.layers, strict=True)
+    }  # fmt: skip
+    return _check_shapes(name, checkpoint.config.to_dict(), shapes)
+
+
+def _check_shapes(name: str, config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> Shape:
+    (first, shape), *others = shapes.items()
+    for layer, other in others:
+        if other != shape:
+            raise ConfigError(
+                f"{name} has one number and size of experts and one k for all layers; {layer} has {other}, {first} {shape}",
+                _AGAIN,
+            )
+    if error := refusal(name, config, shape):
+        raise error
+    return shape
+
+
+def _shape(
+    layer: str,
+    num_experts: int,
+    num_shared: int,
+    router: Router | None,
+    rule: Rule | None,
+    compensation: Compensation | None,
+    name: str,
+    neurons: int,
+) -> Shape:
+    if rule is None or router is None:
+        raise ConfigError(f"{layer} runs the same neurons for every token, which {name} cannot say", _AGAIN)
+    if not isinstance(rule, TopK):
+        raise ConfigError(f"{layer} runs a varying number of experts per token; {name} has a fixed k", _AGAIN)
+    if not isinstance(router, TwoLayerRouter) or set(router.tensors()) != {"w_in_RD"} or router.normalise:
+        raise ConfigError(
+            f"{layer}: {name} holds a linear router without a bias, and this one is more than that",
+            "moefication train-router RUN --router native, then moefication apply RUN --router native --for FORMAT",
+        )
+    if compensation is not None:
+        raise ConfigError(f"{layer} has a correction for dropped experts, which {name} cannot hold", _AGAIN)
+    return Shape(num_experts, (neurons - num_shared) // num_experts, num_shared, rule.top_k)
+
+
+def refusal(name: str, config: Mapping[str, Any], shape: Shape) -> ConfigError | None:
+    """Why the format cannot hold the model, naming those that can; None if it can."""
+    why = FORMATS[name].refusal(config, shape)
+    if why is None:
+        return None
+    others = [other for other, row in FORMATS.items() if row.refusal(config, shape) is None]
+    hint = f"it can be exported to {', '.join(others)}" if others else "no native format can hold it"
+    return ConfigError(
+        f"{name} cannot hold this {config['model_type']} model: {why}",
+        f"{hint}; apply --embed-code makes a folder that transformers loads with trust_remote_code",
+    )
+
+
+def write_native(checkpoint: Checkpoint, moe: MoEFolder, name: str, spreads: Sequence[float], out: Path) -> list[Path]:
+    """Write the folder `out`, which must be empty: config.json, one weight file per layer, index, tokenizer; synced.
+
+    `checkpoint` and `moe` are of the converted folder, `spreads` the standard deviation of each layer's router logits.
+    Raises ConfigError where the format cannot hold the model.
+    """
+    row, config = FORMATS[name], checkpoint.config.to_dict()
+    shape = common_shape(checkpoint, moe, name)
+    files.make_dirs(out)
+    copy_side_files(checkpoint.folder, out, code=False)
+    jsonio.write(out / "config.json", row.config_json(config, shape))
+    index: dict[str, str] = {}
+    total, written = 0, []
+    count = len(moe.layers) + 1
+    for number, tensors in enumerate(_shards(checkpoint, moe, row, shape, spreads), 1):
+        target = out / f"model-{number:05d}-of-{count:05d}.safetensors"
+        with files.writing(target):
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, target, metadata={"format": "pt"})
+            target.chmod((out / "config.json").stat().st_mode)
+            files.fsync(target)
+        index |= dict.fromkeys(tensors, target.name)
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        written.append(target)
+    listed = {"metadata": {"total_size": total}, "weight_map": index}
+    jsonio.write(out / "model.safetensors.index.json", listed)
+    return written
+
+
+def _shards(
+    checkpoint: Checkpoint, moe: MoEFolder, row: Format, shape: Shape, spreads: Sequence[float]
+) -> Iterator[dict[str, Tensor]]:
+    """The tensors of each decoder layer, then everything else."""
+    places = {key: file for path in checkpoint.files for file, key in _keys(checkpoint, path)}
+    left = dict(places)
+    for site, layer, spread in zip(checkpoint.sites, moe.layers, spreads, strict=True):
+        own = {checkpoint.locate(piece.parameter)[1] for piece in site.slices()}
+        prefix = next(iter(own)).split(".mlp.")[0]
+        ffn = checkpoint.read_ffn(site, dtype=None)
+        assert isinstance(layer.router, TwoLayerRouter)
+        power = 2.0 ** round(math.log2(_LOGIT_SPREAD / max(spread, 1e-12)))
+        made = row.layer(Layer(ffn, layer.router.w_in_RD.float() * power, shape))
+        found = {f"{prefix}.{key}": tensor for key, tensor in made.items()}
+        for key in [key for key in left if key.startswith(f"{prefix}.")]:
+            file = left.pop(key)
+            if key not in own:
+                found[key] = file.get(key)
+        if row.zero_biases:
+            for part in "qkv":
+                weight = f"{prefix}.self_attn.{part}_proj.weight"
+                found.setdefault(weight.replace(".weight", ".bias"), found[weight].new_zeros(len(found[weight])))
+        yield found
+    rest = {key: file.get(key) for key, file in left.items()}
+    if row.untied and "lm_head.weight" not in rest:
+        rest["lm_head.weight"] = rest["model.embed_tokens.weight"].clone()
+    yield rest
+
+
+def _keys(checkpoint: Checkpoint, path: Path) -> Iterator[tuple[Any, str]]:
+    file = checkpoint.tensor_file(path)
+    return ((file, key) for key in file.keys)
+
+
+def logit_spreads(moe: MoEFolder, inputs: Sequence[Tensor]) -> list[float]:
+    """Standard deviation of each layer's router logits on these FFN inputs [T, D]; 1 where there is no router."""
+    routers = [layer.router for layer in moe.layers]
+    return [1.0 if router is None else float(router.scores(x).std()) for router, x in zip(routers, inputs, strict=True)]
+
+
+def random_inputs(checkpoint: Checkpoint, tokens: int = 512) -> list[Tensor]:
+    """FFN inputs as the norm before it leaves them, of random directions, for models without calibration data."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(tokens, site.d_model, generator=generator) for site in checkpoint.sites]

@@ -1,0 +1,242 @@
+"""Native MoE checkpoints: the mappings by hand, what formats refuse, and the self-check, on tiny models of four families."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_runner import Runner
+from converted import convert
+from test_tables import choices
+from tiny_models import VOCAB, D, save_tiny
+from torch.nn import functional
+
+from moefication_cli.config import ApplyConfig, ExportConfig
+from moefication_cli.errors import ConfigError
+from moefication_cli.export.check import Comparison, compare
+from moefication_cli.export.formats import FORMATS, Layer, Shape
+from moefication_cli.export.write import logit_spreads, random_inputs, write_native
+from moefication_cli.ffn import FFNWeights
+from moefication_cli.models.folder.checkpoint import Checkpoint
+from moefication_cli.models.folder.moe_folder import read_moe_folder
+from moefication_cli.routing.router import TwoLayerRouter
+
+# (source, format, always-on neurons)
+PAIRS = [
+    ("llama", "mixtral", 0),
+    ("mistral", "mixtral", 0),
+    ("llama", "qwen2_moe", 0),
+    ("llama", "qwen2_moe", 24),
+    ("qwen2", "qwen2_moe", 24),
+    ("qwen3", "qwen3_moe", 0),
+    ("llama", "granitemoeshared", 0),
+    ("llama", "granitemoeshared", 24),
+    ("llama", "glm4_moe", 24),
+    ("qwen2", "glm4_moe", 0),
+    ("qwen3", "glm4_moe", 24),
+]
+
+
+def tokens(seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCAB, (2, 24), generator=generator) for _ in range(2)]
+
+
+def exported(source: str, name: str, shared: int, folder: Path, **options: Any) -> tuple[Path, Path, Any]:
+    """(converted folder, exported folder, MoEFolder) with 6 experts, 2 of them per token."""
+    torch.manual_seed(1)
+    convert(source, folder / "model", top_k=2, shared=shared, **options)
+    moe, checkpoint = read_moe_folder(folder / "model"), Checkpoint(folder / "model")
+    spreads = logit_spreads(moe, random_inputs(checkpoint))
+    write_native(checkpoint, moe, name, spreads, folder / "out")
+    return folder / "model", folder / "out", moe
+
+
+def test_formats_are_those_of_the_options() -> None:
+    assert set(FORMATS) == choices(ExportConfig, "to") == choices(ApplyConfig, "host")
+
+
+@pytest.mark.parametrize(("source", "name", "shared"), PAIRS)
+def test_stock_transformers_computes_what_ours_does(source: str, name: str, shared: int, tmp_path: Path) -> None:
+    converted, out, moe = exported(source, name, shared, tmp_path)
+    found = compare(converted, out, moe, tokens())
+    assert found.faults(half=False) == []
+    assert found.relative_error < 2e-3, found  # one flipped near-tie would be a hundredth
+    # Negative controls: routers that are not scaled, and experts in another order
+    for layer in ("0", "1"):
+        scale(out, f"layers.{layer}.", 2.0**12)
+    assert compare(converted, out, moe, tokens()).faults(half=False)
+    for layer in ("0", "1"):
+        scale(out, f"layers.{layer}.", -(2.0**-12))
+    assert any("other experts" in fault for fault in compare(converted, out, moe, tokens()).faults(half=False))
+
+
+def scale(out: Path, layer: str, factor: float) -> None:
+    """Multiply a layer's router weights in place, as a wrong export would have written them."""
+    from safetensors.torch import load_file, save_file
+
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    suffixes = ("mlp.gate.weight", "block_sparse_moe.gate.weight", "router.layer.weight")
+    (key,) = (key for key in index if layer in key and key.endswith(suffixes))
+    tensors = load_file(out / index[key])
+    tensors[key] = tensors[key] * factor
+    save_file(tensors, out / index[key], metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_blocks_by_hand(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shared = 4 if FORMATS[name].shared else 0
+    shape = Shape(num_experts=3, expert_size=4, num_shared=shared, top_k=2)
+    ffn = FFNWeights(*(torch.randn(shared + 12, D, generator=generator) for _ in range(3)), activation="silu")
+    router_ED = torch.randn(3, D, generator=generator)
+    made = FORMATS[name].layer(Layer(ffn, router_ED, shape))
+    x_D = torch.randn(D, generator=generator)
+    weight = {"mixtral": 1 / 2, "qwen2_moe": 1 / 3, "qwen3_moe": 1 / 2, "granitemoeshared": 1 / 2, "glm4_moe": 1.0}[
+        name
+    ]
+    for expert in range(3):
+        rows = slice(shared + 4 * expert, shared + 4 * expert + 4)
+        assert ffn.w_gate_FD is not None
+        expected_D = (functional.silu(ffn.w_gate_FD[rows] @ x_D) * (ffn.w_up_FD[rows] @ x_D)) @ ffn.w_down_FD[rows]
+        if name == "granitemoeshared":
+            gate, up = made["block_sparse_moe.input_linear.weight"][expert].chunk(2)
+            down = made["block_sparse_moe.output_linear.weight"][expert]
+        elif name == "mixtral":
+            gate, up, down = (made[f"block_sparse_moe.experts.{expert}.{part}.weight"] for part in ("w1", "w3", "w2"))
+        else:
+            parts = ("gate_proj", "up_proj", "down_proj")
+            gate, up, down = (made[f"mlp.experts.{expert}.{part}.weight"] for part in parts)
+        found_D = weight * (down @ (functional.silu(gate @ x_D) * (up @ x_D)))  # what the format adds of this expert
+        torch.testing.assert_close(found_D, expected_D)
+
+
+def test_what_formats_refuse(tmp_path: Path) -> None:
+    llama = save_tiny("llama", tmp_path / "llama").config.to_dict()
+    plain, shared = Shape(6, 8, 0, 2), Shape(6, 4, 24, 2)
+    assert FORMATS["mixtral"].refusal(llama, plain) is None
+    for name, config, shape, word in [
+        ("mixtral", llama, shared, "shared expert"),
+        ("qwen3_moe", llama, plain, "attention"),
+        ("mixtral", llama | {"hidden_act": "gelu"}, plain, "gelu"),
+        ("mixtral", llama | {"mlp_bias": True}, plain, "biases"),
+        ("qwen2_moe", llama | {"head_dim": 4}, plain, "dimensions"),
+        ("granitemoeshared", llama | {"sliding_window": 8}, plain, "sliding"),
+        ("mixtral", llama | {"model_type": "opt"}, plain, "opt"),
+    ]:
+        assert word in str(FORMATS[name].refusal(config, shape)), (name, word)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"extra": True}, "correction"),
+        ({"dense": (1,)}, "same neurons for every token"),
+        ({"pruned": (0,)}, "same neurons for every token"),
+    ],
+)
+def test_plans_that_no_format_holds(options: dict[str, Any], word: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=word):
+        exported("llama", "mixtral", 0, tmp_path, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_router_with_a_bias_and_layers_that_differ_are_refused(tmp_path: Path) -> None:
+    convert("llama", tmp_path / "model", top_k=2)
+    moe, checkpoint = read_moe_folder(tmp_path / "model"), Checkpoint(tmp_path / "model")
+    first, second = moe.layers
+    biased = replace(second, router=TwoLayerRouter(torch.randn(6, D), torch.ones(6)))
+    other = replace(second, num_experts=3, router=TwoLayerRouter(torch.randn(3, D)))
+    for layer, word in ((biased, "without a bias"), (other, "one number and size of experts")):
+        with pytest.raises(ConfigError, match=word):
+            write_native(checkpoint, replace(moe, layers=(first, layer)), "mixtral", [1.0, 1.0], tmp_path / "out")
+
+
+def test_faults_are_named() -> None:
+    good = Comparison(100, 1e-4, 0.0, 5.0, 5.0)
+    assert good.faults(half=False) == []
+    for bad, word in (
+        (replace(good, relative_error=0.8), "logits"),
+        (replace(good, selections_differing=0.5), "experts"),
+        (replace(good, perplexity=7.0), "perplexity"),
+        (replace(good, relative_error=float("nan")), "logits"),
+    ):
+        assert word in bad.faults(half=False)[0]
+
+
+@pytest.fixture
+def llama_run(tmp_path: Path, run_cli: Runner) -> Path:
+    """A run of a tiny bfloat16 Llama, converted for Mixtral."""
+    save_tiny("llama", tmp_path / "llama")
+    run, data = tmp_path / "run", tmp_path / "train.txt"
+    data.write_text("".join(" ".join(f"w{(i * k) % 40}" for k in range(1, 13)) + "\n" for i in range(300)))
+    options = ("--documents", "line", "--max-length", 16, "--expert-size", 8, "--fraction", 0.6, "--for", "mixtral")
+    run_cli.ok("run", run, "--model", tmp_path / "llama", "--data", data, *options)
+    return run
+
+
+def test_from_the_command_line(llama_run: Path, run_cli: Runner, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    found = run_cli.ok("export", llama_run, "--to", "mixtral", "--out", out)["rows"][0]
+    assert found["relative_error"] < 0.1 and found["tokens"] > 900
+    assert "mixture of experts (mixtral)" in (out / "README.md").read_text()
+    # Loads, and generates what the converted model does, where this package cannot be imported
+    code = """
+import sys
+sys.modules["moefication_cli"] = None
+import torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+words = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
+assert type(model).__name__ == "MixtralForCausalLM", type(model)
+ids = words("w1 w2 w3", return_tensors="pt").input_ids
+print(model.generate(ids, max_new_tokens=20, do_sample=False)[0].tolist())
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(out)], capture_output=True, text=True, check=True)
+    from moefication_cli import load
+
+    ours = load(llama_run / "model", backend="reference")
+    theirs = json.loads(done.stdout)
+    expected = ours.generate(torch.tensor([theirs[:3]]), max_new_tokens=20, do_sample=False)[0].tolist()
+    assert sum(a == b for a, b in zip(theirs, expected, strict=True)) >= 0.95 * len(theirs)
+    again = run_cli("export", llama_run, "--to", "mixtral", "--out", out, "--json")
+    assert again.code == 2 and "not an empty folder" in again.json["error"]["message"]
+
+
+def test_what_cannot_be_exported_leaves_nothing(llama_run: Path, run_cli: Runner, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for words, code, said in (
+        (("--to", "qwen3_moe", "--out", out), 2, "attention"),
+        (("--to", "mixtral"), 2, "a format and a folder"),
+        (("--to", "gguff", "--out", out), 2, "gguff"),
+    ):
+        outcome = run_cli("export", llama_run, *words, "--json")
+        assert outcome.code == code and said in outcome.json["error"]["message"]
+    weights = next((llama_run / "model").glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 64
+    weights.write_bytes(data)
+    assert run_cli("export", llama_run, "--to", "mixtral", "--out", out).code == 4
+    (llama_run / "model" / "manifest.json").unlink()
+    assert run_cli("export", llama_run, "--to", "mixtral", "--out", out).code == 3
+    assert not out.exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_planning_for_a_format_needs_its_router(llama_run: Path, run_cli: Runner) -> None:
+    run_cli.ok("train-router", llama_run, "--router", "linear", "--epochs", 1)
+    outcome = run_cli("apply", llama_run, "--router", "linear", "--fraction", 0.6, "--for", "mixtral", "--json")
+    assert outcome.code == 2 and "without a bias" in outcome.json["error"]["message"]
+    assert "--router native" in outcome.json["error"]["hint"]
+
+
+def test_half_precision_source(tmp_path: Path) -> None:
+    converted, out, moe = exported("llama", "mixtral", 0, tmp_path, dtype=torch.bfloat16)
+    config = json.loads((out / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    found = compare(converted, out, moe, tokens())
+    assert found.faults(half=True) == [] and found.relative_error > 1e-4  # bfloat16 rounds
+    with pytest.raises(ConfigError, match="multiple of 8"):
+        exported("llama", "mixtral", 0, tmp_path / "small", num_experts=12, dtype=torch.bfloat16)
