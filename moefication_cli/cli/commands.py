@@ -20,6 +20,7 @@ from moefication_cli.config import (
     ExportConfig,
     GraphConfig,
     ModelConfig,
+    ReportConfig,
     RouterConfig,
     RunConfig,
     RunsConfig,
@@ -215,6 +216,14 @@ def _export(run: str, config: ExportConfig, control: ControlConfig, sources: Sou
     run_command(control, sources, lambda c: export(RunDir(run), config, c))
 
 
+def _report(runs: list[str], config: ReportConfig, control: ControlConfig, sources: Sources) -> None:
+    """Write one HTML page about a run, or several side by side: quality, speed, layers, experts, provenance."""
+    from moefication_cli.stages.report import report
+    from moefication_cli.store.rundir import RunDir
+
+    run_command(control, sources, lambda c: report([RunDir(run) for run in runs], config, c))
+
+
 def _status(run: str, config: StatusConfig, control: ControlConfig, sources: Sources) -> None:
     """Say of every stage of a run whether it is up to date, why not, and which command mends it."""
     from moefication_cli.stages.status import status
@@ -286,6 +295,16 @@ register(
     argument_help="Hub id, local folder or run directory with a converted model; none with --shape",
     argument_default="",
     without=("layers", "force"),
+)
+register(
+    app,
+    "report",
+    [ReportConfig],
+    _report,
+    argument="runs",
+    argument_help="One run directory or several",
+    many=True,
+    without=("layers", "dry_run"),
 )
 register(app, "export", [ExportConfig], _export, without=("layers", "dry_run"))
 _STAGES_ONLY = ("device", "seed", "layers", "force", "trust_remote_code")

@@ -42,16 +42,18 @@ def register(
     argument_help: str = "Run directory",
     argument_default: Any = ...,
     second: tuple[str, str] | None = None,
+    many: bool = False,
     without: Collection[str] = (),
 ) -> None:
     """Add the command `name` whose options are the fields of `configs`, and of ControlConfig but those in `without`.
 
     Stages that share a name and its help share the option. Where the help differs it is another option: the first config
     has it, the others keep their default (`run --batch-size` is not the batch size routers are trained with).
+    `many` takes one argument or more, as a list.
     `second` is the name and the help of an argument after it that may be left out, and then is "".
     `body` gets the arguments, one instance of each config class, a ControlConfig and where each value came from.
     """
-    arguments = {argument: _argument(argument, argument_help, argument_default)}
+    arguments = {argument: _argument(argument, argument_help, argument_default, many)}
     if second is not None:
         arguments[second[0]] = _argument(*second, "")
     parameters = [*arguments.values(), _context(), _config_file(name)]
@@ -116,8 +118,9 @@ def _option(entry: Any, hint: Any, kind: OptionType, panel: str | None) -> inspe
     return inspect.Parameter(entry.name, keyword, default=default, annotation=Annotated[hint, info])
 
 
-def _argument(name: str, help: str, default: Any) -> inspect.Parameter:
-    annotation = Annotated[str, typer.Argument(help=help, metavar=name.upper())]
+def _argument(name: str, help: str, default: Any, many: bool = False) -> inspect.Parameter:
+    kind: Any = list[str] if many else str
+    annotation = Annotated[kind, typer.Argument(help=help, metavar=name.upper())]
     empty = inspect.Parameter.empty if default is ... else default
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=empty, annotation=annotation)
 

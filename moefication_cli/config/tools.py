@@ -26,6 +26,13 @@ class ExportConfig(Options):
 
 
 @dataclass(frozen=True)
+class ReportConfig(Options):
+    """report: one page about one run or several."""
+
+    out: str | None = option(None, "Folder to write (default: RUN/report; several runs need one)", compared=False)
+
+
+@dataclass(frozen=True)
 class StatusConfig(Options):
     """status: the state of every stage."""
 

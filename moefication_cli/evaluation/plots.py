@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-_STYLE = {
+STYLE = {
     "neuron": ("#999999", ":", "neuron oracle"),
     "groundtruth": ("#555555", "--", "expert oracle"),
     "static": ("#d95f02", "-", "static pruning"),
@@ -25,7 +25,7 @@ def plot_quality(metrics: dict[str, Any], path: Path) -> None:
     colours = iter(_ROUTER_COLOURS * 4)
     for name in dict.fromkeys(row["selection"] for row in rows):
         points = sorted((r for r in rows if r["selection"] == name), key=lambda r: float(r["ffn_flops_fraction"]))
-        colour, line, label = _STYLE.get(name) or (next(colours), "-", f"{name} router")
+        colour, line, label = STYLE.get(name) or (next(colours), "-", f"{name} router")
         x = [row["ffn_flops_fraction"] for row in points]
         for axis, key in ((left, "value"), (right, "kl")):
             axis.plot(x, [row[key] for row in points], line, color=colour, marker="o", markersize=4, label=label)
