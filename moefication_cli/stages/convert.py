@@ -19,6 +19,7 @@ from moefication_cli.config import (
 from moefication_cli.config.option import distribute, offered_options
 from moefication_cli.conversion.search import default_steps
 from moefication_cli.errors import ConfigError
+from moefication_cli.models.heads import checked_task
 from moefication_cli.runs.control import Control, Result
 from moefication_cli.runs.costs import (
     apply_cost,
@@ -155,6 +156,7 @@ def estimate_stages(
 ) -> Result:
     """The dry run of `run_stages`: one row per stage, whatever is up to date included, and their sum. Writes nothing."""
     model = open_model(run, collect, control)
+    checked_task(model.checkpoint.config, collect.task or run.info.task, model.checkpoint.source.ref)
     tokens, experts = calibration_tokens(collect), num_experts(model, split)
     apply = replace(apply, router=apply.router or router.router)
     if apply.refine is None:
