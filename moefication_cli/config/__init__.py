@@ -28,10 +28,10 @@ from moefication_cli.config.stages import (
     TaskConfig,
     TaskName,
 )
-from moefication_cli.config.tools import BenchConfig, DemoConfig, RunConfig, TuneConfig
+from moefication_cli.config.tools import BenchConfig, DemoConfig, FinetuneConfig, RunConfig, TuneConfig
 
 __all__ = [
     "LAYERS", "ApplyConfig", "BenchConfig", "CollectConfig", "ControlConfig", "DataConfig", "DemoConfig", "EvalConfig",
-    "GraphConfig", "ModelConfig", "Options", "RouterConfig", "RunConfig", "Score", "SplitConfig", "TaskConfig", "TaskName",
-    "TuneConfig", "compared_values", "option", "options_of", "recorded_values", "same_option",
+    "FinetuneConfig", "GraphConfig", "ModelConfig", "Options", "RouterConfig", "RunConfig", "Score", "SplitConfig",
+    "TaskConfig", "TaskName", "TuneConfig", "compared_values", "option", "options_of", "recorded_values", "same_option",
 ]  # fmt: skip

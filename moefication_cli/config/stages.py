@@ -176,6 +176,12 @@ class ApplyConfig(Options):
         "(apply: 0; run: by model size)",
         minimum=0,
     )
+    # The stage's digest is compared, as an input, and not its name
+    finetuned: str | None = option(
+        None,
+        "Write what `finetune` made: RUN/finetuned/NAME, at its budget; options of the conversion are its own",
+        compared=False,
+    )
     embed_code: bool = option(
         False, "Write code into RUN/model: with trust_remote_code=True transformers loads the MoE"
     )

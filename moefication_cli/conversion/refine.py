@@ -11,6 +11,7 @@ Axes: P predictions (tokens of a language model, sequences of a classifier), C c
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,10 +45,20 @@ class Outcome:
 
 
 class Conversion:
-    """A loaded model whose neurons stand in the order of the split, with a learnable layer in every planned FFN."""
+    """A loaded model whose neurons stand in the order of the split, with a learnable layer in every planned FFN.
 
-    def __init__(self, loaded: LoadedModel, plans: Sequence[LayerPlan], budget: Budget, mask: TokenMask) -> None:
-        self.loaded, self.plans, self.budget, self.mask = loaded, list(plans), budget, mask
+    `teacher` is the dense model where the weights of this one change, in any order of its neurons.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        plans: Sequence[LayerPlan],
+        budget: Budget,
+        mask: TokenMask,
+        teacher: LoadedModel | None = None,
+    ) -> None:
+        self.loaded, self.plans, self.budget, self.mask, self.teacher = loaded, list(plans), budget, mask, teacher
         self.layers: dict[int, StraightThroughMoEFFN] = {}
         self.overheads: dict[int, float] = {}
         self.tokens: dict[str, int] = {}
@@ -72,20 +83,30 @@ class Conversion:
             else:
                 uninstall(self.loaded.model, plan.layer.site)
 
-    def logits(self, batch: Batch, *, dense: bool = False) -> Tensor:
-        """logits_PC of this batch's predictions, by the converted model or by the dense one it was made from."""
+    def outputs(self, batch: Batch, *, dense: bool = False, hidden: bool = False) -> Any:
+        """What transformers returns for this batch: of the converted model, or of the dense one it was made from.
+
+        `hidden` asks for the hidden states as well.
+        """
+        inputs: dict[str, Any] = dict(batch.to(self.loaded.device).inputs)
+        if hidden:
+            inputs["output_hidden_states"] = True
+        if dense and self.teacher is not None:
+            return self.teacher.model(**inputs)
         for layer in self.layers.values():
             layer.as_dense = dense
         self.tokens = tokens_of_stacks(batch)
-        found = self.loaded.model(**batch.to(self.loaded.device).inputs).logits
-        return flat_predictions(found, batch)
+        return self.loaded.model(**inputs)
+
+    def logits(self, batch: Batch, *, dense: bool = False) -> Tensor:
+        """logits_PC of this batch's predictions, by the converted model or by the dense one it was made from."""
+        return flat_predictions(self.outputs(batch, dense=dense).logits, batch)
 
     def kl(self, batch: Batch) -> Tensor:
         """Mean KL(dense || converted) over this batch's predictions, in nats; differentiable."""
         with torch.no_grad():
-            dense_PC = self.logits(batch, dense=True).log_softmax(-1)
-        found_PC = self.logits(batch).log_softmax(-1)
-        return torch.nn.functional.kl_div(found_PC, dense_PC, log_target=True, reduction="sum") / len(found_PC)
+            dense_PC = self.logits(batch, dense=True)
+        return kl_divergence(dense_PC, self.logits(batch))
 
     def dense_macs(self) -> list[float]:
         """Each dense FFN's multiply-adds in the latest call, up to a common factor."""
@@ -132,6 +153,12 @@ class Conversion:
             self.layers[number].shift = shift
             for name, tensor in tensors.items():
                 self.layers[number].parameters[name].copy_(tensor)
+
+
+def kl_divergence(dense_PC: Tensor, found_PC: Tensor) -> Tensor:
+    """Mean KL(dense || found) over predictions, in nats, of logits."""
+    expected_PC, found_PC = dense_PC.log_softmax(-1), found_PC.log_softmax(-1)
+    return torch.nn.functional.kl_div(found_PC, expected_PC, log_target=True, reduction="sum") / len(found_PC)
 
 
 def _threshold_of(plan: LayerPlan) -> float:

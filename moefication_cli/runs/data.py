@@ -18,8 +18,16 @@ from moefication_cli.tasks.reading import data_digest, load_rows
 from moefication_cli.tasks.task import prepare
 
 
-def open_examples(run: RunDir, loaded: LoadedModel, config: CollectConfig | EvalConfig, control: Control) -> Examples:
+def open_examples(
+    run: RunDir,
+    loaded: LoadedModel,
+    config: CollectConfig | EvalConfig,
+    control: Control,
+    labelled: bool | None = None,
+) -> Examples:
     """The rows `config.data` names, as examples of the run's task. Says on stderr what was guessed.
+
+    `labelled` examples have labels; by default those to evaluate on.
 
     Raises ConfigError: no data, no such field, a task the model cannot do.
     """
@@ -46,7 +54,7 @@ def open_examples(run: RunDir, loaded: LoadedModel, config: CollectConfig | Eval
         purpose=purpose,
     )
     options = TaskOptions(fields["max_length"], prompt, words, config.limit, control.seed)
-    labelled = purpose == "evaluate"
+    labelled = purpose == "evaluate" if labelled is None else labelled
     examples = prepare(task, loaded.tokenizer, loaded.config, rows, options, require_labels=labelled)  # type: ignore[arg-type]
     for note in [*rows.notes, *examples.notes]:
         control.say(note)
