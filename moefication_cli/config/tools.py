@@ -44,7 +44,6 @@ class FinetuneConfig(Options):
         None,
         "Adam's step as a share of each trained tensor's size (default: 0.03 for router, else 0.08 / sqrt(d))",
         above=0,
-        maximum=1,
     )
     warmup: float = option(
         0.05, "Share of the steps in which the learning rate rises; then it falls", maximum=1, minimum=0

@@ -11,6 +11,7 @@ from moefication_cli.config import (
     CollectConfig,
     DataConfig,
     EvalConfig,
+    FinetuneConfig,
     GraphConfig,
     RouterConfig,
     RunConfig,
@@ -26,6 +27,7 @@ from moefication_cli.stages.apply_experts import apply_experts
 from moefication_cli.stages.build_graph import build_graph
 from moefication_cli.stages.collect_activations import collect_activations
 from moefication_cli.stages.evaluate import evaluate as evaluate_stage
+from moefication_cli.stages.finetune import finetune
 from moefication_cli.stages.split_neurons import split_neurons
 from moefication_cli.stages.train_router import train_router
 from moefication_cli.store import jsonio
@@ -93,7 +95,7 @@ def run_stages(
     evaluate: EvalConfig,
     control: Control,
 ) -> Result:
-    """collect-activations, (build-graph), split, train-router, apply and, with --eval-data, eval.
+    """collect-activations, (build-graph), split, train-router, (finetune), apply and, with --eval-data, eval.
 
     Ranks share all but the last two.
     """
@@ -115,6 +117,10 @@ def run_stages(
     apply = replace(apply, router=apply.router or router.router)
     if apply.refine is None:
         apply = replace(apply, refine=default_steps(run, open_model(run, None, control), apply, control) or None)
+    if extra.finetune:
+        tuning = FinetuneConfig(steps=extra.finetune, train=extra.train)
+        done.append(finetune(run, tuning, control, conversion=apply))
+        apply = replace(apply, finetuned=tuning.name if done[-1].payload.get("kept") else None)
     done.append(apply_experts(run, apply, control))
     if extra.eval_data is None:
         control.say("no --eval-data: nothing was measured; moefication eval RUN --data ... does it")
