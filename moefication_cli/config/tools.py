@@ -42,7 +42,8 @@ class FinetuneConfig(Options):
     accumulate: int = option(1, "Batches whose gradients make one step", minimum=1)
     learning_rate: float | None = option(
         None,
-        "Adam's step as a share of each trained tensor's size (default: 0.03 for router, else 0.08 / sqrt(d))",
+        "Adam's step as a share of each trained tensor's size (default: 0.03 for router, else 0.08 / sqrt(d); less where a "
+        "batch makes few predictions)",
         above=0,
     )
     warmup: float = option(

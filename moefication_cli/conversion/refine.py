@@ -31,7 +31,7 @@ from moefication_cli.tasks.examples import Batch
 SPEND = (0.965, 0.985)  # shares of the budget that calibration data may spend: other data then exceeds it rarely
 _PASSES = 8  # over the held-out sequences to find the thresholds; two or three are usual
 _TRIAL = 4  # the part of the steps after which training must have helped
-_LEARNING_RATE = 0.03  # of each parameter's size, per step of _FULL_PREDICTIONS or more predictions
+LEARNING_RATE = 0.03  # of each parameter's size, per step of _FULL_PREDICTIONS or more predictions
 _FULL_PREDICTIONS = 2048  # fewer carry less signal: the rate shrinks in proportion (a classifier has one a sequence)
 
 
@@ -253,8 +253,7 @@ def refine(
     if not conversion.layers:  # the budget leaves every FFN dense
         return Outcome(before, before, False)
     price = max(before, 1e-6) / target
-    with torch.no_grad():
-        rate = _LEARNING_RATE * min(1.0, len(conversion.logits(train[0], dense=True)) / _FULL_PREDICTIONS)
+    rate = LEARNING_RATE * signal(conversion, train[0])
     groups = [
         {"params": [tensor], "lr": rate * layer.step_size(name)}
         for layer in conversion.layers.values()
@@ -283,6 +282,12 @@ def refine(
     if not after < before:  # NaN too
         conversion.restore(start)
     return Outcome(before, after, after < before)
+
+
+@torch.no_grad()
+def signal(conversion: Conversion, batch: Batch) -> float:
+    """What a step on such a batch may be of the full size: fewer predictions carry less signal."""
+    return min(1.0, len(conversion.logits(batch, dense=True)) / _FULL_PREDICTIONS)
 
 
 def _warm_cosine(step: int, steps: int) -> float:

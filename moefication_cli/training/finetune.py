@@ -21,7 +21,7 @@ from moefication_cli.conversion.search import PlanInputs, WholeModel
 from moefication_cli.errors import ConfigError, NonFiniteError
 from moefication_cli.runs.data import load_whole
 from moefication_cli.training.lora import Adapters
-from moefication_cli.training.trained import Learner, selection_tensors, weight_tensors
+from moefication_cli.training.trained import Learner, rates, selection_tensors, weight_tensors
 from moefication_cli.training.trainer import train
 
 
@@ -66,10 +66,11 @@ def finetune_model(
     control.say(f"KL to the dense model on held-out calibration data before: {before:.4g}")
 
     names = dict(whole.loaded.model.named_parameters(remove_duplicate=False))
-    adapters = Adapters(conversion, config, control.seed) if config.train == "lora" else None
-    weights = {} if adapters is None else adapters.tensors()
-    weights |= weight_tensors(conversion, config)
-    trained = selection_tensors(conversion, config) | weights
+    rate = rates(conversion, config, whole.train[0])
+    adapters = Adapters(conversion, config.lora_rank, control.seed) if config.train == "lora" else None
+    weights = {} if adapters is None else adapters.tensors(rate.weights)
+    weights |= weight_tensors(conversion, config.train, rate.weights)
+    trained = selection_tensors(conversion, rate.selection) | weights
     target = like.fraction * SPEND[1]
     learner = Learner(conversion, trained, whole.examples, config, target, config.price * max(before, 1e-6) / target)
     groups = [entry.group() for entry in trained.values()]

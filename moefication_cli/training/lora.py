@@ -6,17 +6,17 @@ their weights, so the adapters sit on stand-ins that share the parameters, and t
 
 import importlib.util
 import math
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from moefication_cli.config import FinetuneConfig
 from moefication_cli.conversion.refine import Conversion
 from moefication_cli.errors import ConfigError, UnavailableError
 from moefication_cli.models.sites import FFNSite
-from moefication_cli.training.trained import Trained, weight_rate
+from moefication_cli.training.trained import Trained
 
 
 def require_peft() -> None:
@@ -29,9 +29,9 @@ def require_peft() -> None:
 
 
 class Adapters:
-    """LoRA adapters of rank `lora_rank` on every linear layer but the head's; `merge` adds them to the weights."""
+    """LoRA adapters on every linear layer but the one into the vocabulary; `merge` adds them to the weights."""
 
-    def __init__(self, conversion: Conversion, config: FinetuneConfig, seed: int) -> None:
+    def __init__(self, conversion: Conversion, rank: int, seed: int) -> None:
         from peft import LoraConfig, inject_adapter_in_model
 
         net: nn.Module = conversion.loaded.model
@@ -44,9 +44,10 @@ class Adapters:
         self._stand_ins = nn.ModuleDict({path.replace(".", "/"): _stand_in(linear[path]) for path in sorted(within)})
 
         def adapted(paths: list[str]) -> Any:
-            return LoraConfig(r=config.lora_rank, lora_alpha=config.lora_rank, lora_dropout=0.0, target_modules=paths)
+            return LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=paths)
 
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft sees by itself how Conv1D stores weights
             torch.manual_seed(seed)
             inject_adapter_in_model(adapted(list(self._stand_ins)), self._stand_ins)
             if outside:
@@ -55,17 +56,17 @@ class Adapters:
         self._layers |= {path: self._stand_ins[path.replace(".", "/")] for path in sorted(within)}
         for number, learnable in conversion.layers.items():
             learnable.adapted = _Effective(self, conversion.plans[number].layer.site)
-        self._rate, self._conversion = weight_rate(conversion, config), conversion
+        self._conversion = conversion
 
-    def tensors(self) -> dict[str, Trained]:
+    def tensors(self, rate: float) -> dict[str, Trained]:
         """A and B of every adapter, with steps that move B A as much, relative to the weight, as full training moves it."""
         found = {}
         for path, layer in self._layers.items():
             a, b, weight = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.base_layer.weight
             size_a, size = (float(t.detach().float().square().mean().sqrt()) for t in (a, weight))
-            found[f"{path}.lora_A"] = Trained(a.requires_grad_(True), self._rate)
+            found[f"{path}.lora_A"] = Trained(a.requires_grad_(True), rate)
             found[f"{path}.lora_B"] = Trained(
-                b.requires_grad_(True), self._rate, size / max(1e-6, size_a * math.sqrt(len(a)))
+                b.requires_grad_(True), rate, size / max(1e-6, size_a * math.sqrt(len(a)))
             )
         return found
 

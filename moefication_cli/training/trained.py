@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from moefication_cli.config import FinetuneConfig
-from moefication_cli.conversion.refine import Conversion
+from moefication_cli.conversion.refine import LEARNING_RATE, Conversion, signal
 from moefication_cli.errors import NonFiniteError
 from moefication_cli.tasks.examples import Batch, Examples
 from moefication_cli.training.losses import total_loss
 from moefication_cli.training.trainer import SMALLER
 
-ROUTER_RATE = 0.03  # as in refinement
 _WEIGHT_RATE = 0.08  # times 1 / sqrt(d)
 
 
@@ -37,28 +36,38 @@ class Trained:
         return {"params": [self.tensor], "lr": self.rate * size}
 
 
-def selection_tensors(conversion: Conversion, config: FinetuneConfig) -> dict[str, Trained]:
+@dataclass(frozen=True)
+class Rates:
+    """Adam's steps, as shares of the size of what they move, for routers and corrections and for weights."""
+
+    selection: float
+    weights: float
+
+
+def rates(conversion: Conversion, config: FinetuneConfig, batch: Batch) -> Rates:
+    """The rates asked for, or the defaults, which are smaller where a batch like this one makes few predictions."""
+    part = min(1.0, signal(conversion, batch) * config.accumulate)
+    asked, d_model = config.learning_rate, conversion.plans[0].layer.site.d_model
+    of_router = asked if config.train == "router" else None
+    return Rates(of_router or LEARNING_RATE * part, asked or _WEIGHT_RATE / math.sqrt(d_model) * part)
+
+
+def selection_tensors(conversion: Conversion, rate: float) -> dict[str, Trained]:
     """Routers (with thresholds) and corrections of every layer, made parameters. Call after the model has run once."""
-    rate = config.learning_rate if config.train == "router" else None
     found = {}
     for number, layer in conversion.layers.items():
         for name, tensor in layer.parameters.items():
             size = layer.step_size(name)
             layer.parameters[name] = parameter = nn.Parameter(tensor.detach())
-            found[f"{number}.{name}"] = Trained(parameter, rate or ROUTER_RATE, size)
+            found[f"{number}.{name}"] = Trained(parameter, rate, size)
     return found
 
 
-def weight_rate(conversion: Conversion, config: FinetuneConfig) -> float:
-    """Adam's step for weights, as a share of their size."""
-    return config.learning_rate or _WEIGHT_RATE / math.sqrt(conversion.plans[0].layer.site.d_model)
-
-
-def weight_tensors(conversion: Conversion, config: FinetuneConfig) -> dict[str, Trained]:
+def weight_tensors(conversion: Conversion, train: str, rate: float) -> dict[str, Trained]:
     """The model's own parameters that `--train` names, by their names in the model; none for router and lora."""
-    net, rate = conversion.loaded.model, weight_rate(conversion, config)
+    net = conversion.loaded.model
     in_ffns = {piece.parameter for plan in conversion.plans for piece in plan.layer.site.slices()}
-    wanted = {"ffn": lambda name: name in in_ffns, "all": lambda name: True}.get(config.train, lambda name: False)
+    wanted = {"ffn": lambda name: name in in_ffns, "all": lambda name: True}.get(train, lambda name: False)
     found = {}
     for name, parameter in net.named_parameters():
         if wanted(name) and parameter.is_floating_point():
