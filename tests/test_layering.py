@@ -26,9 +26,10 @@ LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
 HOMES = {
     "typer": {"cli"},
     "rich": {"cli"},
-    "transformers": {"models", "tasks"},
+    "transformers": {"models", "tasks", "training"},
     "datasets": {"tasks"},
-    "accelerate": {"models"},
+    "accelerate": {"models", "training"},
+    "peft": {"training"},
     "pymetis": {"split"},
     "k_means_constrained": {"split"},
     "numba": {"runtime", "split", "compiled"},

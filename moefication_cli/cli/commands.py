@@ -18,6 +18,7 @@ from moefication_cli.config import (
     DemoConfig,
     EvalConfig,
     ExportConfig,
+    FinetuneConfig,
     GraphConfig,
     ModelConfig,
     ReportConfig,
@@ -187,6 +188,14 @@ def _tune(run: str, config: TuneConfig, control: ControlConfig, sources: Sources
     run_command(control, sources, lambda c: tune(RunDir(run), config, c))
 
 
+def _finetune(run: str, config: FinetuneConfig, control: ControlConfig, sources: Sources) -> None:
+    """Train the converted model, its selection in the loop, to do what the dense one does at the same compute."""
+    from moefication_cli.stages.finetune import finetune
+    from moefication_cli.store.rundir import RunDir
+
+    run_command(control, sources, lambda c: finetune(RunDir(run), config, c))
+
+
 def _demo(run: str, config: DemoConfig, control: ControlConfig, sources: Sources) -> None:
     """Convert the demo model that ships with the package and show what is kept at which cost."""
     from moefication_cli.stages.demo import demo
@@ -285,6 +294,7 @@ register(
     without=("layers",),
 )
 register(app, "tune", [TuneConfig], _tune, without=("layers",))
+register(app, "finetune", [FinetuneConfig], _finetune, without=("layers",))
 register(app, "demo", [DemoConfig], _demo, argument_default="artifacts/demo-run", without=("layers",))
 register(
     app,

@@ -34,6 +34,7 @@ from moefication_cli.config.tools import (
     CleanConfig,
     DemoConfig,
     ExportConfig,
+    FinetuneConfig,
     ReportConfig,
     RunConfig,
     RunsConfig,
@@ -44,7 +45,7 @@ from moefication_cli.config.tools import (
 
 __all__ = [
     "LAYERS", "ApplyConfig", "BenchConfig", "CleanConfig", "CollectConfig", "ControlConfig", "DataConfig", "DemoConfig",
-    "EvalConfig", "ExportConfig", "FormatName", "GraphConfig", "ModelConfig", "Options", "ReportConfig", "RouterConfig",
-    "RunConfig", "RunsConfig", "Score", "SplitConfig", "StatusConfig", "TaskConfig", "TaskName", "TuneConfig",
-    "VerifyConfig", "compared_values", "option", "options_of", "recorded_values", "same_option",
+    "EvalConfig", "ExportConfig", "FinetuneConfig", "FormatName", "GraphConfig", "ModelConfig", "Options", "ReportConfig",
+    "RouterConfig", "RunConfig", "RunsConfig", "Score", "SplitConfig", "StatusConfig", "TaskConfig", "TaskName",
+    "TuneConfig", "VerifyConfig", "compared_values", "option", "options_of", "recorded_values", "same_option",
 ]  # fmt: skip

@@ -189,6 +189,12 @@ class ApplyConfig(Options):
         "Plan what this native MoE format can hold, for `export --to`: a fixed number of experts, router native",
         names=("--for",),
     )
+    # The stage's digest is compared, as an input, and not its name
+    finetuned: str | None = option(
+        None,
+        "Write what `finetune` made: RUN/finetuned/NAME, at its budget; options of the conversion are its own",
+        compared=False,
+    )
     embed_code: bool = option(
         False, "Write code into RUN/model: with trust_remote_code=True transformers loads the MoE"
     )

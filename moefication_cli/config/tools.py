@@ -6,6 +6,8 @@ from typing import Literal
 from moefication_cli.config.option import Options, option
 from moefication_cli.config.stages import FormatName, TaskName
 
+Train = Literal["router", "ffn", "lora", "all"]
+
 
 @dataclass(frozen=True)
 class RunConfig(Options):
@@ -15,6 +17,46 @@ class RunConfig(Options):
     eval_split: str | None = option(None, "Split of --eval-data")
     eval_limit: int | None = option(None, "Evaluate on at most this many examples, sampled uniformly", minimum=1)
     recipe: Literal["default", "paper"] = option("default", "paper: published split and router, defects mended")
+    finetune: int | None = option(
+        None, "Steps of `finetune` on the calibration data after the conversion (default: none)", minimum=0
+    )
+    train: Train = option("ffn", "--finetune: what is trained, as in `finetune`")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(Options):
+    """finetune: train the converted model, its selection in the loop, against the original dense one."""
+
+    name: str = option("default", "Keeps several fine-tunings apart: RUN/finetuned/NAME", compared=False)
+    train: Train = option(
+        "ffn",
+        "router: routers, thresholds and corrections alone; with them ffn: the FFNs' weights; lora: low-rank adapters of all "
+        "linear layers (needs peft); all: every weight",
+    )
+    loss: tuple[Literal["kl", "hidden", "task"], ...] = option(
+        ("kl",),
+        "Comma list, summed: kl to the dense model; hidden: its hidden states; task: the data's labels or next tokens",
+    )
+    steps: int = option(300, "Training steps", minimum=1)
+    tokens: int = option(2048, "Calibration tokens per batch", minimum=2)
+    accumulate: int = option(1, "Batches whose gradients make one step", minimum=1)
+    learning_rate: float | None = option(
+        None,
+        "Adam's step as a share of each trained tensor's size (default: 0.03 for router, else 0.08 / sqrt(d); less where a "
+        "batch makes few predictions)",
+        above=0,
+    )
+    warmup: float = option(
+        0.05, "Share of the steps in which the learning rate rises; then it falls", maximum=1, minimum=0
+    )
+    price: float = option(
+        1.0, "Price of compute at the start, relative to the KL; then it follows what is spent", minimum=0.0
+    )
+    lora_rank: int = option(8, "lora: rank of each adapter", minimum=1)
+    autocast: Literal["none", "bfloat16"] = option("none", "Compute in bfloat16 where that is safe, weights in float32")
+    save_steps: int = option(
+        50, "Steps between checkpoints, from which a killed training goes on", minimum=1, compared=False
+    )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ Axes: P predictions (tokens of a language model, sequences of a classifier), C c
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ from moefication_cli.tasks.examples import Batch
 SPEND = (0.955, 0.965)
 _PASSES = 8  # over the held-out sequences to find the thresholds; two or three are usual
 _TRIAL = 4  # the part of the steps after which training must have helped
-_LEARNING_RATE = 0.03  # of each parameter's size, per step of _FULL_PREDICTIONS or more predictions
+LEARNING_RATE = 0.03  # of each parameter's size, per step of _FULL_PREDICTIONS or more predictions
 _FULL_PREDICTIONS = 2048  # fewer carry less signal: the rate shrinks in proportion (a classifier has one a sequence)
 
 
@@ -46,10 +47,20 @@ class Outcome:
 
 
 class Conversion:
-    """A loaded model whose neurons stand in the order of the split, with a learnable layer in every planned FFN."""
+    """A loaded model whose neurons stand in the order of the split, with a learnable layer in every planned FFN.
 
-    def __init__(self, loaded: LoadedModel, plans: Sequence[LayerPlan], budget: Budget, mask: TokenMask) -> None:
-        self.loaded, self.plans, self.budget, self.mask = loaded, list(plans), budget, mask
+    `teacher` is the dense model where the weights of this one change, in any order of its neurons.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        plans: Sequence[LayerPlan],
+        budget: Budget,
+        mask: TokenMask,
+        teacher: LoadedModel | None = None,
+    ) -> None:
+        self.loaded, self.plans, self.budget, self.mask, self.teacher = loaded, list(plans), budget, mask, teacher
         self.layers: dict[int, StraightThroughMoEFFN] = {}
         self.overheads: dict[int, float] = {}
         self.tokens: dict[str, int] = {}
@@ -74,20 +85,30 @@ class Conversion:
             else:
                 uninstall(self.loaded.model, plan.layer.site)
 
-    def logits(self, batch: Batch, *, dense: bool = False) -> Tensor:
-        """logits_PC of this batch's predictions, by the converted model or by the dense one it was made from."""
+    def outputs(self, batch: Batch, *, dense: bool = False, hidden: bool = False) -> Any:
+        """What transformers returns for this batch: of the converted model, or of the dense one it was made from.
+
+        `hidden` asks for the hidden states as well.
+        """
+        inputs: dict[str, Any] = dict(batch.to(self.loaded.device).inputs)
+        if hidden:
+            inputs["output_hidden_states"] = True
+        if dense and self.teacher is not None:
+            return self.teacher.model(**inputs)
         for layer in self.layers.values():
             layer.as_dense = dense
         self.tokens = tokens_of_stacks(batch)
-        found = self.loaded.model(**batch.to(self.loaded.device).inputs).logits
-        return flat_predictions(found, batch)
+        return self.loaded.model(**inputs)
+
+    def logits(self, batch: Batch, *, dense: bool = False) -> Tensor:
+        """logits_PC of this batch's predictions, by the converted model or by the dense one it was made from."""
+        return flat_predictions(self.outputs(batch, dense=dense).logits, batch)
 
     def kl(self, batch: Batch) -> Tensor:
         """Mean KL(dense || converted) over this batch's predictions, in nats; differentiable."""
         with torch.no_grad():
-            dense_PC = self.logits(batch, dense=True).log_softmax(-1)
-        found_PC = self.logits(batch).log_softmax(-1)
-        return torch.nn.functional.kl_div(found_PC, dense_PC, log_target=True, reduction="sum") / len(found_PC)
+            dense_PC = self.logits(batch, dense=True)
+        return kl_divergence(dense_PC, self.logits(batch))
 
     def dense_macs(self) -> list[float]:
         """Each dense FFN's multiply-adds in the latest call, up to a common factor."""
@@ -134,6 +155,12 @@ class Conversion:
             self.layers[number].shift = shift
             for name, tensor in tensors.items():
                 self.layers[number].parameters[name].copy_(tensor)
+
+
+def kl_divergence(dense_PC: Tensor, found_PC: Tensor) -> Tensor:
+    """Mean KL(dense || found) over predictions, in nats, of logits."""
+    expected_PC, found_PC = dense_PC.log_softmax(-1), found_PC.log_softmax(-1)
+    return torch.nn.functional.kl_div(found_PC, expected_PC, log_target=True, reduction="sum") / len(found_PC)
 
 
 def _threshold_of(plan: LayerPlan) -> float:
@@ -228,8 +255,7 @@ def refine(
     if not conversion.layers:  # the budget leaves every FFN dense
         return Outcome(before, before, False)
     price = max(before, 1e-6) / target
-    with torch.no_grad():
-        rate = _LEARNING_RATE * min(1.0, len(conversion.logits(train[0], dense=True)) / _FULL_PREDICTIONS)
+    rate = LEARNING_RATE * signal(conversion, train[0])
     groups = [
         {"params": [tensor], "lr": rate * layer.step_size(name)}
         for layer in conversion.layers.values()
@@ -258,6 +284,12 @@ def refine(
     if not after < before:  # NaN too
         conversion.restore(start)
     return Outcome(before, after, after < before)
+
+
+@torch.no_grad()
+def signal(conversion: Conversion, batch: Batch) -> float:
+    """What a step on such a batch may be of the full size: fewer predictions carry less signal."""
+    return min(1.0, len(conversion.logits(batch, dense=True)) / _FULL_PREDICTIONS)
 
 
 def _warm_cosine(step: int, steps: int) -> float:

@@ -71,18 +71,24 @@ def make_plans(inputs: PlanInputs, config: ApplyConfig) -> list[LayerPlan]:
         if any(layer.curve is not None for layer in layers):
             control.say("fitted layer by layer; --refine 100 fits routers and corrections to the whole model")
         return plan_layers(model, activations, layers, budget_of(config), control.seed)
-    _require_calibrated(inputs, config, "--refine")
-    name = f"refined/{config.router}-{config.fraction:g}"
-    config = replace(config, embed_code=False)  # what is written beside the plans does not change them
+    require_calibrated(inputs, config, "--refine")
+    name = refined_stage(config)
+    # What is written beside the plans, or made of them, does not change them
+    config = replace(config, embed_code=False, finetuned=None)
     with run.begin(name, begin_options(config, control, model, inputs.stages)) as work:
         if not work.up_to_date:
-            subject = WholeModel(inputs, config)
+            subject = WholeModel(inputs, config.refine or 0)
             plans, metrics = subject.refined(config)
             write_moe_settings(
                 work.folder, settings(plans, str(config.router), config, run.info.ffn), router_tensors(plans)
             )
             work.finish(metrics)
     return read_plans(run.path(name), layers, model.device)
+
+
+def refined_stage(config: ApplyConfig) -> str:
+    """The stage in which the refined plans of `config` are kept."""
+    return f"refined/{config.router}-{config.fraction:g}"
 
 
 def fraction_for(inputs: PlanInputs, config: ApplyConfig) -> float:
@@ -93,19 +99,19 @@ def fraction_for(inputs: PlanInputs, config: ApplyConfig) -> float:
     """
     run, control, target = inputs.run, inputs.control, config.target_kl
     assert target is not None
-    _require_calibrated(inputs, config, "--target-kl")
+    require_calibrated(inputs, config, "--target-kl")
     name = f"refined/{config.router}-kl{target:g}"
-    asked = replace(config, fraction=1.0, embed_code=False)  # what a search does not depend on
+    asked = replace(config, fraction=1.0, embed_code=False, finetuned=None)  # what a search does not depend on
     with run.begin(name, begin_options(asked, control, inputs.model, inputs.stages)) as work:
         manifest = work.manifest
         if not work.up_to_date:
-            subject = WholeModel(inputs, config)
+            subject = WholeModel(inputs, config.refine or 0)
             trail = _bisect(lambda fraction: subject.kl(replace(config, fraction=fraction)), target, control)
             good = min(fraction for fraction, kl in trail if kl <= target)
             while config.refine and good < 1:
                 lower = replace(config, fraction=_tidy(good * _STEP_DOWN))
                 make_plans(inputs, lower)
-                made = run.read_stage(f"refined/{config.router}-{lower.fraction:g}")
+                made = run.read_stage(refined_stage(lower))
                 trail.append((lower.fraction, float(made.metrics["kl_after"])))
                 if trail[-1][1] > target:
                     break
@@ -141,7 +147,8 @@ def _tidy(fraction: float) -> float:
     return round(fraction, 4)
 
 
-def _require_calibrated(inputs: PlanInputs, config: ApplyConfig, option: str) -> None:
+def require_calibrated(inputs: PlanInputs, config: ApplyConfig, option: str) -> None:
+    """Raise ConfigError unless these options give plans that can be trained by gradient; `option` is what asks for it."""
     calibrated = inputs.activations is not None and all(layer.curve is not None for layer in inputs.layers)
     if not calibrated or not _refinable(config):
         raise ConfigError(
@@ -181,25 +188,40 @@ def default_steps(model: RunModel, config: ApplyConfig, sequences: int | None, c
 
 
 class WholeModel:
-    """The whole model in memory, its neurons in the order of the split, with sequences to fit and to judge on."""
+    """The whole model in memory, its neurons in the order of the split, with sequences to fit and to judge on.
 
-    def __init__(self, inputs: PlanInputs, config: ApplyConfig) -> None:
+    `steps` batches of about `step_tokens` tokens to fit on, fewer where there are not so many; `labelled` examples have
+    their labels. Raises ConfigError where the calibration data is too small.
+    """
+
+    def __init__(
+        self,
+        inputs: PlanInputs,
+        steps: int,
+        step_tokens: int = STEP_TOKENS,
+        labelled: bool = False,
+        dtype: str | None = None,
+    ) -> None:
         assert inputs.activations is not None
         run, model, layers, activations, control = (
             inputs.run, inputs.model, inputs.layers, inputs.activations, inputs.control,
         )  # fmt: skip
         self.model, self.layers, self.activations, self.control = model, layers, activations, control
-        self.loaded = load_whole(run, model)
+        self.loaded = load_whole(run, model, dtype=dtype)
         for layer in layers:
             permute_in_place(self.loaded.model, layer.site, layer.partition.order_F())
         self.mask = TokenMask(self.loaded.model)
-        examples = open_examples(
-            run, self.loaded, calibration_data(run, model, activations), replace(control, say=lambda message: None)
+        self.examples = open_examples(
+            run,
+            self.loaded,
+            calibration_data(run, model, activations),
+            replace(control, say=lambda message: None),
+            labelled,
         )
         first = activations.metrics["layers"][0]
-        size = max(1, round(STEP_TOKENS * min(1.0, first["sequences"] / first["tokens"])))
+        size = max(1, round(step_tokens * min(1.0, first["sequences"] / first["tokens"])))
         size = min(size, max(1, first["sequences"] // _FEWEST_BATCHES))
-        self.train, self.heldout = _batches(examples, config.refine or 0, size, control.seed)
+        self.train, self.heldout = _batches(self.examples, steps * step_tokens, size, control.seed)
 
     def kl(self, config: ApplyConfig) -> float:
         """KL on the held-out sequences of the best plans for `config`, thresholds settled."""
@@ -248,16 +270,19 @@ def _same(a: Sequence[LayerPlan], b: Sequence[LayerPlan]) -> bool:
     )
 
 
-def _batches(examples: Examples, steps: int, size: int, seed: int) -> tuple[list[Batch], list[Batch]]:
+def _batches(examples: Examples, tokens: int, size: int, seed: int) -> tuple[list[Batch], list[Batch]]:
     """(training, held-out) batches in random order, from other sequences than the router saw where there are enough."""
-    judged = max(HELDOUT_TOKENS // 3, min(HELDOUT_TOKENS, steps * STEP_TOKENS // 8)) if steps else HELDOUT_TOKENS
-    found = list(examples.calibration(steps * STEP_TOKENS + judged, seed + 1, size))
+    judged = max(HELDOUT_TOKENS // 3, min(HELDOUT_TOKENS, tokens // 8)) if tokens else HELDOUT_TOKENS
+    found = list(examples.calibration(tokens + judged, seed + 1, size))
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
     found = [found[i] for i in order]
-    tokens, count = 0, 0
-    while count < len(found) // 2 and tokens < judged:
-        tokens += found[count].num_tokens
+    taken, count = 0, 0
+    while count < len(found) // 2 and taken < judged:
+        taken += found[count].num_tokens
         count += 1
     if count == 0:
-        raise ConfigError("the calibration data is too small to refine on", "collect on more data, or use --refine 0")
+        raise ConfigError(
+            "the calibration data is too small: one part of it is needed to train the whole model on, another to judge by",
+            "collect on more data, or do without --refine and finetune",
+        )
     return found[count:], found[:count]

@@ -2,17 +2,19 @@
 
 Every neuron is computed; an expert's contribution is multiplied by a gate that is 0 or 1 going forward and
 sigmoid(z / temperature) going backward (straight-through, Bengio et al. 2013, arXiv 1308.3432), with z = (score -
-threshold) / spread of the scores. Only the router and the compensation learn; the FFN's weights are never touched.
+threshold) / spread of the scores. The router and the compensation learn, and the FFN's weights where they require a
+gradient (fine-tuning) or `adapted` makes them of adapters.
 Axes as in `ffn`; T is the real tokens of a call.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moefication_cli.ffn import Compensation, ExpertWeights
+from moefication_cli.ffn import Compensation, ExpertWeights, FFNWeights
 from moefication_cli.routing.router import Router
 from moefication_cli.runtime.torch_backends import rows
 
@@ -30,6 +32,9 @@ class StraightThroughMoEFFN:
 
     def __init__(self, weights: ExpertWeights, router: Router | None, threshold: float) -> None:
         self.weights = replace(weights, compensation=None)
+        self.adapted: Callable[[], FFNWeights] | None = (
+            None  # the FFN's weights, where they are more than its parameters
+        )
         self.form, self.threshold = router, threshold
         self.as_dense, self.shift, self.density = False, 0.0, 0.0
         self.spread = 0.0  # measured on the first call
@@ -53,7 +58,7 @@ class StraightThroughMoEFFN:
         return torch.zeros_like(x_TD).index_put((real_T,), self._compute(x_TD[real_T])).view(x.shape)
 
     def _compute(self, x_TD: Tensor) -> Tensor:
-        ffn, kept = self.weights.ffn, self.weights.num_shared
+        ffn, kept = self.weights.ffn if self.adapted is None else self.adapted(), self.weights.num_shared
         if self.form is None:
             head = rows(ffn, 0, kept)
             y_TD = head.hidden(x_TD) @ head.w_down_FD

@@ -93,7 +93,7 @@ def _run_all(
             dense.model(**inputs)
             for row in rows:
                 _install(converted, model, row, mask)
-                converted.model(**inputs)
+                (row.own.loaded if row.own else converted).model(**inputs)
                 count_selections(row)
             warm = True
         logits, spent = timed_logits(dense, inputs)
@@ -102,15 +102,16 @@ def _run_all(
         reference.append(examples.score(logits, batch))
         for row in rows:
             _install(converted, model, row, mask)
-            other, spent = timed_logits(converted, inputs)
+            other, spent = timed_logits(row.own.loaded if row.own else converted, inputs)
             row.seconds += spent
             row.measured.append(compare(examples, logits, other, batch))
     return summarise(examples.metric, reference), seconds, tokens
 
 
 def _install(converted: LoadedModel, model: RunModel, row: SelectionRow, mask: TokenMask) -> None:
+    net, mask = (converted.model, mask) if row.own is None else (row.own.loaded.model, row.own.mask)
     for site, layer in zip(model.sites, row.layers, strict=True):
-        install(converted.model, site, layer, mask)
+        install(net, site, layer, mask)
 
 
 def timed_logits(loaded: LoadedModel, inputs: dict[str, Any]) -> tuple[Tensor, float]:

@@ -6,6 +6,7 @@
     static        pruning by importance, no router (FLAP, arXiv 2312.11983: variance x norm, mean compensation)
     paper         published split and router (MoEfication), from RUN/baseline/paper
     <router>      a trained router
+    dense-finetuned   what RUN/model is with every neuron on, where fine-tuning changed its weights
 
 Oracles and static pruning get the fraction as a share of the neurons: they have no router to pay for.
 """
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 from moefication_cli.conversion.plan import LayerPlan, RoutedLayer, describe_rule
 from moefication_cli.ffn import Compensation, ExpertWeights, FFNWeights
+from moefication_cli.models.loading import LoadedModel
+from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.surgery import FFNLayer, live_weights
 from moefication_cli.routing.cost import overhead_flops
 from moefication_cli.routing.scores import expert_scores
@@ -26,6 +29,14 @@ from moefication_cli.runs.inputs import layer_seed
 from moefication_cli.runtime.layer import MoEFFN
 from moefication_cli.runtime.pruned import PrunedFFN
 from moefication_cli.tasks.examples import Scores
+
+
+@dataclass(frozen=True)
+class OwnModel:
+    """A model with other weights than the run's, its neurons in the order of the split: a fine-tuned one."""
+
+    loaded: LoadedModel
+    mask: TokenMask
 
 
 @dataclass
@@ -39,6 +50,7 @@ class SelectionRow:
     applied: bool = False
     meta: dict[str, Any] = field(default_factory=dict)  # top_k, rule, budget, score, seed
     plans: list[LayerPlan] = field(default_factory=list)  # of rows that route: what their routers cost
+    own: OwnModel | None = None  # the model to install the layers in, where it is not the one of all rows
     seconds: float = 0.0
     measured: list[Scores] = field(default_factory=list)
 

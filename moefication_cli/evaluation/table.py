@@ -15,7 +15,16 @@ from moefication_cli.conversion.plan_files import read_plans
 from moefication_cli.conversion.search import PlanInputs, make_plans
 from moefication_cli.errors import ConfigError
 from moefication_cli.evaluation.baselines import paper_row, static_row
-from moefication_cli.evaluation.selections import NeuronOracleFFN, SelectionRow, routed_row, selected_row
+from moefication_cli.evaluation.selections import (
+    DenseFFN,
+    NeuronOracleFFN,
+    OwnModel,
+    SelectionRow,
+    routed_row,
+    selected_row,
+)
+from moefication_cli.models.loading import load_model
+from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.surgery import live_weights, permute_in_place
 from moefication_cli.runs.control import Control
 from moefication_cli.runs.inputs import RunModel
@@ -136,13 +145,37 @@ def all_rows(ground: Ground, selections: list[str], fractions: list[float]) -> l
     for fraction in fractions:
         for name in selections:
             rows += SELECTIONS[name].rows(ground, fraction) if name in SELECTIONS else [_routed(ground, name, fraction)]
-    applied, like = ground.inputs.applied, ground.like
-    if applied is not None and not any(row.applied for row in rows):
-        plans = read_plans(applied.path, ground.layers, ground.inputs.model.device)
-        rows.append(
-            routed_row(str(like.router), ground.net, plans, like.fraction, ground.config.backend, True, like.budget)
-        )
+    if ground.inputs.applied is not None and not any(row.applied for row in rows):
+        rows.append(_applied(ground))
+    tuned = next((row.own for row in rows if row.own is not None), None)
+    if tuned is not None:
+        layers: list[Any] = [DenseFFN(live_weights(tuned.loaded.model, site)) for site in ground.inputs.model.sites]
+        meta = {"finetuned": ground.like.finetuned}
+        rows.append(SelectionRow("dense-finetuned", "baseline", 1.0, layers, meta=meta, own=tuned))
     return rows
+
+
+def _applied(ground: Ground) -> SelectionRow:
+    """The row of what RUN/model does, on the run's own weights or on the fine-tuned ones of that folder."""
+    applied, like, config = ground.inputs.applied, ground.like, ground.config
+    assert applied is not None
+    plans = read_plans(applied.path, ground.layers, ground.inputs.model.device)
+    net, own = ground.net, None
+    if like.finetuned is not None:
+        loaded = load_model(
+            applied.path,
+            task=config.task or ground.inputs.run.info.task,
+            device=ground.inputs.model.device,
+            dtype=config.dtype,
+            trust_remote_code=ground.inputs.model.checkpoint.trust_remote_code,
+            tokenizer=False,
+            quiet=True,
+        )
+        net, own = loaded.model, OwnModel(loaded, TokenMask(loaded.model))
+    row = routed_row(str(like.router), net, plans, like.fraction, config.backend, True, like.budget)
+    if own is not None:
+        row.own, row.meta = own, row.meta | {"finetuned": like.finetuned}
+    return row
 
 
 def _routed(ground: Ground, name: str, fraction: float) -> SelectionRow:
@@ -150,11 +183,8 @@ def _routed(ground: Ground, name: str, fraction: float) -> SelectionRow:
     inputs, like = ground.inputs, ground.like
     made = replace(like, router=name, fraction=fraction, fraction_of=ground.config.fraction_of, top_k=None)
     if made == like:
-        assert inputs.applied is not None
-        plans = read_plans(inputs.applied.path, ground.routed[name], inputs.model.device)
-    else:
-        stages = {
-            "split": inputs.split, f"router/{name}": inputs.routers[name], "activations": inputs.activations,
-        }  # fmt: skip
-        plans = make_plans(PlanInputs(inputs.run, inputs.model, ground.routed[name], stages, ground.control), made)
-    return routed_row(name, ground.net, plans, fraction, ground.config.backend, made == like, like.budget)
+        return _applied(ground)
+    stages = {"split": inputs.split, f"router/{name}": inputs.routers[name], "activations": inputs.activations}
+    made = replace(made, finetuned=None)
+    plans = make_plans(PlanInputs(inputs.run, inputs.model, ground.routed[name], stages, ground.control), made)
+    return routed_row(name, ground.net, plans, fraction, ground.config.backend, False, like.budget)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from moefication_cli.config import ApplyConfig, CollectConfig, GraphConfig, RouterConfig, SplitConfig
+from moefication_cli.config import ApplyConfig, CollectConfig, FinetuneConfig, GraphConfig, RouterConfig, SplitConfig
 from moefication_cli.routing.routers import router_kind
 from moefication_cli.runs.inputs import RunModel, tokens_in_memory
 from moefication_cli.split.methods import expert_counts
@@ -113,6 +113,13 @@ def refine_flops(model: RunModel) -> float:
 def refine_memory(model: RunModel) -> float:
     """Bytes: the model, what it keeps for the gradient of one batch, and what is learned with its optimiser's state."""
     return 4.0 * model_parameters(model) * _FLOAT
+
+
+def finetune_cost(model: RunModel, config: FinetuneConfig) -> Cost:
+    """finetune: the dense model, the converted one and its gradient; two models, gradients and the optimiser's state."""
+    tokens = config.steps * config.accumulate * config.tokens
+    work = 4.0 * forward_flops(model) * tokens + forward_flops(model) * HELDOUT_TOKENS * _REFINE_PASSES
+    return Cost(_FLOAT * model_parameters(model), work, 5.0 * _FLOAT * model_parameters(model))
 
 
 def eval_cost(model: RunModel, data: str | None, limit: int | None, rows: int) -> Cost:

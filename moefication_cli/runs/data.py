@@ -31,13 +31,19 @@ class TextReader:
 
 
 def open_examples(
-    run: RunDir, reader: LoadedModel | TextReader, config: CollectConfig | EvalConfig, control: Control
+    run: RunDir,
+    reader: LoadedModel | TextReader,
+    config: CollectConfig | EvalConfig,
+    control: Control,
+    labelled: bool | None = None,
 ) -> Examples:
     """The rows `config.data` names, as examples of the run's task. Says on stderr what was guessed.
 
+    `labelled` examples have labels; by default those to evaluate on.
+
     Raises ConfigError: no data, no such field, a task the model cannot do.
     """
-    examples, said = _read_examples(run, reader, config, control)
+    examples, said = _read_examples(run, reader, config, control, labelled)
     run.note(**said)
     return examples
 
@@ -50,7 +56,11 @@ def check_evaluation_data(run: RunDir, model: RunModel, config: EvalConfig, cont
 
 
 def _read_examples(
-    run: RunDir, reader: LoadedModel | TextReader, config: CollectConfig | EvalConfig, control: Control
+    run: RunDir,
+    reader: LoadedModel | TextReader,
+    config: CollectConfig | EvalConfig,
+    control: Control,
+    labelled: bool | None = None,
 ) -> tuple[Examples, dict[str, Any]]:
     """The examples, and what of run.json they settle."""
     purpose = _purpose(config)
@@ -76,7 +86,7 @@ def _read_examples(
         purpose=purpose,
     )
     options = TaskOptions(fields["max_length"], prompt, words, config.limit, control.seed)
-    labelled = purpose == "evaluate"
+    labelled = purpose == "evaluate" if labelled is None else labelled
     examples = prepare(task, reader.tokenizer, reader.config, rows, options, require_labels=labelled)  # type: ignore[arg-type]
     for note in [*rows.notes, *examples.notes]:
         control.say(note)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from moefication_cli.config import ApplyConfig
+from moefication_cli.config import ApplyConfig, compared_values
 from moefication_cli.conversion.plan import (
     LayerPlan,
     check_budget,
@@ -13,9 +13,9 @@ from moefication_cli.conversion.plan import (
     describe_rule,
     routed_layers,
 )
-from moefication_cli.conversion.plan_files import budget_of, router_tensors, settings
+from moefication_cli.conversion.plan_files import budget_of, read_plans, router_tensors, settings
 from moefication_cli.conversion.search import PlanInputs, fraction_for, make_plans
-from moefication_cli.errors import MoEficationError
+from moefication_cli.errors import ConfigError, MoEficationError
 from moefication_cli.export.write import check_hostable
 from moefication_cli.models.folder.checkpoint import Checkpoint
 from moefication_cli.models.folder.embedded import embed_code
@@ -28,6 +28,7 @@ from moefication_cli.runs.estimate import estimate
 from moefication_cli.runs.inputs import RunModel, begin_options, layer_seed, open_model, read_tokens
 from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.rundir import RunDir
+from moefication_cli.training.finetuned_files import conversion_options, said_of, weights_file
 
 _CHECK_TOKENS = 16
 _COUNTED_TOKENS = 2048
@@ -43,6 +44,9 @@ def apply_experts(run: RunDir, config: ApplyConfig = ApplyConfig(), control: Con
     Raises ConfigError when the budget cannot be met, MissingArtifactError, StaleArtifactError.
     """
     model = open_model(run, None, control)
+    tuned = None if config.finetuned is None else run.require(f"finetuned/{config.finetuned}")
+    if tuned is not None:
+        config = _as_finetuned(tuned, config, control)
     name = choose_router(run, config.router)
     if config.host is not None:
         config = replace(config, rule="top_k", budget="uniform", compensation="none", refine=None)
@@ -53,9 +57,11 @@ def apply_experts(run: RunDir, config: ApplyConfig = ApplyConfig(), control: Con
     tokens = None if activations is None else [layer["tokens"] for layer in activations.metrics["layers"]]
     layers = routed_layers(model, split, router, tokens)
     config = replace(config, router=name)
-    stages = {"split": split, f"router/{name}": router, "activations": activations}
+    stages: dict[str, Artifact | None] = {"split": split, f"router/{name}": router, "activations": activations}
     inputs = PlanInputs(run, model, layers, stages, control)
-    if config.target_kl is not None and not control.dry_run:
+    if tuned is not None:
+        stages[tuned.manifest.stage] = tuned
+    elif config.target_kl is not None and not control.dry_run:
         config = replace(config, fraction=fraction_for(inputs, config))
     check_budget(layers, activations, budget_of(config))
     if control.dry_run:
@@ -64,7 +70,12 @@ def apply_experts(run: RunDir, config: ApplyConfig = ApplyConfig(), control: Con
     with run.begin("model", begin_options(config, control, model, stages)) as work:
         manifest = work.manifest
         if not work.up_to_date:
-            plans = make_plans(inputs, config)
+            if tuned is None:
+                plans = make_plans(inputs, config)
+            else:
+                plans = read_plans(tuned.path, layers, model.device)
+                if (changed := weights_file(tuned)) is not None:
+                    model = replace(model, checkpoint=model.checkpoint.with_weights(changed))
             if config.host is not None:
                 check_hostable(config.host, model.checkpoint.config.to_dict(), plans)
             orders = {plan.layer.name: plan.layer.partition.order_F() for plan in plans if plan.rule is not None}
@@ -73,6 +84,8 @@ def apply_experts(run: RunDir, config: ApplyConfig = ApplyConfig(), control: Con
                 embed_code(work.folder)
             written = Checkpoint(work.folder, ffn=run.info.ffn, trust_remote_code=control.trust_remote_code)
             content = settings(plans, name, config, run.info.ffn) | {"weights": sealed(written, work.hashes.sha256)}
+            if tuned is not None:
+                content["finetuned"] = said_of(tuned)
             write_moe_settings(work.folder, content, router_tensors(plans))
             for index in control.track(range(len(plans)), "check", len(plans)):
                 check_layer(model, written, index, control.seed)
@@ -80,11 +93,31 @@ def apply_experts(run: RunDir, config: ApplyConfig = ApplyConfig(), control: Con
             manifest = work.finish({"layers": rows, "router": name} | describe_rule(plans, config.budget))
     assert manifest is not None
     path = run.path("model")
+    plain = "dense" if tuned is None or weights_file(tuned) is None else "as the fine-tuned dense model"
     notes = [
-        f"{path} loads dense with transformers, and as the MoE with moefication_cli.load({str(path)!r})",
+        f"{path} loads {plain} with transformers, and as the MoE with moefication_cli.load({str(path)!r})",
     ]
     payload = {"path": str(path), "digest": manifest.digest, "metrics": manifest.metrics}
     return Result("apply", manifest.metrics["layers"], payload, up_to_date=work.reason is None, notes=notes)
+
+
+def _as_finetuned(tuned: Artifact, config: ApplyConfig, control: Control) -> ApplyConfig:
+    """The options of the conversion that was fine-tuned. Raises ConfigError where others were asked for, or it was not kept."""
+    name = config.finetuned
+    if not tuned.metrics["kept"]:
+        raise ConfigError(
+            f"fine-tuning {name!r} did not help and was not kept: there is nothing to write",
+            "fine-tune again with other options, or apply without --finetuned",
+        )
+    made = replace(conversion_options(tuned), finetuned=name, embed_code=config.embed_code)
+    said = control.sources.get(ApplyConfig, {})
+    for option, value in compared_values(made).items():
+        if said.get(option, "default") != "default" and getattr(config, option) != value:
+            raise ConfigError(
+                f"{option} is {getattr(config, option)!r}, but {name!r} was fine-tuned with {value!r}",
+                "leave it out, or convert and fine-tune with it",
+            )
+    return made
 
 
 def check_layer(model: RunModel, written: Checkpoint, index: int, seed: int) -> None:

@@ -11,6 +11,7 @@ from moefication_cli.config import (
     CollectConfig,
     DataConfig,
     EvalConfig,
+    FinetuneConfig,
     GraphConfig,
     RouterConfig,
     RunConfig,
@@ -39,6 +40,7 @@ from moefication_cli.stages.apply_experts import apply_experts
 from moefication_cli.stages.build_graph import build_graph
 from moefication_cli.stages.collect_activations import collect_activations
 from moefication_cli.stages.evaluate import evaluate as evaluate_stage
+from moefication_cli.stages.finetune import finetune
 from moefication_cli.stages.split_neurons import split_neurons
 from moefication_cli.stages.train_router import train_router
 from moefication_cli.store import jsonio
@@ -106,7 +108,7 @@ def run_stages(
     evaluate: EvalConfig,
     control: Control,
 ) -> Result:
-    """collect-activations, (build-graph), split, train-router, apply and, with --eval-data, eval.
+    """collect-activations, (build-graph), split, train-router, (finetune), apply and, with --eval-data, eval.
 
     Ranks share all but the last two.
     """
@@ -136,6 +138,10 @@ def run_stages(
     if apply.refine is None:
         sequences = run.read_stage("activations").metrics["layers"][0]["sequences"]
         apply = replace(apply, refine=default_steps(open_model(run, None, control), apply, sequences, control) or None)
+    if extra.finetune:
+        tuning = FinetuneConfig(steps=extra.finetune, train=extra.train)
+        done.append(finetune(run, tuning, control, conversion=apply))
+        apply = replace(apply, finetuned=tuning.name if done[-1].payload.get("kept") else None)
     done.append(apply_experts(run, apply, control))
     if extra.eval_data is None:
         control.say("no --eval-data: nothing was measured; moefication eval RUN --data ... does it")

@@ -1,7 +1,7 @@
 """A finished stage: where its files are, reading it, and checking that they are what the manifest says.
 
-Names of stages: `activations`, `graph`, `split`, `model`, `report`, and `router/NAME`, `refined/NAME`, `eval/NAME`,
-`baseline/NAME`.
+Names of stages: `activations`, `graph`, `split`, `model`, `report`, and `router/NAME`, `refined/NAME`,
+`finetuned/NAME`, `eval/NAME`, `baseline/NAME`.
 Everything hidden belongs to this package: `RUN/.locks/STAGE/`, and beside a stage folder `.NAME.partial` (work in
 progress) and `.NAME.old` (the replaced stage, for the moment of the commit). Writing is `writer.py`.
 """
@@ -30,13 +30,14 @@ COMMANDS = {
     "split": "split",
     "router": "train-router",
     "refined": "apply",
+    "finetuned": "finetune",
     "model": "apply",
     "eval": "eval",
     "baseline": "eval",
     "tune": "tune",
     "report": "report",
 }
-NAMED = {"router", "eval", "baseline", "refined"}
+NAMED = {"router", "eval", "baseline", "refined", "finetuned"}
 
 
 def check_stage(stage: str) -> None:

@@ -7,6 +7,7 @@ heads (STS-B) and multi-label heads are refused.
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moefication_cli.errors import ConfigError
@@ -62,6 +63,11 @@ class ClassificationExamples:
     def calibration(self, max_tokens: int | None, seed: int, batch_size: int = 32) -> Iterator[Batch]:
         indices = sample_rows(self._rows.num_rows, self._encode, max_tokens, seed, self._options.limit)
         return self._batches(indices, batch_size)
+
+    def targets(self, batch: Batch) -> Tensor:
+        if self._labels is None:
+            raise ConfigError(f"{self._rows.source}: no labels were read", "name the field with --label-field")
+        return torch.from_numpy(self._labels[batch.example_B])
 
     def reference(self, logits: Tensor, batch: Batch) -> Tensor:
         return logits.float().log_softmax(-1)

@@ -143,6 +143,13 @@ class Examples(Protocol):
         """Sequences drawn uniformly over the data, at most `max_tokens` input tokens and `limit` in all; None: all."""
         ...
 
+    def targets(self, batch: Batch) -> Tensor:
+        """The right answer [P] to each of a calibration batch's predictions, padding left out: a class or a token.
+
+        -100 where there is none. Raises ConfigError where the data has no labels.
+        """
+        ...
+
     def reference(self, logits: Tensor, batch: Batch) -> Tensor:
         """What `score` needs of the dense model: class log-probabilities [B, C], or the logits themselves for lm."""
         ...

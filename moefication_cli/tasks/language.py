@@ -66,6 +66,9 @@ class LanguageExamples:
         lengths = [self.max_length] * full + ([rest] if rest >= 2 else [])
         return self._sampled(lengths[: self._options.limit], seed, batch_size)
 
+    def targets(self, batch: Batch) -> Tensor:
+        return batch.inputs["input_ids"][:, 1:][batch.inputs["attention_mask"][:, 1:].bool()]
+
     def reference(self, logits: Tensor, batch: Batch) -> Tensor:
         return logits
 

@@ -152,6 +152,15 @@ class Text2TextExamples:
             inputs = pad_batch(rows, self._pad)
             yield Batch(inputs, example_B, real_tokens(inputs))
 
+    def targets(self, batch: Batch) -> Tensor:
+        """The label's tokens; what would follow the last one is not asked for."""
+        if self._labels is None:
+            raise ConfigError(f"{self._rows.source}: no labels were read", "name the field with --label-field")
+        real_RL = batch.inputs["decoder_attention_mask"].bool()
+        next_RL = torch.full_like(batch.inputs["decoder_input_ids"], -100)
+        next_RL[:, :-1] = batch.inputs["decoder_input_ids"][:, 1:].masked_fill(~real_RL[:, 1:], -100)
+        return next_RL[real_RL]
+
     def reference(self, logits: Tensor, batch: Batch) -> Tensor:
         logits_BJLV = logits.reshape(len(batch.example_B), len(self._decoder_inputs), *logits.shape[1:])
         columns = []

@@ -5,9 +5,10 @@ head's prefix, renames between versions of transformers): the mapping follows wh
 Axes as in `ffn`. Does not load or run models (`loading`).
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,27 @@ class Checkpoint:
         self.sites: list[FFNSite] = find_sites(self._architecture, ffn)
         self._ffn = ffn
         self._fingerprint: str | None = None
+        self._changed: TensorFile | None = None
+
+    def with_weights(self, path: Path) -> "Checkpoint":
+        """The same model with some tensors replaced by those in a safetensors file, under the model's parameter names.
+
+        Their shapes and dtypes are those of the checkpoint. Raises ConfigError where the file cannot be read or a tensor is
+        none of the model's.
+        """
+        changed = copy.copy(self)
+        changed._changed = TensorFile(path)
+        for name in changed._changed.keys:
+            self.locate(name)
+        return changed
+
+    def stores(self, parameter: str) -> bool:
+        """Whether the files hold a parameter of the model under a name of its own (tied weights are often stored once)."""
+        return parameter in self._locations
+
+    def stored_dtype(self, parameter: str) -> torch.dtype:
+        """The dtype a parameter has in the files. Raises ConfigError where they have no such tensor."""
+        return self._tensor(parameter).dtype
 
     @property
     def folder(self) -> Path:
@@ -147,6 +169,7 @@ class Checkpoint:
         """Copies the checkpoint to `out_dir` with neurons in another order: a dense model computing the same function.
 
         `orders` maps site names to order_F (new position -> old neuron); sites that are not named stay as they are.
+        Tensors of `with_weights` are written in place of the checkpoint's.
         Same file names, tensor names, shapes and dtypes (`.bin` files become safetensors), one tensor in memory at a
         time; also copies configuration, tokenizer and licence files, and `*.py` only under `trust_remote_code`.
         Returns the files written, synced to disk. The caller makes the folder atomic. Raises ConfigError for a site that is
@@ -160,6 +183,10 @@ class Checkpoint:
             for parameter, (axis, order) in site.parameter_orders(order_F.long().cpu()).items():
                 file, key = self.locate(parameter)
                 plan[file.path, key] = TensorPlan(axis, order)
+        for parameter in () if self._changed is None else self._changed.keys:
+            file, key = self.locate(parameter)
+            found = plan.get((file.path, key), TensorPlan())
+            plan[file.path, key] = replace(found, source=partial(self._tensor, parameter))
         out_dir.mkdir(parents=True, exist_ok=True)
         written = copy_side_files(self.folder, out_dir, code=self.trust_remote_code)
         return written + write_shards(list(self._tensor_files.values()), out_dir, plan)
@@ -189,6 +216,8 @@ class Checkpoint:
         return found
 
     def _tensor(self, parameter: str) -> Tensor:
+        if self._changed is not None and parameter in self._changed.keys:
+            return self._changed.get(parameter)
         file, key = self.locate(parameter)
         return file.get(key)
 

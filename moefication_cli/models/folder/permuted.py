@@ -1,12 +1,12 @@
-"""Writes a copy of a checkpoint with some tensors' neurons permuted, one tensor in memory at a time.
+"""Writes a copy of a checkpoint with some tensors' neurons permuted or values replaced, one tensor in memory at a time.
 
-A permutation changes neither shapes nor dtypes, so the copy keeps the source's layout and all other bytes are copied
+That changes neither shapes nor dtypes, so the copy keeps the source's layout and all other bytes are copied
 without being interpreted. `safetensors.save_file` would need all tensors of a file at once, writes mode 0600 and does
 not sync. Knows nothing of models: `checkpoint` says what is permuted along which axis.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -39,10 +39,14 @@ _CHUNK = 16 * 2**20
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """Reorder a tensor along `axis`: position i of the copy is position order_F[i] of the source."""
+    """Reorder a tensor along `axis`: position i of the copy is position order_F[i] of the source.
 
-    axis: int
-    order_F: Tensor
+    `source` gives the tensor where it is not the file's own; it has the same shape and dtype.
+    """
+
+    axis: int = 0
+    order_F: Tensor | None = None
+    source: Callable[[], Tensor] | None = None
 
 
 def copy_side_files(folder: Path, out_dir: Path, code: bool) -> list[Path]:
@@ -84,9 +88,10 @@ def _write_file(shard: TensorFile, target: Path, plan: Mapping[str, TensorPlan])
         for key, described in header.entries.items():
             begin, end = described["data_offsets"]
             if key in plan or pickled:
-                tensor = shard.get(key)
-                if key in plan:
-                    tensor = tensor.index_select(plan[key].axis, plan[key].order_F)
+                change = plan.get(key, TensorPlan())
+                tensor = shard.get(key) if change.source is None else change.source()
+                if change.order_F is not None:
+                    tensor = tensor.index_select(change.axis, change.order_F)
                 out.write(tensor_bytes(tensor))
             else:
                 _copy_range(raw, out, header.start + begin, end - begin)

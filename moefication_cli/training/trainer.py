@@ -1,0 +1,154 @@
+"""Runs transformers' `Trainer` over a module that makes its own loss: checkpoints, resumption, schedule, accumulation.
+
+A checkpoint counts only once it is marked, after everything in it is on disk: a process killed while it saves goes on from
+the one before. Trainer writes optimizer and random states with torch.save, into the stage's scratch folder, and reads them
+through weights_only loading; nothing of that gets into a result.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from moefication_cli.config import FinetuneConfig
+from moefication_cli.errors import NonFiniteError
+from moefication_cli.runs.control import Control
+from moefication_cli.store import files
+from moefication_cli.tasks.examples import Batch
+
+_MARK = "complete"
+_LEAST_RATE = 0.05  # of the learning rate, at the last step
+_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# A loss of one kind of data never explodes from one step to the next but where the step is too long
+_MOST_GRADIENT = 1.0
+
+
+def train(
+    module: nn.Module,
+    groups: Sequence[dict[str, Any]],
+    batches: Sequence[Batch],
+    config: FinetuneConfig,
+    folder: Path,
+    device: torch.device,
+    control: Control,
+) -> int:
+    """Train `module`, whose forward takes `batch=` and returns {"loss": ...}; returns the step it went on from, 0 for none.
+
+    `groups` are the optimizer's, each tensor with its learning rate. Batches are taken in random order, again and again.
+    Raises NonFiniteError where loss or gradients stop being finite; `folder` then holds the last good checkpoint.
+    """
+    steps = config.steps
+    arguments = {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": config.accumulate,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": _LEAST_RATE},
+        "warmup_steps": round(config.warmup * steps),
+        "max_grad_norm": _MOST_GRADIENT,
+        "logging_strategy": "no",
+        "save_strategy": "steps",
+        "save_steps": config.save_steps,
+        "save_total_limit": 2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": control.seed,
+        "data_seed": control.seed,
+        "use_cpu": device.type == "cpu",
+        "bf16": config.autocast == "bfloat16",
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+    }
+    watch = _Watch(module, folder, control)
+    wanted = steps * config.accumulate
+    with _alone(), torch.random.fork_rng(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        made = TrainingArguments(**arguments)  # type: ignore[arg-type]
+        made._n_gpu = min(made.n_gpu, 1)  # one device, also where there are several
+        trainer = Trainer(
+            model=module,
+            args=made,
+            data_collator=_one,
+            train_dataset=[batches[number % len(batches)] for number in range(wanted)],  # type: ignore[arg-type]
+            optimizers=(torch.optim.Adam(groups, betas=(0.9, 0.98)), None),
+            callbacks=[watch],
+        )
+        trainer.remove_callback(PrinterCallback)  # standard output is for results
+        last = last_checkpoint(folder)
+        try:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        except NonFiniteError as error:
+            at = trainer.state.global_step + 1
+            raise NonFiniteError(f"step {at} of {steps}: {error.message}", error.hint) from None
+        finally:
+            watch.close()
+    return 0 if last is None else _number(last)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The latest complete checkpoint; what a killed process left half-written is deleted."""
+    found = sorted(folder.glob("checkpoint-*"), key=_number)
+    for path in found:
+        if not (path / _MARK).exists():
+            files.remove(path)
+    whole = [path for path in found if path.exists()]
+    return whole[-1] if whole else None
+
+
+def _number(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
+def _one(items: Sequence[Batch]) -> dict[str, Batch]:
+    (batch,) = items
+    return {"batch": batch}
+
+
+class _Watch(TrainerCallback):  # type: ignore[misc]
+    """Shows progress, refuses gradients that are not finite, marks checkpoints as complete."""
+
+    def __init__(self, module: nn.Module, folder: Path, control: Control) -> None:
+        self._module, self._folder, self._control = module, folder, control
+        self._progress: Iterator[int] = iter(())
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        left = range(state.global_step, state.max_steps)
+        self._progress = iter(self._control.track(left, "finetune", len(left)))
+        next(self._progress, None)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        gradients: list[Tensor] = [p.grad for p in self._module.parameters() if p.grad is not None]
+        if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+            raise NonFiniteError("gradients are not finite", SMALLER)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        next(self._progress, None)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = self._folder / f"checkpoint-{state.global_step}"
+        for path in sorted(folder.iterdir()):
+            files.fsync(path)
+        files.atomic_write(folder / _MARK, b"")
+
+    def close(self) -> None:
+        close = getattr(self._progress, "close", None)
+        if close is not None:
+            close()
+
+
+SMALLER = "use a smaller --learning-rate, or --autocast none; what was there before stays as it is"
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Hide torchrun's variables: this stage is done by one process, and accelerate would wait for the others."""
+    hidden = {name: os.environ.pop(name) for name in _RANK_VARIABLES if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
