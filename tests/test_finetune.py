@@ -251,7 +251,7 @@ def test_bad_input(run: Path, tmp_path: Path, run_cli: Runner, monkeypatch: pyte
     def code_and_message(*words: object) -> tuple[int, str]:
         outcome = run_cli(*words, "--json")
         error = outcome.json["error"]
-        return outcome.code, f"{error['message']} / {error['hint']}"
+        return outcome.code, f"{error['message']} / {error.get('hint', '')}"
 
     assert code_and_message("finetune", run, "--train", "heads")[0] == 2
     assert code_and_message("finetune", run, "--loss", "mse")[0] == 2

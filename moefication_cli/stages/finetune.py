@@ -4,12 +4,14 @@
 records (its refined plans are kept in RUN/refined), so that writing the fine-tuned model over it makes nothing stale.
 """
 
+import importlib.util
 from dataclasses import replace
 
 from moefication_cli.config import ApplyConfig, FinetuneConfig, compared_values
 from moefication_cli.conversion.plan import check_budget, choose_router, routed_layers
 from moefication_cli.conversion.plan_files import budget_of
 from moefication_cli.conversion.search import PlanInputs, fraction_for, make_plans, refined_stage, require_calibrated
+from moefication_cli.errors import UnavailableError
 from moefication_cli.runs.control import Control, Result
 from moefication_cli.runs.costs import finetune_cost
 from moefication_cli.runs.data import calibration_data
@@ -40,9 +42,7 @@ def finetune(
     like = conversion or _conversion_of_model(run)
     like = replace(like, router=choose_router(run, like.router), embed_code=False, finetuned=None)
     if config.train == "lora":
-        from moefication_cli.training.lora import require_peft
-
-        require_peft()
+        _require_peft()
     router_stage = f"router/{like.router}"
     stages: dict[str, Artifact | None] = {name: run.require(name) for name in ("split", router_stage, "activations")}
     split, router, activations = (stages[name] for name in ("split", router_stage, "activations"))
@@ -81,6 +81,14 @@ def finetune(
         "kept": row["kept"],
     }
     return Result("finetune", [row], payload, up_to_date=work.reason is None, notes=[_note(run, config, row["kept"])])
+
+
+def _require_peft() -> None:
+    if importlib.util.find_spec("peft") is None:
+        raise UnavailableError(
+            "--train lora needs the package peft, which is not installed",
+            "pip install 'moefication[lora]', or use --train ffn",
+        )
 
 
 def _note(run: RunDir, config: FinetuneConfig, kept: bool) -> str:

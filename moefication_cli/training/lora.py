@@ -4,7 +4,6 @@ Layers that run their own forward get peft's adapters in place. The projections 
 their weights, so the adapters sit on stand-ins that share the parameters, and the layer is given weight + B A.
 """
 
-import importlib.util
 import math
 import warnings
 from typing import Any
@@ -14,18 +13,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from moefication_cli.conversion.refine import Conversion
-from moefication_cli.errors import ConfigError, UnavailableError
+from moefication_cli.errors import ConfigError
 from moefication_cli.models.sites import FFNSite
 from moefication_cli.training.trained import Trained
-
-
-def require_peft() -> None:
-    """Raise UnavailableError where peft is not installed."""
-    if importlib.util.find_spec("peft") is None:
-        raise UnavailableError(
-            "--train lora needs the package peft, which is not installed",
-            "pip install 'moefication[lora]', or use --train ffn",
-        )
 
 
 class Adapters:
