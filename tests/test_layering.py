@@ -31,6 +31,7 @@ HOMES = {
     "accelerate": {"models"},
     "pymetis": {"split"},
     "k_means_constrained": {"split"},
+    "ortools": {"split"},
     "numba": {"runtime", "split", "compiled"},
     "llvmlite": {"runtime", "compiled"},
     "triton": {"runtime"},

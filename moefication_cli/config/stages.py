@@ -186,7 +186,8 @@ class EvalConfig(TaskConfig, DataConfig):
     """eval: quality and time of the MoE beside the dense model, oracles and baselines."""
 
     selection: tuple[str, ...] | None = option(
-        None, "Comma list of groundtruth,neuron,random,static,paper and routers (default: all there are)"
+        None,
+        "Comma list of groundtruth,neuron,random,static,paper,teal,cmoe and routers, or all (default: all but paper)",
     )
     fractions: tuple[float, ...] | None = option(
         None, "Comma list (default: the fraction of RUN/model)", above=0, maximum=1

@@ -24,7 +24,7 @@ from moefication_cli.runs.inputs import RunModel
 from moefication_cli.runtime.layer import MoEFFN
 from moefication_cli.tasks.examples import Batch, Examples, Scores, Summary, compare, summarise
 
-BASELINES = ("static", "paper")  # what a router must beat
+BASELINES = ("static", "paper", "teal", "cmoe")  # what a router must beat
 
 
 def measure(

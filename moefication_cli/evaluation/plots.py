@@ -8,6 +8,8 @@ _STYLE = {
     "groundtruth": ("#555555", "--", "expert oracle"),
     "static": ("#d95f02", "-", "static pruning"),
     "paper": ("#7570b3", "-", "published recipe"),
+    "teal": ("#a6761d", "-", "TEAL (input sparsity)"),
+    "cmoe": ("#e6ab02", "-", "CMoE (no training)"),
     "random": ("#bbbbbb", "-.", "random experts"),
 }
 _ROUTER_COLOURS = ("#1b9e77", "#1f78b4", "#e7298a", "#66a61e")

@@ -19,6 +19,7 @@ from moefication_cli.config import (
 from moefication_cli.config.option import distribute, offered_options
 from moefication_cli.conversion.search import default_steps
 from moefication_cli.errors import ConfigError
+from moefication_cli.evaluation.table import SELECTIONS
 from moefication_cli.runs.control import Control, Result
 from moefication_cli.runs.inputs import open_model
 from moefication_cli.runs.ranks import Ranks
@@ -120,8 +121,7 @@ def run_stages(
         control.say("no --eval-data: nothing was measured; moefication eval RUN --data ... does it")
         return _last(done)
     fractions = tuple(dict.fromkeys((*(evaluate.fractions or ()), apply.fraction)))
-    baselines = ("groundtruth", "neuron", "random", "static", "paper")
-    selection = evaluate.selection or (*baselines, str(apply.router))
+    selection = evaluate.selection or (*SELECTIONS, str(apply.router))
     config = replace(
         evaluate,
         data=extra.eval_data,

@@ -86,13 +86,14 @@ def _fractions(config: EvalConfig, applied: Artifact | None) -> list[float]:
 def _selections(config: EvalConfig, routers: dict[str, Artifact]) -> list[str]:
     always = [name for name, selection in SELECTIONS.items() if selection.always]
     if config.selection is None:
-        return [*always, "neuron", *routers]
-    asked = config.selection
-    known = {*SELECTIONS, *routers}
+        return [*(name for name, selection in SELECTIONS.items() if selection.default), *routers]
+    asked, known = config.selection, [*SELECTIONS, *routers]
+    if asked == ("all",):
+        return known
     for name in asked:
         if name not in known:
             raise ConfigError(
-                f"--selection {name}: no such selection or trained router", f"there are {', '.join(sorted(known))}"
+                f"--selection {name}: no such selection or trained router", f"there are all, {', '.join(sorted(known))}"
             )
     return list(dict.fromkeys([*always, *asked]))
 
