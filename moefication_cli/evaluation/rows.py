@@ -50,6 +50,15 @@ def row_of(
     }  # fmt: skip
 
 
+def by_data(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """{name: {dense, examples, tokens, rows, ...}} of metrics.json; the name is "" where the data had none."""
+    parts: dict[str, dict[str, Any]] = metrics.get("datasets") or {"": metrics}
+    return {
+        name: part | {"rows": [row for row in metrics["rows"] if row.get("data", "") == name]}
+        for name, part in parts.items()
+    }
+
+
 def compare_with(
     baseline: str, rows: Sequence[SelectionRow], scores: Sequence[Scores], entries: list[dict[str, Any]], seed: int
 ) -> None:
