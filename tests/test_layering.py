@@ -32,6 +32,7 @@ HOMES = {
     "peft": {"training"},
     "pymetis": {"split"},
     "k_means_constrained": {"split"},
+    "ortools": {"split"},
     "numba": {"runtime", "split", "compiled"},
     "llvmlite": {"runtime", "compiled"},
     "triton": {"runtime"},

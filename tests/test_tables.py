@@ -13,7 +13,7 @@ import torch
 from test_stages import write_data
 from tiny_models import save_tiny
 
-from moefication_cli.config import ApplyConfig, RouterConfig, SplitConfig
+from moefication_cli.config import ApplyConfig, EvalConfig, RouterConfig, SplitConfig, options_of
 from moefication_cli.errors import ConfigError
 from moefication_cli.evaluation.table import SELECTIONS
 from moefication_cli.routing.compensation import COMPENSATIONS, compensation_kind
@@ -52,7 +52,9 @@ def test_an_unknown_name_raises(look_up: Any) -> None:
 
 
 def test_selections_are_those_of_the_help() -> None:
-    assert set(SELECTIONS) >= {"groundtruth", "neuron", "random", "static", "paper"}
+    help_text = next(entry for entry in options_of(EvalConfig) if entry.name == "selection").metadata["help"]
+    assert set(SELECTIONS) == {"groundtruth", "neuron", "random", "static", "paper", "teal", "cmoe"}
+    assert all(name in help_text for name in SELECTIONS)
     assert not set(SELECTIONS) & set(ROUTERS) - {"random"}
 
 

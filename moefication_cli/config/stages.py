@@ -204,8 +204,15 @@ class ApplyConfig(Options):
 class EvalConfig(TaskConfig, DataConfig):
     """eval: quality and time of the MoE beside the dense model, oracles and baselines."""
 
+    # Other help than calibration's, so that `run` keeps the two apart (it has --eval-data)
+    data: str | None = option(
+        None,
+        "Hub dataset or local file as in collect-activations; several: valid=valid.txt,other=other.txt",
+        compared=False,
+    )
     selection: tuple[str, ...] | None = option(
-        None, "Comma list of groundtruth,neuron,random,static,paper and routers (default: all there are)"
+        None,
+        "Comma list of groundtruth,neuron,random,static,paper,teal,cmoe and routers, or all (default: all but paper)",
     )
     fractions: tuple[float, ...] | None = option(
         None, "Comma list (default: the fraction of RUN/model)", above=0, maximum=1

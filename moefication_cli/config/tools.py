@@ -13,7 +13,9 @@ Train = Literal["router", "ffn", "lora", "all"]
 class RunConfig(Options):
     """run: what the whole pipeline takes besides the options of its stages."""
 
-    eval_data: str | None = option(None, "Data to evaluate on; without it the run ends with RUN/model")
+    eval_data: str | None = option(
+        None, "Data to evaluate on, one or several as in eval; without it the run ends with RUN/model"
+    )
     eval_split: str | None = option(None, "Split of --eval-data")
     eval_limit: int | None = option(None, "Evaluate on at most this many examples, sampled uniformly", minimum=1)
     recipe: Literal["default", "paper"] = option("default", "paper: published split and router, defects mended")

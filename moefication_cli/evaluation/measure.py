@@ -6,6 +6,7 @@ same examples and share the machine's faster and slower moments.
 
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,45 +25,69 @@ from moefication_cli.runs.inputs import RunModel
 from moefication_cli.runtime.layer import MoEFFN
 from moefication_cli.tasks.examples import Batch, Examples, Scores, Summary, compare, summarise
 
-BASELINES = ("static", "paper")  # what a router must beat
+BASELINES = ("static", "paper", "teal", "cmoe")  # what a router must beat
 
 
 def measure(
-    inputs: EvalInputs, selections: list[str], fractions: list[float], config: EvalConfig, control: Control
+    inputs: EvalInputs,
+    selections: list[str],
+    fractions: list[float],
+    data: dict[str, str],
+    config: EvalConfig,
+    control: Control,
 ) -> dict[str, Any]:
-    """The content of metrics.json. Raises ConfigError (no data, no router, a budget that cannot be met)."""
+    """The content of metrics.json; `data` is {name: data}, as `tasks.data_files.named_data` makes it.
+
+    Rows carry the name of their data, where it has one, in `data`; `datasets` then has what else was measured on each,
+    and `dense`, `examples` and `tokens` are those of the first. Raises ConfigError (no data, no router, a budget that
+    cannot be met).
+    """
     run, model = inputs.run, inputs.model
     dense, converted = (load_whole(run, model, config.task, config.dtype) for _ in range(2))
-    examples = open_examples(run, dense, config, control)
+    opened = {name: open_examples(run, dense, replace(config, data=path), control) for name, path in data.items()}
     rows = all_rows(ground_of(inputs, converted.model, config, control), selections, fractions)
     mask = TokenMask(converted.model)
-    summary, seconds, tokens = _run_all(dense, converted, model, examples, rows, mask, config, control)
-    reference = {
-        "metric": summary.metric,
-        "value": summary.value,
-        "stderr": summary.stderr,
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
-    }
-    sizes = _dense_macs(model, rows)
-    scores = [Scores.join(row.measured) for row in rows]
-    entries = [
-        row_of(row, found, reference, tokens, sizes, control.seed) for row, found in zip(rows, scores, strict=True)
-    ]
-    for baseline in BASELINES:
-        compare_with(baseline, rows, scores, entries, control.seed)
+    measured: dict[str, dict[str, Any]] = {}
+    entries: list[dict[str, Any]] = []
+    for name, examples in opened.items():
+        for row in rows:
+            row.seconds, row.measured = 0.0, []
+        summary, seconds, tokens = _run_all(dense, converted, model, examples, rows, mask, config, control)
+        reference = {
+            "metric": summary.metric,
+            "value": summary.value,
+            "stderr": summary.stderr,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+        }
+        found = _entries(rows, reference, tokens, _dense_macs(model, rows), control.seed)
+        entries += [{"data": name} | entry for entry in found] if name else found
+        measured[name] = {"data": data[name], "examples": summary.num_examples, "tokens": tokens, "dense": reference}
+    first = next(iter(measured.values()))
     return {
         "schema": "moefication/metrics@1",
         "model": str(model.checkpoint.source.ref),
         "data": config.data,
-        "examples": summary.num_examples,
-        "tokens": tokens,
+        "examples": first["examples"],
+        "tokens": first["tokens"],
         "device": str(model.device),
         "threads": torch.get_num_threads(),
         "fraction_is": "a bound on the mean over calibration data; ffn_flops_fraction is what this data took",
-        "dense": reference,
+        "dense": first["dense"],
+        **({} if "" in measured else {"datasets": measured}),
         "rows": entries,
     }
+
+
+def _entries(
+    rows: Sequence[SelectionRow], reference: dict[str, Any], tokens: int, sizes: Sequence[float], seed: int
+) -> list[dict[str, Any]]:
+    """The rows of metrics.json for what was measured last."""
+    scores = [Scores.join(row.measured) for row in rows]
+    entries = [row_of(row, found, reference, tokens, sizes, seed) for row, found in zip(rows, scores, strict=True)]
+    for baseline in BASELINES:
+        compare_with(baseline, rows, scores, entries, seed)
+    return entries
 
 
 def _dense_macs(model: RunModel, rows: Sequence[SelectionRow]) -> list[float]:

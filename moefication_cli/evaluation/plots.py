@@ -3,25 +3,40 @@
 from pathlib import Path
 from typing import Any
 
+from moefication_cli.evaluation.rows import by_data
+
 STYLE = {
     "neuron": ("#999999", ":", "neuron oracle"),
     "groundtruth": ("#555555", "--", "expert oracle"),
     "static": ("#d95f02", "-", "static pruning"),
     "paper": ("#7570b3", "-", "published recipe"),
+    "teal": ("#a6761d", "-", "TEAL (input sparsity)"),
+    "cmoe": ("#e6ab02", "-", "CMoE (no training)"),
     "random": ("#bbbbbb", "-.", "random experts"),
 }
 _ROUTER_COLOURS = ("#1b9e77", "#1f78b4", "#e7298a", "#66a61e")
 
 
 def plot_quality(metrics: dict[str, Any], path: Path) -> None:
-    """Write quality.png: the metric and the KL to dense against `ffn_flops_fraction`, one line per selection."""
+    """Write quality.png: metric and KL to dense against `ffn_flops_fraction`, one line per selection, one row of axes per data set."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    dense, rows = metrics["dense"], metrics["rows"]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
+    parts = by_data(metrics)
+    size = (11, 4.2 * len(parts))
+    figure, axes = pyplot.subplots(len(parts), 2, figsize=size, constrained_layout=True, squeeze=False)
+    for (name, part), (left, right) in zip(parts.items(), axes, strict=True):
+        _plot(part["dense"], part["rows"], left, right)
+        left.set_title(name)
+    axes[0][0].legend(fontsize=8)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def _plot(dense: dict[str, Any], rows: list[dict[str, Any]], left: Any, right: Any) -> None:
+    """One data set: its metric on the left axes, its KL on the right ones."""
     colours = iter(_ROUTER_COLOURS * 4)
     for name in dict.fromkeys(row["selection"] for row in rows):
         points = sorted((r for r in rows if r["selection"] == name), key=lambda r: float(r["ffn_flops_fraction"]))
@@ -38,9 +53,6 @@ def plot_quality(metrics: dict[str, Any], path: Path) -> None:
     for axis in (left, right):
         axis.set_xlabel("share of the dense FFN's multiply-adds")
         axis.grid(alpha=0.3)
-    left.legend(fontsize=8)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-    pyplot.close(figure)
 
 
 def text_chart(metrics: dict[str, Any], width: int = 48) -> list[str]:

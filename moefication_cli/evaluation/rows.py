@@ -7,6 +7,8 @@ from moefication_cli.evaluation.selections import SelectionRow, flops_fractions
 from moefication_cli.tasks.examples import Scores, summarise
 from moefication_cli.tasks.stats import Values, bootstrap_ci, paired_bootstrap
 
+_CALLED = {"static": "static pruning", "paper": "the published recipe", "teal": "TEAL", "cmoe": "CMoE"}
+
 
 def row_of(
     row: SelectionRow, scores: Scores, reference: dict[str, Any], tokens: int, sizes: Sequence[float], seed: int
@@ -48,10 +50,19 @@ def row_of(
     }  # fmt: skip
 
 
+def by_data(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """{name: {dense, examples, tokens, rows, ...}} of metrics.json; the name is "" where the data had none."""
+    parts: dict[str, dict[str, Any]] = metrics.get("datasets") or {"": metrics}
+    return {
+        name: part | {"rows": [row for row in metrics["rows"] if row.get("data", "") == name]}
+        for name, part in parts.items()
+    }
+
+
 def compare_with(
     baseline: str, rows: Sequence[SelectionRow], scores: Sequence[Scores], entries: list[dict[str, Any]], seed: int
 ) -> None:
-    """Adds to each entry the paired difference of KL to `static` or `paper` at the same fraction, with a 95 % interval."""
+    """Adds to each entry the paired difference of KL to this baseline at the same fraction, with a 95 % interval."""
     found = {v.fraction: s for v, s in zip(rows, scores, strict=True) if v.selection == baseline}
     for row, mine, entry in zip(rows, scores, entries, strict=True):
         base = found.get(row.fraction)
@@ -67,9 +78,8 @@ def lost_to(baseline: str, entry: dict[str, Any]) -> str | None:
     interval = entry.get(f"kl_minus_{baseline}_interval")
     if entry["kind"] != "router" or interval is None or interval[1] < 0:
         return None
-    name = {"static": "static pruning", "paper": "the published recipe"}[baseline]
     return (
-        f"{entry['selection']} at {entry['fraction']:g} does not beat {name} "
+        f"{entry['selection']} at {entry['fraction']:g} does not beat {_CALLED[baseline]} "
         f"(KL difference {entry[f'kl_minus_{baseline}']:+.4f}, 95 % interval {interval[0]:+.4f} to {interval[1]:+.4f})"
     )
 

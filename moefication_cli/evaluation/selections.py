@@ -5,6 +5,7 @@
     random        random experts of the same split
     static        pruning by importance, no router (FLAP, arXiv 2312.11983: variance x norm, mean compensation)
     paper         published split and router (MoEfication), from RUN/baseline/paper
+    teal, cmoe    peers at the same multiply-adds: input sparsity and training-free experts, see `teal.py` and `cmoe.py`
     <router>      a trained router
     dense-finetuned   what RUN/model is with every neuron on, where fine-tuning changed its weights
 
@@ -89,10 +90,19 @@ class DenseFFN:
 
 
 class PinnedFFN:
-    """A layer with weights of its own: installing it does not exchange them for the model's."""
+    """A layer with weights of its own: installing it does not exchange them for the model's.
 
-    def __init__(self, layer: MoEFFN | PrunedFFN) -> None:
-        self.layer = layer
+    `overhead`: multiply-adds relative to the dense FFN that a selection without a `Router` costs while experts are off.
+    """
+
+    def __init__(self, layer: MoEFFN | PrunedFFN, overhead: float | None = None) -> None:
+        self.layer, self.overhead = layer, overhead
+
+    @property
+    def flops_fraction(self) -> float | None:
+        """Measured multiply-adds relative to dense; None where the row's plan knows what its router costs."""
+        share = self.active_fraction
+        return None if self.overhead is None else share + (self.overhead if share < 1 else 0.0)
 
     @property
     def active_fraction(self) -> float:
@@ -215,18 +225,22 @@ def selected_row(
 def count_selections(row: SelectionRow) -> None:
     """Starts counting, from zero, what each layer of the row selects."""
     for layer in row.layers:
-        moe = layer.layer if isinstance(layer, PinnedFFN) else layer
-        if isinstance(moe, MoEFFN):
-            moe.count_selections()
+        counting = layer.layer if isinstance(layer, PinnedFFN) else layer
+        if hasattr(counting, "count_selections"):
+            counting.count_selections()
 
 
 def flops_fractions(row: SelectionRow) -> list[float]:
     """Per layer, the multiply-adds really spent relative to dense: measured active neurons, router and correction.
 
-    Oracles and pruning have no router to pay for: what they compute is their active share.
+    Oracles and pruning have no router to pay for: what they compute is their active share. Layers of peers measure it.
     """
     found = []
     for number, layer in enumerate(row.layers):
+        own = getattr(layer, "flops_fraction", None)
+        if own is not None:
+            found.append(float(own))
+            continue
         share = float(layer.active_fraction)  # type: ignore[attr-defined]
         plan = row.plans[number] if row.plans else None
         if plan is not None and plan.rule is not None and share < 1:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from moefication_cli.config import ApplyConfig, EvalConfig
-from moefication_cli.conversion.plan import RoutedLayer, routed_layers
+from moefication_cli.conversion.plan import Budget, RoutedLayer, routed_layers
 from moefication_cli.conversion.plan_files import read_plans
 from moefication_cli.conversion.search import PlanInputs, make_plans
 from moefication_cli.errors import ConfigError
 from moefication_cli.evaluation.baselines import paper_row, static_row
+from moefication_cli.evaluation.cmoe import cmoe_row
 from moefication_cli.evaluation.selections import (
     DenseFFN,
     NeuronOracleFFN,
@@ -23,6 +24,7 @@ from moefication_cli.evaluation.selections import (
     routed_row,
     selected_row,
 )
+from moefication_cli.evaluation.teal import teal_row
 from moefication_cli.models.loading import load_model
 from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.surgery import live_weights, permute_in_place
@@ -90,11 +92,15 @@ def ground_of(inputs: EvalInputs, net: Any, config: EvalConfig, control: Control
 
 @dataclass(frozen=True)
 class Selection:
-    """A row of `SELECTIONS`. `always`: measured whatever is asked for, because other figures need it."""
+    """A row of `SELECTIONS`. `always`: measured whatever is asked for, because other figures need it.
+
+    `default`: measured where nothing is asked for.
+    """
 
     rows: Callable[[Ground, float], list[SelectionRow]]
     reads_activations: bool = False
     always: bool = False
+    default: bool = True
 
 
 def _groundtruth(ground: Ground, fraction: float) -> list[SelectionRow]:
@@ -130,12 +136,27 @@ def _paper(ground: Ground, fraction: float) -> list[SelectionRow]:
     return [paper_row(ground.inputs.run, ground.inputs.model, fraction, ground.config, ground.dtype, ground.control)]
 
 
+def _teal(ground: Ground, fraction: float) -> list[SelectionRow]:
+    inputs = ground.inputs
+    assert inputs.activations is not None
+    return [teal_row(inputs.run, inputs.model, inputs.activations, ground.net, fraction, ground.control)]
+
+
+def _cmoe(ground: Ground, fraction: float) -> list[SelectionRow]:
+    assert ground.inputs.activations is not None
+    budget = Budget(fraction, ground.config.fraction_of)
+    model, activations, backend = ground.inputs.model, ground.inputs.activations, ground.config.backend
+    return [cmoe_row(model, activations, budget, backend, ground.dtype, ground.control)]
+
+
 SELECTIONS: dict[str, Selection] = {
     "groundtruth": Selection(_groundtruth, always=True),
     "random": Selection(_random, always=True),  # counts the tokens of every FFN for the other rows
     "static": Selection(_static, reads_activations=True, always=True),
     "neuron": Selection(_neuron),
-    "paper": Selection(_paper, reads_activations=True),
+    "paper": Selection(_paper, reads_activations=True, default=False),  # clusters and trains a router for every layer
+    "teal": Selection(_teal, reads_activations=True),
+    "cmoe": Selection(_cmoe, reads_activations=True),
 }
 
 

@@ -1,6 +1,6 @@
 """From a run's data and task options to `Examples`; what the user said once is remembered in run.json."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from moefication_cli.runs.control import Control
 from moefication_cli.runs.inputs import RunModel
 from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.rundir import RunDir
+from moefication_cli.tasks.data_files import named_data
 from moefication_cli.tasks.examples import Batch, Examples, TaskOptions
 from moefication_cli.tasks.reading import data_digest, load_rows
 from moefication_cli.tasks.task import prepare
@@ -52,7 +53,9 @@ def check_evaluation_data(run: RunDir, model: RunModel, config: EvalConfig, cont
     """Raise ConfigError where `eval` would: data that is not there or cannot be read, labels that the model has not."""
     checkpoint = model.checkpoint
     words = load_tokenizer(checkpoint.source, control.trust_remote_code)
-    _read_examples(run, TextReader(words, checkpoint.config, checkpoint.source), config, Control(seed=control.seed))
+    reader = TextReader(words, checkpoint.config, checkpoint.source)
+    for data in named_data(config.data).values():
+        _read_examples(run, reader, replace(config, data=data), Control(seed=control.seed))
 
 
 def _read_examples(

@@ -8,7 +8,7 @@ from moefication_cli.errors import ConfigError
 from moefication_cli.models.folder.contents import fingerprint, tokenizer_digest, weight_files
 from moefication_cli.store.manifest import BASE_MODEL, Manifest
 from moefication_cli.store.rundir import RunDir
-from moefication_cli.tasks.data_files import Purpose, expanded, local_digest
+from moefication_cli.tasks.data_files import Purpose, expanded, local_digest, named_data
 
 GONE = "not there any more"  # in place of a digest
 
@@ -27,11 +27,19 @@ def inputs_today(run: RunDir, manifest: Manifest) -> Mapping[str, str]:
             found["tokenizer"] = tokenizer_digest(folder, run.hashes.sha256)
         except (ConfigError, OSError):
             found |= {BASE_MODEL: GONE, "tokenizer": GONE}
-    data = manifest.values.get("data")
-    if "data" in manifest.inputs and isinstance(data, str) and Path(data).is_absolute():
-        purpose: Purpose = "calibrate" if manifest.stage == "activations" else "evaluate"
-        found["data"] = GONE
+    purpose: Purpose = "calibrate" if manifest.stage == "activations" else "evaluate"
+    for name, data in _data(manifest).items():
+        found[name] = GONE
         with suppress(ConfigError, OSError):
-            found["data"] = local_digest(expanded(data), manifest.values.get("split"), purpose, run.hashes.sha256)
+            found[name] = local_digest(expanded(data), manifest.values.get("split"), purpose, run.hashes.sha256)
     run.hashes.save()
     return found
+
+
+def _data(manifest: Manifest) -> Mapping[str, str]:
+    """The local data files of a stage, by the names of its inputs."""
+    text = manifest.values.get("data")
+    if not isinstance(text, str) or not any(name.partition("/")[0] == "data" for name in manifest.inputs):
+        return {}
+    named = {f"data/{name}" if name else "data": path for name, path in named_data(text).items()}
+    return {name: path for name, path in named.items() if Path(path).is_absolute()}

@@ -243,3 +243,22 @@ def constrained_kmeans(x_FD: Tensor, num_experts: int, seed: int = 0, n_init: in
     expert_F = torch.from_numpy(np.asarray(labels).astype(np.int64))
     value = inertia(x_FD, expert_F, num_experts)
     return KMeansResult(expert_F, value, (value,))
+
+
+def balanced_assignment(cost_FE: Tensor) -> Tensor:
+    """expert_F int64 [F]: least total cost with F / E rows for every column; `cost_FE` int64 >= 0, on any device.
+
+    Min-cost flow (OR-tools), exact; F * E arcs: 25 ms for F = 3072, E = 12. Raises ConfigError where E does not divide F.
+    """
+    from ortools.graph.python import min_cost_flow  # what k-means-constrained solves its assignments with
+
+    rows, columns = cost_FE.shape
+    check_divides(rows, columns)
+    flow = min_cost_flow.SimpleMinCostFlow()
+    left, right = np.repeat(np.arange(rows), columns), rows + np.tile(np.arange(columns), rows)
+    arcs = flow.add_arcs_with_capacity_and_unit_cost(left, right, np.ones_like(left), cost_FE.cpu().numpy().ravel())
+    supply = np.concatenate([np.ones(rows, np.int64), np.full(columns, -(rows // columns))])
+    flow.set_nodes_supplies(np.arange(rows + columns), supply)
+    assert flow.solve() == flow.OPTIMAL
+    taken = torch.from_numpy(np.asarray(flow.flows(arcs))).view(rows, columns)
+    return taken.argmax(1)

@@ -47,6 +47,7 @@ from moefication_cli.store import jsonio
 from moefication_cli.store.files import atomic_write, make_dirs
 from moefication_cli.store.rundir import RunDir
 
+_MEASURED = ("groundtruth", "neuron", "random", "static", "paper", "teal", "cmoe")  # besides the router
 CONFIGS = (RunConfig, CollectConfig, EvalConfig, SplitConfig, RouterConfig, ApplyConfig)
 
 
@@ -188,14 +189,13 @@ def estimate_stages(
 
 def _evaluation(extra: RunConfig, evaluate: EvalConfig, apply: ApplyConfig) -> EvalConfig:
     """What `run` evaluates: its router and every baseline, at its fraction and those asked for."""
-    baselines = ("groundtruth", "neuron", "random", "static", "paper")
     return replace(
         evaluate,
         data=extra.eval_data,
         split=extra.eval_split,
         limit=extra.eval_limit,
         fractions=tuple(dict.fromkeys((*(evaluate.fractions or ()), apply.fraction))),
-        selection=evaluate.selection or (*baselines, str(apply.router)),
+        selection=evaluate.selection or (*_MEASURED, str(apply.router)),
         fraction_of=apply.fraction_of,
     )
 

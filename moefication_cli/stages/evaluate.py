@@ -7,7 +7,7 @@ from moefication_cli.config import EvalConfig
 from moefication_cli.errors import ConfigError
 from moefication_cli.evaluation.measure import BASELINES, measure
 from moefication_cli.evaluation.plots import plot_quality
-from moefication_cli.evaluation.rows import lost_to
+from moefication_cli.evaluation.rows import by_data, lost_to
 from moefication_cli.evaluation.table import SELECTIONS, EvalInputs
 from moefication_cli.runs.control import Control, Result
 from moefication_cli.runs.costs import eval_cost
@@ -17,6 +17,7 @@ from moefication_cli.runs.inputs import absolute, begin_options, open_model
 from moefication_cli.store import jsonio
 from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.rundir import RunDir
+from moefication_cli.tasks.data_files import named_data
 
 _TABLE = (
     "selection",
@@ -33,9 +34,10 @@ _TABLE = (
 
 
 def evaluate(run: RunDir, config: EvalConfig, control: Control = Control()) -> Result:
-    """Measure every selection at every fraction; writes RUN/eval/<name>/metrics.json and quality.png.
+    """Measure every selection at every fraction, on every data set; writes RUN/eval/<name>/metrics.json and quality.png.
 
         evaluate(RunDir("RUN"), EvalConfig(data="test.txt")).rows
+        evaluate(RunDir("RUN"), EvalConfig(data="valid=valid.txt,other=other.txt")).rows  # each with its `data`
 
     Raises ConfigError (no data, unknown selection), MissingArtifactError, StaleArtifactError.
     """
@@ -53,14 +55,19 @@ def evaluate(run: RunDir, config: EvalConfig, control: Control = Control()) -> R
         cost = eval_cost(model, config.data, config.limit, len(fractions) * len(selections))
         return estimate("eval", model, run.path(f"eval/{config.name}"), cost, stages)
     used = {f"router/{name}": stage for name, stage in routers.items() if name in selections}
-    config = replace(config, data=absolute(config.data))
-    options = begin_options(config, control, model, {**stages, **used}, data_inputs(run, model, config))
+    data = {name: str(absolute(path)) for name, path in named_data(config.data).items()}
+    digests: dict[str, str] = {}
+    for name, path in data.items():
+        found = data_inputs(run, model, replace(config, data=path))
+        digests |= {f"data/{name}" if name and key == "data" else key: digest for key, digest in found.items()}
+    config = replace(config, data=",".join(f"{name}={path}" if name else path for name, path in data.items()))
+    options = begin_options(config, control, model, {**stages, **used}, digests)
     with run.begin(f"eval/{config.name}", options) as work:
         if work.up_to_date:
             metrics = jsonio.read_object(run.path(f"eval/{config.name}") / "metrics.json")
         else:
             inputs = EvalInputs(run, model, split, routers, applied, activations)
-            metrics = measure(inputs, selections, fractions, config, control)
+            metrics = measure(inputs, selections, fractions, data, config, control)
             jsonio.write(work.folder / "metrics.json", metrics)
             plot_quality(metrics, work.folder / "quality.png")
             work.finish({"metric": metrics["dense"]["metric"], "rows": len(metrics["rows"])})
@@ -77,27 +84,33 @@ def _fractions(config: EvalConfig, applied: Artifact | None) -> list[float]:
 def _selections(config: EvalConfig, routers: dict[str, Artifact]) -> list[str]:
     always = [name for name, selection in SELECTIONS.items() if selection.always]
     if config.selection is None:
-        return [*always, "neuron", *routers]
-    asked = config.selection
-    known = {*SELECTIONS, *routers}
+        return [*(name for name, selection in SELECTIONS.items() if selection.default), *routers]
+    asked, known = config.selection, [*SELECTIONS, *routers]
+    if asked == ("all",):
+        return known
     for name in asked:
         if name not in known:
             raise ConfigError(
-                f"--selection {name}: no such selection or trained router", f"there are {', '.join(sorted(known))}"
+                f"--selection {name}: no such selection or trained router", f"there are all, {', '.join(sorted(known))}"
             )
     return list(dict.fromkeys([*always, *asked]))
 
 
 def _result(run: RunDir, config: EvalConfig, metrics: dict[str, Any], up_to_date: bool) -> Result:
-    dense = metrics["dense"]
-    head = {"selection": "dense", "fraction": 1.0, "value": dense["value"], "relative": 1.0, "speedup": 1.0}
-    table = [head, *({name: row[name] for name in _TABLE} for row in metrics["rows"])]
+    table: list[dict[str, Any]] = []
+    notes: list[str] = []
+    for name, part in by_data(metrics).items():
+        dense, label = part["dense"], {"data": name} if name else {}
+        head = {"selection": "dense", "fraction": 1.0, "value": dense["value"], "relative": 1.0, "speedup": 1.0}
+        table += [label | head, *(label | {key: row[key] for key in _TABLE} for row in part["rows"])]
+        of = f"{name}: " if name else ""
+        notes.append(
+            f"{of}value is {dense['metric']}; KL and agreement are to the dense model; "
+            f"all rows on {part['examples']} examples"
+        )
+        said = [lost_to(baseline, row) for row in part["rows"] for baseline in BASELINES]
+        notes += [of + sentence for sentence in said if sentence is not None]
     path = run.path(f"eval/{config.name}")
-    notes = [
-        f"value is {dense['metric']}; KL and agreement are to the dense model; all rows on {metrics['examples']} examples"
-    ]
-    said = [lost_to(baseline, row) for row in metrics["rows"] for baseline in BASELINES]
-    notes += [sentence for sentence in said if sentence is not None]
     notes.append(f"plot: {path / 'quality.png'}   numbers: {path / 'metrics.json'}")
     payload = {key: value for key, value in metrics.items() if key != "rows"} | {"table": table}
     payload["metrics_path"] = str(path / "metrics.json")

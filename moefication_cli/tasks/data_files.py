@@ -34,6 +34,28 @@ def expanded(ref: str | Path) -> Path:
         ) from None
 
 
+def named_data(text: str | None) -> dict[str, str]:
+    """{name: data} of `--data valid=valid.txt,other=other.txt`; {"": data} of a plain path or hub dataset.
+
+    A file that exists under the whole text is that file. Raises ConfigError: no data, parts without a name, a name twice.
+    """
+    if text is None:
+        raise ConfigError("no data was named", "name a file or hub dataset with --data")
+    parts = [part.partition("=") for part in text.split(",")]
+    named = re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", parts[0][0]) is not None and parts[0][1] == "="
+    if not named or Path(text).exists():
+        return {"": text}
+    found: dict[str, str] = {}
+    for name, _, data in parts:
+        name = name.strip()
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) or not data:
+            raise ConfigError(f"--data {text}: {name!r} is not NAME=DATA", "write e.g. valid=valid.txt,other=other.txt")
+        if name in found:
+            raise ConfigError(f"--data {text}: two data sets are named {name}", "give each a name of its own")
+        found[name] = data
+    return found
+
+
 def find_files(path: Path, split: str | None, preferred: Sequence[str], notes: list[str]) -> list[Path]:
     """The data files of a path: itself, or those of a folder that belong to the split. ConfigError if there is none."""
     if path.is_file():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moefication_cli.errors import MoEficationError
+from moefication_cli.evaluation.rows import by_data
 from moefication_cli.models.folder.moe_folder import MoEFolder, read_moe_folder
 from moefication_cli.models.loading import load, load_tokenizer
 from moefication_cli.models.surgery import installed_layers
@@ -60,7 +61,9 @@ def gather(run: RunDir, model: RunModel, control: Control) -> ReportData:
     data.stages = [_stage(name, stage) for name, stage in made.items() if name != "report"]
     for name in (name for name in made if name.startswith("eval/")):
         metrics = jsonio.read_object(made[name].path / "metrics.json")
-        data.evaluations.append({"name": name.partition("/")[2], **metrics})
+        for dataset, part in by_data(metrics).items():
+            title = name.partition("/")[2] + (f": {dataset}" if dataset else "")
+            data.evaluations.append({**metrics, **part, "name": title})
     if not data.evaluations:
         data.missing.append(f"quality: moefication eval {run.root} --data TEST")
     converted, activations = made.get("model"), made.get("activations")
