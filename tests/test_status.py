@@ -180,3 +180,22 @@ def test_clean_stays_in_the_run(made: Path, run_cli: Runner) -> None:
     refused = run_cli("clean", made, "graph", "--json")
     assert refused.code == 1 and "was not made by this program" in refused.json["error"]["message"]
     assert (made / "graph" / "notes.txt").exists()
+
+
+def test_config_of_a_run_repeats_it(made: Path, run_cli: Runner, tmp_path: Path) -> None:
+    shown = run_cli("config", made)
+    assert shown.code == 0
+    file = tmp_path / "run.toml"
+    file.write_text(shown.out)
+    found = run_cli.ok("config", made)
+    assert found["config"]["split"]["expert_size"] == 4 and found["sources"]["split"]["expert_size"] == "command line"
+    assert found["sources"]["split"]["method"] == "default"
+    again = tmp_path / "again"
+    for command in ("collect-activations", "split", "train-router", "apply"):
+        run_cli.ok(command, again, "--config", file)
+    for stage in ("activations", "split", "router/regression", "model"):
+        manifests = [json.loads((run / stage / "manifest.json").read_text()) for run in (made, again)]
+        assert manifests[0]["digest"] == manifests[1]["digest"], stage
+    assert run_cli.ok("config", "split")["config"]["split"]["method"] == "activation"
+    refused = run_cli("config", "splitt", "--json")
+    assert refused.code == 2 and "did you mean split?" in refused.json["error"]["hint"]

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import typer
 
+from moefication_cli.cli.care import add_commands
 from moefication_cli.cli.commands import app
 from moefication_cli.cli.console import Console
 from moefication_cli.cli.options import ENV_PREFIX
@@ -16,6 +17,8 @@ from moefication_cli.errors import MoEficationError
 from moefication_cli.runs.ranks import rank_and_size
 
 __all__ = ["app", "exit_code", "main"]
+
+add_commands(app)
 
 
 class _StoppedError(BaseException):

@@ -38,6 +38,7 @@ from moefication_cli.config.tools import (
     ReportConfig,
     RunConfig,
     RunsConfig,
+    ShowConfig,
     StatusConfig,
     TuneConfig,
     VerifyConfig,
@@ -46,6 +47,6 @@ from moefication_cli.config.tools import (
 __all__ = [
     "LAYERS", "ApplyConfig", "BenchConfig", "CleanConfig", "CollectConfig", "ControlConfig", "DataConfig", "DemoConfig",
     "EvalConfig", "ExportConfig", "FinetuneConfig", "FormatName", "GraphConfig", "ModelConfig", "Options", "ReportConfig",
-    "RouterConfig", "RunConfig", "RunsConfig", "Score", "SplitConfig", "StatusConfig", "TaskConfig", "TaskName",
+    "RouterConfig", "RunConfig", "RunsConfig", "Score", "ShowConfig", "SplitConfig", "StatusConfig", "TaskConfig", "TaskName",
     "TuneConfig", "VerifyConfig", "compared_values", "option", "options_of", "recorded_values", "same_option",
 ]  # fmt: skip

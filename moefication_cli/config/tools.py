@@ -95,6 +95,11 @@ class RunsConfig(Options):
 
 
 @dataclass(frozen=True)
+class ShowConfig(Options):
+    """config: has no options of its own."""
+
+
+@dataclass(frozen=True)
 class CleanConfig(Options):
     """clean: what to delete besides the stage that is named."""
 

@@ -1,0 +1,82 @@
+"""config: the options of a run or of a command, as TOML that `--config` reads. Imports no torch."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from moefication_cli import config as configs
+from moefication_cli.config import ShowConfig, options_of
+from moefication_cli.errors import ConfigError, MissingArtifactError
+from moefication_cli.runs.control import Control, Result
+from moefication_cli.store.artifact import COMMANDS, StagePaths, stages_in
+from moefication_cli.store.rundir import RunDir
+
+_OPTIONS: dict[str, tuple[type, ...]] = {
+    "collect-activations": (configs.CollectConfig,),
+    "build-graph": (configs.GraphConfig,),
+    "split": (configs.SplitConfig,),
+    "train-router": (configs.RouterConfig,),
+    "apply": (configs.ApplyConfig,),
+    "eval": (configs.EvalConfig,),
+    "run": (configs.RunConfig,),
+    "tune": (configs.TuneConfig,),
+    "finetune": (configs.FinetuneConfig,),
+    "export": (configs.ExportConfig,),
+    "bench": (configs.BenchConfig,),
+    "demo": (configs.DemoConfig,),
+}
+_NOT_OPTIONS = {"seed"}  # of every stage, recorded with its own
+
+
+def show_config(target: str, config: ShowConfig, control: Control) -> Result:
+    """TOML, one table per command, with where each value came from: of the stages of a run, or a command's defaults.
+
+    Raises ConfigError for a name that is neither, MissingArtifactError for a run without stages.
+    """
+    if target in _OPTIONS:
+        entries = {e.name: (e.default, "default") for kind in _OPTIONS[target] for e in options_of(kind)}
+        return _result({target: entries})
+    root = Path(target)
+    if not (root / "run.json").is_file():
+        near = difflib.get_close_matches(target, _OPTIONS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"commands are {', '.join(_OPTIONS)}"
+        raise ConfigError(f"{target} is neither a run directory nor a command with options", hint)
+    tables: dict[str, dict[str, tuple[Any, str]]] = {}
+    info = RunDir(root).info
+    for stage in stages_in(root):
+        manifest = StagePaths(root, stage).read_manifest_or_none()
+        command = COMMANDS[stage.partition("/")[0]]
+        if manifest is None or command not in _OPTIONS or stage.partition("/")[0] in ("refined", "baseline"):
+            continue
+        known = {e.name for kind in _OPTIONS[command] for e in options_of(kind)} | _NOT_OPTIONS
+        tables[command] = {
+            name: (entry["value"], entry["source"]) for name, entry in manifest.config.items() if name in known
+        }
+    if not tables:
+        raise MissingArtifactError(f"{root}: nothing has been made here yet", f"moefication run {root} --model MODEL")
+    first = next(iter(tables.values()))
+    if info.model is not None and "model" in first:
+        first["model"] = (info.model, "run.json")
+    return _result(tables)
+
+
+def _result(tables: dict[str, dict[str, tuple[Any, str]]]) -> Result:
+    lines = []
+    for command, entries in tables.items():
+        lines += [f"[{command}]"]
+        for name, (value, source) in entries.items():
+            key = name.replace("_", "-")
+            if value is None:
+                lines.append(f"# {key} is not set")
+            else:
+                lines.append(f"{key} = {_toml(value)}" + ("" if source == "default" else f"  # {source}"))
+        lines.append("")
+    values = {command: {name: value for name, (value, _) in entries.items()} for command, entries in tables.items()}
+    sources = {command: {name: source for name, (_, source) in entries.items()} for command, entries in tables.items()}
+    return Result("config", [], {"config": values, "sources": sources}, notes=lines)
+
+
+def _toml(value: Any) -> str:
+    """A string, number, bool or list of them; JSON writes these as TOML reads them."""
+    return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
