@@ -45,7 +45,7 @@ def test_all_stages(name: str, dtype: str, tmp_path: Path, run_cli: Runner, monk
     run_cli.ok("train-router", run, "--epochs", 2)
     # On a CPU whole models are refined in float32 unless told otherwise; on CUDA in the checkpoint's dtype
     own = data.load_whole
-    monkeypatch.setattr(search, "load_whole", lambda r, m: own(r, m, dtype=dtype))
+    monkeypatch.setattr(search, "load_whole", lambda r, m, **_: own(r, m, dtype=dtype))
     run_cli.ok("apply", run, "--fraction", 0.5, "--refine", 8)
     selection = "groundtruth,neuron,random,static,paper,regression"
     found = run_cli.ok(
