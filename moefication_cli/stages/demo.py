@@ -23,6 +23,7 @@ from moefication_cli.tasks.stdlib import Part, stdlib_documents
 
 _CALIBRATION_TOKENS = 32768
 _EVAL_WINDOWS = 48
+_MEASURED = ("groundtruth", "neuron", "random", "static", "paper", "regression")  # peers take minutes
 _REFINE_STEPS = 20  # at each fraction: minutes are all the demo has
 
 
@@ -33,7 +34,12 @@ def demo(run: RunDir, config: DemoConfig, control: Control) -> Result:
     """
     made = RunConfig(eval_limit=_EVAL_WINDOWS)
     collect = CollectConfig(model=str(demo_model()), max_tokens=_CALIBRATION_TOKENS)
-    stages = (SplitConfig(), RouterConfig(), ApplyConfig(refine=_REFINE_STEPS), EvalConfig(fractions=config.fractions))
+    stages = (
+        SplitConfig(),
+        RouterConfig(),
+        ApplyConfig(refine=_REFINE_STEPS),
+        EvalConfig(fractions=config.fractions, selection=_MEASURED),
+    )
     if control.dry_run:  # the data would be written first
         result = estimate_stages(run, made, collect, *stages, control)
         return replace(result, command="demo")
