@@ -10,15 +10,13 @@ from moefication_cli.config import (
     CleanConfig,
     ControlConfig,
     ReportConfig,
-    RunsConfig,
-    ShowConfig,
     StatusConfig,
-    VerifyConfig,
 )
 from moefication_cli.errors import ConfigError
 
 _WATCH_SECONDS = 3.0  # between two looks of `status --watch`
 _STAGES_ONLY = ("device", "seed", "layers", "force", "trust_remote_code")
+_READS = (*_STAGES_ONLY, "dry_run")
 
 
 def _report(runs: list[str], config: ReportConfig, control: ControlConfig, sources: Sources) -> None:
@@ -45,11 +43,11 @@ def _status(run: str, config: StatusConfig, control: ControlConfig, sources: Sou
         time.sleep(_WATCH_SECONDS)
 
 
-def _verify(target: str, config: VerifyConfig, control: ControlConfig, sources: Sources) -> None:
+def _verify(target: str, control: ControlConfig, sources: Sources) -> None:
     """Read every byte of a run or of a converted model; name each damaged file and the command that makes it anew."""
     from moefication_cli.stages.verify import verify
 
-    run_command(control, sources, lambda c: verify(target, config, c))
+    run_command(control, sources, lambda c: verify(target, c))
 
 
 def _clean(run: str, stage: str, config: CleanConfig, control: ControlConfig, sources: Sources) -> None:
@@ -60,18 +58,18 @@ def _clean(run: str, stage: str, config: CleanConfig, control: ControlConfig, so
     run_command(control, sources, lambda c: clean(RunDir(run), stage, config, c))
 
 
-def _runs(folder: str, config: RunsConfig, control: ControlConfig, sources: Sources) -> None:
+def _runs(folder: str, control: ControlConfig, sources: Sources) -> None:
     """List the runs below a folder: model, method, fraction, quality and state."""
     from moefication_cli.stages.status import list_runs
 
-    run_command(control, sources, lambda c: list_runs(folder, config, c))
+    run_command(control, sources, lambda c: list_runs(folder))
 
 
-def _config(target: str, config: ShowConfig, control: ControlConfig, sources: Sources) -> None:
+def _config(target: str, control: ControlConfig, sources: Sources) -> None:
     """Show the options a run was made with, or those of a command, as a file that --config reads."""
     from moefication_cli.stages.show_config import show_config
 
-    run_command(control, sources, lambda c: show_config(target, config, c))
+    run_command(control, sources, lambda c: show_config(target))
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -86,15 +84,15 @@ def add_commands(app: typer.Typer) -> None:
         many=True,
         without=("layers", "dry_run"),
     )
-    register(app, "status", [StatusConfig], _status, without=(*_STAGES_ONLY, "dry_run"))
+    register(app, "status", [StatusConfig], _status, without=_READS)
     register(
         app,
         "verify",
-        [VerifyConfig],
+        [],
         _verify,
         argument="run_or_model",
         argument_help="Run directory, or a folder that apply wrote",
-        without=(*_STAGES_ONLY, "dry_run"),
+        without=_READS,
     )
     register(
         app,
@@ -107,19 +105,19 @@ def add_commands(app: typer.Typer) -> None:
     register(
         app,
         "runs",
-        [RunsConfig],
+        [],
         _runs,
         argument="folder",
         argument_help="Folder with run directories below it",
         argument_default="artifacts",
-        without=(*_STAGES_ONLY, "dry_run"),
+        without=_READS,
     )
     register(
         app,
         "config",
-        [ShowConfig],
+        [],
         _config,
         argument="run_or_command",
         argument_help="Run directory, or the name of a command",
-        without=(*_STAGES_ONLY, "dry_run"),
+        without=_READS,
     )

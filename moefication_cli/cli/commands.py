@@ -160,15 +160,11 @@ def _pipeline(
     sources: Sources,
 ) -> None:
     """All stages in order for any model, skipping what is up to date."""
-    from moefication_cli.stages.convert import run_stages
+    from moefication_cli.stages.convert import Pipeline, run_stages
     from moefication_cli.store.rundir import RunDir
 
-    run_command(
-        control,
-        sources,
-        lambda c: run_stages(RunDir(run), extra, collect, split, router, apply, evaluate, c),
-        shared=True,
-    )
+    asked = Pipeline(extra, collect, evaluate, split, router, apply)
+    run_command(control, sources, lambda c: run_stages(RunDir(run), asked, c), shared=True)
 
 
 def _tune(run: str, config: TuneConfig, control: ControlConfig, sources: Sources) -> None:

@@ -37,16 +37,13 @@ from moefication_cli.config.tools import (
     FinetuneConfig,
     ReportConfig,
     RunConfig,
-    RunsConfig,
-    ShowConfig,
     StatusConfig,
     TuneConfig,
-    VerifyConfig,
 )
 
 __all__ = [
     "LAYERS", "ApplyConfig", "BenchConfig", "CleanConfig", "CollectConfig", "ControlConfig", "DataConfig", "DemoConfig",
     "EvalConfig", "ExportConfig", "FinetuneConfig", "FormatName", "GraphConfig", "ModelConfig", "Options", "ReportConfig",
-    "RouterConfig", "RunConfig", "RunsConfig", "Score", "ShowConfig", "SplitConfig", "StatusConfig", "TaskConfig", "TaskName",
-    "TuneConfig", "VerifyConfig", "compared_values", "option", "options_of", "recorded_values", "same_option",
+    "RouterConfig", "RunConfig", "Score", "SplitConfig", "StatusConfig", "TaskConfig", "TaskName",
+    "TuneConfig", "compared_values", "option", "options_of", "recorded_values", "same_option",
 ]  # fmt: skip

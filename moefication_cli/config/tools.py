@@ -85,21 +85,6 @@ class StatusConfig(Options):
 
 
 @dataclass(frozen=True)
-class VerifyConfig(Options):
-    """verify: has no options of its own."""
-
-
-@dataclass(frozen=True)
-class RunsConfig(Options):
-    """runs: has no options of its own."""
-
-
-@dataclass(frozen=True)
-class ShowConfig(Options):
-    """config: has no options of its own."""
-
-
-@dataclass(frozen=True)
 class CleanConfig(Options):
     """clean: what to delete besides the stage that is named."""
 

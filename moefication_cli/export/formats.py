@@ -125,16 +125,16 @@ def _projections(ffn: FFNWeights, start: int, stop: int, down_scale: float = 1.0
     return ffn.w_gate_FD[start:stop].contiguous(), ffn.w_up_FD[start:stop].contiguous(), down_DN.contiguous()
 
 
-def _shared(layer: Layer, prefix: str, size: int, down_scale: float = 1.0) -> dict[str, Tensor]:
-    """The shared expert, filled with zeros to `size` neurons."""
+def _shared_parts(layer: Layer, size: int, down_scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """`_projections` of the shared expert, filled with zeros to `size` neurons."""
     gate, up, down = _projections(layer.ffn, 0, layer.shape.num_shared, down_scale)
-    missing = size - layer.shape.num_shared
-    zeros_ND = gate.new_zeros(missing, layer.ffn.d_model)
-    return {
-        f"{prefix}.gate_proj.weight": torch.cat([gate, zeros_ND]),
-        f"{prefix}.up_proj.weight": torch.cat([up, zeros_ND]),
-        f"{prefix}.down_proj.weight": torch.cat([down, zeros_ND.T], 1).contiguous(),
-    }
+    zeros_ND = gate.new_zeros(size - layer.shape.num_shared, layer.ffn.d_model)
+    return torch.cat([gate, zeros_ND]), torch.cat([up, zeros_ND]), torch.cat([down, zeros_ND.T], 1).contiguous()
+
+
+def _shared(layer: Layer, prefix: str, size: int, down_scale: float = 1.0) -> dict[str, Tensor]:
+    parts = _shared_parts(layer, size, down_scale)
+    return {f"{prefix}.{name}.weight": tensor for name, tensor in zip(_QWEN_NAMES, parts, strict=True)}
 
 
 _QWEN_NAMES = ("gate_proj", "up_proj", "down_proj")
@@ -213,14 +213,13 @@ def _granite_layer(layer: Layer) -> dict[str, Tensor]:
         _projections(layer.ffn, start, start + shape.expert_size, shape.top_k)
         for start in range(shape.num_shared, layer.ffn.num_neurons, shape.expert_size)
     ]
-    shared = _shared(layer, "", max(shape.num_shared, 1))
-    gates = (shared[".gate_proj.weight"], shared[".up_proj.weight"])
+    gate_SD, up_SD, down_DS = _shared_parts(layer, max(shape.num_shared, 1))
     return {
         "block_sparse_moe.input_linear.weight": torch.stack([torch.cat([gate, up]) for gate, up, _ in experts]),
         "block_sparse_moe.output_linear.weight": torch.stack([down for _, _, down in experts]),
         "block_sparse_moe.router.layer.weight": layer.w_router_ED,
-        "shared_mlp.input_linear.weight": torch.cat(gates),
-        "shared_mlp.output_linear.weight": shared[".down_proj.weight"],
+        "shared_mlp.input_linear.weight": torch.cat([gate_SD, up_SD]),
+        "shared_mlp.output_linear.weight": down_DS,
     }
 
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from moefication_cli.conversion.plan import LayerPlan
 from moefication_cli.errors import ConfigError
 from moefication_cli.export.formats import FORMATS, Format, Layer, Shape
-from moefication_cli.ffn import Compensation
 from moefication_cli.models.folder.checkpoint import Checkpoint
-from moefication_cli.models.folder.moe_folder import MoEFolder
+from moefication_cli.models.folder.moe_folder import MoEFolder, MoELayer
 from moefication_cli.models.folder.permuted import copy_side_files
-from moefication_cli.routing.router import Router, TwoLayerRouter
-from moefication_cli.routing.rules import Rule, TopK
+from moefication_cli.models.sites import FFNSite
+from moefication_cli.routing.router import TwoLayerRouter
+from moefication_cli.routing.rules import TopK
 from moefication_cli.store import files, jsonio
 
 # Router weights times this make logits of standard deviation 2^-11.5: probabilities equal to 2e-4 of themselves, and
@@ -28,21 +28,13 @@ _AGAIN = "moefication apply RUN --for FORMAT plans a model that it can hold"
 
 def check_hostable(name: str, config: Mapping[str, Any], plans: Sequence[LayerPlan]) -> None:
     """Raise ConfigError where the format `name` cannot hold these plans of a model of that configuration."""
-    shapes = {
-        plan.layer.name: _shape(plan.layer.name, plan.num_experts, plan.num_shared, plan.router, plan.rule,
-                                plan.compensation, name, plan.layer.site.num_neurons)
-        for plan in plans
-    }  # fmt: skip
+    shapes = {plan.layer.name: _shape(plan.layer.site, plan, name) for plan in plans}
     _check_shapes(name, config, shapes)
 
 
 def common_shape(checkpoint: Checkpoint, moe: MoEFolder, name: str) -> Shape:
     """What all layers of a converted folder have in common. Raises ConfigError where the format cannot hold them."""
-    shapes = {
-        site.name: _shape(site.name, layer.num_experts, layer.num_shared, layer.router, layer.rule,
-                          layer.compensation, name, site.num_neurons)
-        for site, layer in zip(checkpoint.sites, moe.layers, strict=True)
-    }  # fmt: skip
+    shapes = {site.name: _shape(site, layer, name) for site, layer in zip(checkpoint.sites, moe.layers, strict=True)}
     return _check_shapes(name, checkpoint.config.to_dict(), shapes)
 
 
@@ -59,16 +51,8 @@ def _check_shapes(name: str, config: Mapping[str, Any], shapes: Mapping[str, Sha
     return shape
 
 
-def _shape(
-    layer: str,
-    num_experts: int,
-    num_shared: int,
-    router: Router | None,
-    rule: Rule | None,
-    compensation: Compensation | None,
-    name: str,
-    neurons: int,
-) -> Shape:
+def _shape(site: FFNSite, made: LayerPlan | MoELayer, name: str) -> Shape:
+    layer, rule, router = site.name, made.rule, made.router
     if rule is None or router is None:
         raise ConfigError(f"{layer} runs the same neurons for every token, which {name} cannot say", _AGAIN)
     if not isinstance(rule, TopK):
@@ -78,9 +62,10 @@ def _shape(
             f"{layer}: {name} holds a linear router without a bias, and this one is more than that",
             "moefication train-router RUN --router native, then moefication apply RUN --router native --for FORMAT",
         )
-    if compensation is not None:
+    if made.compensation is not None:
         raise ConfigError(f"{layer} has a correction for dropped experts, which {name} cannot hold", _AGAIN)
-    return Shape(num_experts, (neurons - num_shared) // num_experts, num_shared, rule.top_k)
+    size = (site.num_neurons - made.num_shared) // made.num_experts
+    return Shape(made.num_experts, size, made.num_shared, rule.top_k)
 
 
 def refusal(name: str, config: Mapping[str, Any], shape: Shape) -> ConfigError | None:
@@ -128,8 +113,7 @@ def _shards(
     checkpoint: Checkpoint, moe: MoEFolder, row: Format, shape: Shape, spreads: Sequence[float]
 ) -> Iterator[dict[str, Tensor]]:
     """The tensors of each decoder layer, then everything else."""
-    places = {key: file for path in checkpoint.files for file, key in _keys(checkpoint, path)}
-    left = dict(places)
+    left = checkpoint.tensors()
     for site, layer, spread in zip(checkpoint.sites, moe.layers, spreads, strict=True):
         own = {checkpoint.locate(piece.parameter)[1] for piece in site.slices()}
         prefix = next(iter(own)).split(".mlp.")[0]
@@ -151,11 +135,6 @@ def _shards(
     if row.untied and "lm_head.weight" not in rest:
         rest["lm_head.weight"] = rest["model.embed_tokens.weight"].clone()
     yield rest
-
-
-def _keys(checkpoint: Checkpoint, path: Path) -> Iterator[tuple[Any, str]]:
-    file = checkpoint.tensor_file(path)
-    return ((file, key) for key in file.keys)
 
 
 def logit_spreads(moe: MoEFolder, inputs: Sequence[Tensor]) -> list[float]:

@@ -18,11 +18,12 @@ _FLOAT = 4
 _BYTES_PER_TOKEN = 3  # of text, at least: so many tokens a file holds at most
 _CANDIDATES = 65  # of a calibration curve with three routers
 _BACKWARD = 1.3  # of a forward pass: what the gradients of every 32nd batch add
-_GRADIENT_TOKENS = 4096
 _STATES = 34  # floats of one token and layer that autograd keeps, in units of the model's width, about
 _SEQUENCES, _LENGTH = 1000, 128  # of evaluation data that cannot be looked at
 _SWAP_FLOPS = 500  # per pair of neurons and start of balanced k-means
-# What conversion works with:
+# What stages work with:
+GRADIENT_TOKENS = 4096  # per backward pass, padding included: what autograd keeps of them bounds the stage's memory
+SHARD_BYTES = 256 * 2**20  # of stored inputs, over all layers: what is redone after a kill
 FIT_TOKENS = 16384  # behind a compensation
 STEP_TOKENS = 2048  # of one step of refinement
 HELDOUT_TOKENS = 12288  # to settle thresholds and to judge on
@@ -43,9 +44,9 @@ def collect_cost(model: RunModel, config: CollectConfig) -> Cost:
     tokens = calibration_tokens(config)
     width = sum(site.d_model for site in model.sites)
     stored = tokens * width * getattr(torch, config.storage_dtype).itemsize
-    memory = _FLOAT * (model_parameters(model) + _GRADIENT_TOKENS * _STATES * width * config.sensitivity)
+    memory = _FLOAT * (model_parameters(model) + GRADIENT_TOKENS * _STATES * width * config.sensitivity)
     work = forward_flops(model) * tokens * (_BACKWARD if config.sensitivity else 1.0)
-    return Cost(stored, work, memory + min(stored, 256 * 2**20))
+    return Cost(stored, work, memory + min(stored, SHARD_BYTES))
 
 
 def calibration_tokens(config: CollectConfig) -> int:

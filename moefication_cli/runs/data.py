@@ -31,6 +31,13 @@ class TextReader:
     source: Source
 
 
+def text_reader(model: RunModel) -> TextReader:
+    """The reader of a run's model, whose weights stay on disk. Raises ConfigError without a usable tokenizer."""
+    checkpoint = model.checkpoint
+    words = load_tokenizer(checkpoint.source, checkpoint.trust_remote_code)
+    return TextReader(words, checkpoint.config, checkpoint.source)
+
+
 def open_examples(
     run: RunDir,
     reader: LoadedModel | TextReader,
@@ -51,9 +58,7 @@ def open_examples(
 
 def check_evaluation_data(run: RunDir, model: RunModel, config: EvalConfig, control: Control) -> None:
     """Raise ConfigError where `eval` would: data that is not there or cannot be read, labels that the model has not."""
-    checkpoint = model.checkpoint
-    words = load_tokenizer(checkpoint.source, control.trust_remote_code)
-    reader = TextReader(words, checkpoint.config, checkpoint.source)
+    reader = text_reader(model)
     for data in named_data(config.data).values():
         _read_examples(run, reader, replace(config, data=data), Control(seed=control.seed))
 

@@ -1,6 +1,6 @@
 """What the inputs of a run's stages are as of now, without loading a model or data: for `status`. Imports no torch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,27 +13,39 @@ from moefication_cli.tasks.data_files import Purpose, expanded, local_digest, na
 GONE = "not there any more"  # in place of a digest
 
 
-def inputs_today(run: RunDir, manifest: Manifest) -> Mapping[str, str]:
-    """Digests of the model, its tokenizer and the data of a stage that are local files.
+def inputs_today(run: RunDir) -> Callable[[Manifest], Mapping[str, str]]:
+    """What gives, of a stage, digests of the model, its tokenizer and the data that are local files.
 
     What comes from a hub is named by a commit and does not change; it is left out.
     """
-    found: dict[str, str] = {}
+    of_model = model_today(run)
+
+    def of_stage(manifest: Manifest) -> Mapping[str, str]:
+        found = dict(of_model)
+        purpose: Purpose = "calibrate" if manifest.stage == "activations" else "evaluate"
+        for name, data in _data(manifest).items():
+            found[name] = GONE
+            with suppress(ConfigError, OSError):
+                found[name] = local_digest(expanded(data), manifest.values.get("split"), purpose, run.hashes.sha256)
+        run.hashes.save()
+        return found
+
+    return of_stage
+
+
+def model_today(run: RunDir) -> dict[str, str]:
+    """Digests of the run's model and its tokenizer; empty where the model comes from a hub or is not known."""
     info = run.info
     folder = None if info.model is None else Path(info.model)
-    if folder is not None and folder.is_absolute():
-        try:
-            found[BASE_MODEL] = fingerprint(folder, weight_files(folder), info.ffn, run.hashes.sha256)
-            found["tokenizer"] = tokenizer_digest(folder, run.hashes.sha256)
-        except (ConfigError, OSError):
-            found |= {BASE_MODEL: GONE, "tokenizer": GONE}
-    purpose: Purpose = "calibrate" if manifest.stage == "activations" else "evaluate"
-    for name, data in _data(manifest).items():
-        found[name] = GONE
-        with suppress(ConfigError, OSError):
-            found[name] = local_digest(expanded(data), manifest.values.get("split"), purpose, run.hashes.sha256)
-    run.hashes.save()
-    return found
+    if folder is None or not folder.is_absolute():
+        return {}
+    try:
+        return {
+            BASE_MODEL: fingerprint(folder, weight_files(folder), info.ffn, run.hashes.sha256),
+            "tokenizer": tokenizer_digest(folder, run.hashes.sha256),
+        }
+    except (ConfigError, OSError):
+        return {BASE_MODEL: GONE, "tokenizer": GONE}
 
 
 def _data(manifest: Manifest) -> Mapping[str, str]:

@@ -24,7 +24,7 @@ from moefication_cli.models.loading import LoadedModel, load_model
 from moefication_cli.models.sensitivity import backward_sampled, gradient_norms, predicted_weights, token_weights
 from moefication_cli.models.sites import FFNSite
 from moefication_cli.runs.control import Control, Result
-from moefication_cli.runs.costs import collect_cost
+from moefication_cli.runs.costs import GRADIENT_TOKENS, SHARD_BYTES, collect_cost
 from moefication_cli.runs.data import data_inputs, open_examples, predictions
 from moefication_cli.runs.estimate import estimate
 from moefication_cli.runs.inputs import (
@@ -44,12 +44,10 @@ from moefication_cli.store.rundir import RunDir
 from moefication_cli.store.writer import StageWriter
 from moefication_cli.tasks.examples import Batch
 
-SHARD_BYTES = 256 * 2**20  # of stored inputs, over all layers: what is redone after a kill
 # A backward pass costs as much as a forward one: it runs on every 32nd batch, and on the first so that small data has some.
 # By default these are the longest of each block of sequences sorted by length: token weights learnt from sequences of all
 # lengths in equal number kept less of the model's quality.
 _GRADIENT_EVERY, _GRADIENT_FIRST = 32, 2
-_GRADIENT_TOKENS = 4096  # per backward pass, padding included: what autograd keeps of them bounds the stage's memory
 _UNKNOWN = -1.0  # gradient norm of a token of the other batches
 
 
@@ -205,7 +203,7 @@ def collect_shard(
         mask = stack.enter_context(capture(loaded.model, sites, on_input, on_hidden))
         for number, batch in enumerate(shard.batches, shard.first_batch):
             measured = config.sensitivity and (number % _GRADIENT_EVERY == 0 or number < _GRADIENT_FIRST)
-            for piece in batch.pieces(_GRADIENT_TOKENS) if measured else [batch]:
+            for piece in batch.pieces(GRADIENT_TOKENS) if measured else [batch]:
                 for side in rows:
                     rows[side] = _sequence_of_tokens(piece, side, first_row)
                 inputs = piece.to(loaded.device).inputs

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,30 @@ _MEASURED = ("groundtruth", "neuron", "random", "static", "paper", "teal", "cmoe
 CONFIGS = (RunConfig, CollectConfig, EvalConfig, SplitConfig, RouterConfig, ApplyConfig)
 
 
+@dataclass(frozen=True)
+class Pipeline:
+    """The options of `run`: its own and those of its stages, in the order of CONFIGS."""
+
+    extra: RunConfig
+    collect: CollectConfig
+    evaluate: EvalConfig
+    split: SplitConfig
+    router: RouterConfig
+    apply: ApplyConfig
+
+    def evaluation(self, router: str | None) -> EvalConfig:
+        """What is evaluated: this router and every baseline, at the fraction of `apply` and those asked for."""
+        return replace(
+            self.evaluate,
+            data=self.extra.eval_data,
+            split=self.extra.eval_split,
+            limit=self.extra.eval_limit,
+            fractions=tuple(dict.fromkeys((*(self.evaluate.fractions or ()), self.apply.fraction))),
+            selection=self.evaluate.selection or (*_MEASURED, str(router)),
+            fraction_of=self.apply.fraction_of,
+        )
+
+
 def convert(
     model: Any,
     *,
@@ -93,38 +117,28 @@ def convert(
         data = source / "texts.jsonl"
         atomic_write(data, b"".join(jsonio.canonical({"text": text}) + b"\n" for text in texts))
     values = {**options, "model": str(model), "data": None if data is None else str(data)}
-    extra, collect, evaluate, split, router, apply = distribute(values, CONFIGS)
     control = control or Control()
     control = replace(control, trust_remote_code=trust_remote_code or control.trust_remote_code)
-    return run_stages(run, extra, collect, split, router, apply, evaluate, control)
+    return run_stages(run, Pipeline(*distribute(values, CONFIGS)), control)
 
 
-def run_stages(
-    run: RunDir,
-    extra: RunConfig,
-    collect: CollectConfig,
-    split: SplitConfig,
-    router: RouterConfig,
-    apply: ApplyConfig,
-    evaluate: EvalConfig,
-    control: Control,
-) -> Result:
+def run_stages(run: RunDir, asked: Pipeline, control: Control) -> Result:
     """collect-activations, (build-graph), split, train-router, (finetune), apply and, with --eval-data, eval.
 
     Ranks share all but the last two.
     """
-    if collect.data is None and run.manifest("activations") is None:
+    if asked.collect.data is None and run.manifest("activations") is None:
         raise ConfigError("run needs data to calibrate on", "name it with --data")
+    extra, collect, split, router, apply = asked.extra, asked.collect, asked.split, asked.router, asked.apply
     if extra.recipe == "paper":
         split = replace(split, method="kmeans", expert_size=32, num_experts=None, shared_fraction=0.0)
         router = replace(router, router="mlp", recipe="paper")
     if apply.host is not None:
         router = replace(router, router="native")
     if extra.eval_data is not None:  # now, and not when everything else is done
-        config = _evaluation(extra, evaluate, apply)
-        check_evaluation_data(run, open_model(run, collect, control), config, control)
+        check_evaluation_data(run, open_model(run, collect, control), asked.evaluation(apply.router), control)
     if control.dry_run:
-        return estimate_stages(run, extra, collect, split, router, apply, evaluate, control)
+        return estimate_stages(run, replace(asked, split=split, router=router), control)
     done: list[Result] = []
     collect = _remembered(run, collect, control)
     done.append(collect_activations(run, collect, control))
@@ -147,21 +161,13 @@ def run_stages(
     if extra.eval_data is None:
         control.say("no --eval-data: nothing was measured; moefication eval RUN --data ... does it")
         return _last(done)
-    done.append(evaluate_stage(run, _evaluation(extra, evaluate, apply), control))
+    done.append(evaluate_stage(run, asked.evaluation(apply.router), control))
     return _last(done)
 
 
-def estimate_stages(
-    run: RunDir,
-    extra: RunConfig,
-    collect: CollectConfig,
-    split: SplitConfig,
-    router: RouterConfig,
-    apply: ApplyConfig,
-    evaluate: EvalConfig,
-    control: Control,
-) -> Result:
+def estimate_stages(run: RunDir, asked: Pipeline, control: Control) -> Result:
     """The dry run of `run_stages`: one row per stage, whatever is up to date included, and their sum. Writes nothing."""
+    collect, split, router, apply = asked.collect, asked.split, asked.router, asked.apply
     model = open_model(run, collect, control)
     checked_task(model.checkpoint.config, collect.task or run.info.task, model.checkpoint.source.ref)
     tokens, experts = calibration_tokens(collect), num_experts(model, split)
@@ -176,8 +182,8 @@ def estimate_stages(
         f"router/{router.router}": router_cost(model, router, tokens, experts),
         "model": apply_cost(model, apply, activations=True),
     }
-    if extra.eval_data is not None:
-        config = _evaluation(extra, evaluate, apply)
+    if asked.extra.eval_data is not None:
+        config = asked.evaluation(apply.router)
         measured = len(config.selection or ()) * len(config.fractions or ())
         costs[f"eval/{config.name}"] = eval_cost(model, config.data, config.limit, measured)
     rows = [
@@ -185,19 +191,6 @@ def estimate_stages(
         for name, cost in costs.items()
     ]
     return dry_run_of(rows, "run", model)
-
-
-def _evaluation(extra: RunConfig, evaluate: EvalConfig, apply: ApplyConfig) -> EvalConfig:
-    """What `run` evaluates: its router and every baseline, at its fraction and those asked for."""
-    return replace(
-        evaluate,
-        data=extra.eval_data,
-        split=extra.eval_split,
-        limit=extra.eval_limit,
-        fractions=tuple(dict.fromkeys((*(evaluate.fractions or ()), apply.fraction))),
-        selection=evaluate.selection or (*_MEASURED, str(apply.router)),
-        fraction_of=apply.fraction_of,
-    )
 
 
 def _remembered(run: RunDir, collect: CollectConfig, control: Control) -> CollectConfig:

@@ -15,7 +15,7 @@ from moefication_cli.config import (
 from moefication_cli.errors import MissingArtifactError
 from moefication_cli.evaluation.plots import text_chart
 from moefication_cli.runs.control import Control, Result
-from moefication_cli.stages.convert import estimate_stages, run_stages
+from moefication_cli.stages.convert import Pipeline, estimate_stages, run_stages
 from moefication_cli.store import jsonio
 from moefication_cli.store.files import atomic_write
 from moefication_cli.store.rundir import RunDir
@@ -32,20 +32,23 @@ def demo(run: RunDir, config: DemoConfig, control: Control) -> Result:
 
     Raises MissingArtifactError when the package was installed without its model.
     """
-    made = RunConfig(eval_limit=_EVAL_WINDOWS)
-    collect = CollectConfig(model=str(demo_model()), max_tokens=_CALIBRATION_TOKENS)
-    stages = (
+    asked = Pipeline(
+        RunConfig(eval_limit=_EVAL_WINDOWS),
+        CollectConfig(model=str(demo_model()), max_tokens=_CALIBRATION_TOKENS),
+        EvalConfig(fractions=config.fractions, selection=_MEASURED),
         SplitConfig(),
         RouterConfig(),
         ApplyConfig(refine=_REFINE_STEPS),
-        EvalConfig(fractions=config.fractions, selection=_MEASURED),
     )
     if control.dry_run:  # the data would be written first
-        result = estimate_stages(run, made, collect, *stages, control)
-        return replace(result, command="demo")
+        return replace(estimate_stages(run, asked, control), command="demo")
     calibration, heldout = (_write_documents(run, part) for part in ("train", "heldout"))
-    made, collect = replace(made, eval_data=str(heldout)), replace(collect, data=str(calibration))
-    result = run_stages(run, made, collect, *stages, control)
+    asked = replace(
+        asked,
+        extra=replace(asked.extra, eval_data=str(heldout)),
+        collect=replace(asked.collect, data=str(calibration)),
+    )
+    result = run_stages(run, asked, control)
     metrics = jsonio.read_object(run.path("eval/default") / "metrics.json")
     notes = [
         *text_chart(metrics),

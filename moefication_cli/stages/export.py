@@ -12,9 +12,9 @@ from moefication_cli.export.check import Comparison, compare
 from moefication_cli.export.write import logit_spreads, random_inputs, write_native
 from moefication_cli.models.folder.checkpoint import Checkpoint
 from moefication_cli.models.folder.moe_folder import MoEFolder, read_moe_folder
-from moefication_cli.models.loading import check_weights, load_tokenizer
+from moefication_cli.models.loading import check_weights
 from moefication_cli.runs.control import Control, Result
-from moefication_cli.runs.data import TextReader, calibration_data, open_examples
+from moefication_cli.runs.data import calibration_data, open_examples, text_reader
 from moefication_cli.runs.inputs import RunModel, layer_seed, open_model, read_tokens
 from moefication_cli.store import files
 from moefication_cli.store.artifact import Artifact
@@ -89,15 +89,12 @@ def _spreads(checkpoint: Checkpoint, moe: MoEFolder, activations: Artifact | Non
 
 def _check_tokens(run: RunDir, model: RunModel, activations: Artifact | None, control: Control) -> list[Tensor]:
     """Token ids [1, L] of calibration text, about a thousand; random ones where the run has no data."""
-    config = model.checkpoint.config
     if activations is None:
         control.say("no activations: the export is checked on random tokens")
         generator = torch.Generator().manual_seed(control.seed)
-        return [torch.randint(config.vocab_size, (1, 64), generator=generator) for _ in range(4)]
-    source = model.checkpoint.source
-    reader = TextReader(load_tokenizer(source, control.trust_remote_code), config, source)
+        return [torch.randint(model.checkpoint.config.vocab_size, (1, 64), generator=generator) for _ in range(4)]
     quiet = Control(device="cpu", seed=control.seed)
-    examples = open_examples(run, reader, calibration_data(run, model, activations), quiet)
+    examples = open_examples(run, text_reader(model), calibration_data(run, model, activations), quiet)
     batches, tokens = [], 0
     for batch in examples.calibration(_CHECK_TOKENS, control.seed, 1):
         mask_BL = batch.inputs.get("attention_mask")

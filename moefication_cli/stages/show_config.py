@@ -6,36 +6,36 @@ from pathlib import Path
 from typing import Any
 
 from moefication_cli import config as configs
-from moefication_cli.config import ShowConfig, options_of
+from moefication_cli.config import options_of
 from moefication_cli.errors import ConfigError, MissingArtifactError
-from moefication_cli.runs.control import Control, Result
+from moefication_cli.runs.control import Result
 from moefication_cli.store.artifact import COMMANDS, StagePaths, stages_in
 from moefication_cli.store.rundir import RunDir
 
-_OPTIONS: dict[str, tuple[type, ...]] = {
-    "collect-activations": (configs.CollectConfig,),
-    "build-graph": (configs.GraphConfig,),
-    "split": (configs.SplitConfig,),
-    "train-router": (configs.RouterConfig,),
-    "apply": (configs.ApplyConfig,),
-    "eval": (configs.EvalConfig,),
-    "run": (configs.RunConfig,),
-    "tune": (configs.TuneConfig,),
-    "finetune": (configs.FinetuneConfig,),
-    "export": (configs.ExportConfig,),
-    "bench": (configs.BenchConfig,),
-    "demo": (configs.DemoConfig,),
+_OPTIONS: dict[str, type] = {
+    "collect-activations": configs.CollectConfig,
+    "build-graph": configs.GraphConfig,
+    "split": configs.SplitConfig,
+    "train-router": configs.RouterConfig,
+    "apply": configs.ApplyConfig,
+    "eval": configs.EvalConfig,
+    "run": configs.RunConfig,
+    "tune": configs.TuneConfig,
+    "finetune": configs.FinetuneConfig,
+    "export": configs.ExportConfig,
+    "bench": configs.BenchConfig,
+    "demo": configs.DemoConfig,
 }
 _NOT_OPTIONS = {"seed"}  # of every stage, recorded with its own
 
 
-def show_config(target: str, config: ShowConfig, control: Control) -> Result:
+def show_config(target: str) -> Result:
     """TOML, one table per command, with where each value came from: of the stages of a run, or a command's defaults.
 
     Raises ConfigError for a name that is neither, MissingArtifactError for a run without stages.
     """
     if target in _OPTIONS:
-        entries = {e.name: (e.default, "default") for kind in _OPTIONS[target] for e in options_of(kind)}
+        entries = {e.name: (e.default, "default") for e in options_of(_OPTIONS[target])}
         return _result({target: entries})
     root = Path(target)
     if not (root / "run.json").is_file():
@@ -49,7 +49,7 @@ def show_config(target: str, config: ShowConfig, control: Control) -> Result:
         command = COMMANDS[stage.partition("/")[0]]
         if manifest is None or command not in _OPTIONS or stage.partition("/")[0] in ("refined", "baseline"):
             continue
-        known = {e.name for kind in _OPTIONS[command] for e in options_of(kind)} | _NOT_OPTIONS
+        known = {e.name for e in options_of(_OPTIONS[command])} | _NOT_OPTIONS
         tables[command] = {
             name: (entry["value"], entry["source"]) for name, entry in manifest.config.items() if name in known
         }

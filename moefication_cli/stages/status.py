@@ -2,11 +2,10 @@
 
 import os
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moefication_cli.config import RunsConfig, StatusConfig
+from moefication_cli.config import StatusConfig
 from moefication_cli.errors import ConfigError, CorruptArtifactError, MissingArtifactError, MoEficationError
 from moefication_cli.runs.control import Control, Result
 from moefication_cli.runs.today import inputs_today
@@ -28,7 +27,7 @@ def status(run: RunDir, config: StatusConfig, control: Control) -> Result:
             f"{run.root} is no run directory: it has no run.json",
             f"moefication run {run.root} --model MODEL --data DATA; moefication runs DIR lists the runs there are",
         )
-    states = stage_states(run, partial(inputs_today, run))
+    states = stage_states(run, inputs_today(run))
     code = exit_code(states)
     mend = next((state.command for state in states if state.state not in ("current", "running")), None)
     notes = [] if mend is None else [f"next: {mend}"]
@@ -36,7 +35,7 @@ def status(run: RunDir, config: StatusConfig, control: Control) -> Result:
     return Result("status", [_row(state) for state in states], payload, notes=notes, exit_code=code * config.exit_code)
 
 
-def list_runs(folder: str, config: RunsConfig, control: Control) -> Result:
+def list_runs(folder: str) -> Result:
     """One row per run directory below `folder`: its model, method, fraction, quality and state.
 
     Raises ConfigError where the folder is not there.
@@ -75,7 +74,7 @@ def _run_row(place: Path) -> dict[str, Any]:
     run = RunDir(place)
     row: dict[str, Any] = {"run": str(place)}
     try:
-        states = stage_states(run, partial(inputs_today, run))
+        states = stage_states(run, inputs_today(run))
         split, model = (StagePaths(place, stage).read_manifest_or_none() for stage in ("split", "model"))
         row |= {
             "model": Path(run.info.model or "?").name,

@@ -3,26 +3,25 @@
 from pathlib import Path
 from typing import Any
 
-from moefication_cli.config import VerifyConfig
 from moefication_cli.errors import CorruptArtifactError, MissingArtifactError, MoEficationError
 from moefication_cli.models.folder.moe_folder import FOLDER, SETTINGS, read_moe_folder
 from moefication_cli.models.folder.seal import altered_others
 from moefication_cli.models.loading import check_weights
 from moefication_cli.runs.control import Control, Result
-from moefication_cli.runs.today import GONE, inputs_today
+from moefication_cli.runs.today import GONE, model_today
 from moefication_cli.store.artifact import StagePaths, damaged_files, stages_in
 from moefication_cli.store.manifest import BASE_MODEL
 from moefication_cli.store.rundir import RunDir
 
 
-def verify(target: str, config: VerifyConfig, control: Control) -> Result:
+def verify(target: str, control: Control) -> Result:
     """One row per damaged file of a run directory or of a folder that `apply` wrote; exit code 4 if there is one.
 
     Raises MissingArtifactError where `target` is neither.
     """
     root = Path(target)
     if (root / FOLDER / SETTINGS).is_file():
-        rows = _folder(root, "moefication apply RUN --force")
+        rows = _folder(root)
         checked = 1
     elif (root / "run.json").is_file():
         run = RunDir(root)
@@ -47,12 +46,8 @@ def _run_record(run: RunDir) -> list[dict[str, Any]]:
         info = run.info
     except CorruptArtifactError as error:
         return [_row("run.json", error.message, "restore run.json, or start a new run directory")]
-    manifests = [StagePaths(run.root, stage).read_manifest_or_none() for stage in stages_in(run.root)]
-    known = next((manifest for manifest in manifests if manifest is not None), None)
-    if known is None or info.fingerprint is None:
-        return []
-    now = inputs_today(run, known).get(BASE_MODEL, info.fingerprint)
-    if now == info.fingerprint:
+    now = model_today(run).get(BASE_MODEL)
+    if now is None or info.fingerprint in (None, now):
         return []
     what = f"{info.model} is {GONE}" if now == GONE else f"{info.model} is not what this run was made from"
     return [_row("run.json", what, "restore the model, or run all stages again")]
@@ -68,11 +63,12 @@ def _stage(run: RunDir, stage: str) -> list[dict[str, Any]]:
         return []
     rows = [_row(stage, error.message, command) for error in damaged_files(paths, manifest, run.hashes)]
     run.hashes.save()
-    return rows + (_folder(paths.final, command) if stage == "model" and not rows else [])
+    return rows
 
 
-def _folder(folder: Path, command: str) -> list[dict[str, Any]]:
-    """What `load(folder, verify=True)` would refuse, and what was altered beside the weights."""
+def _folder(folder: Path) -> list[dict[str, Any]]:
+    """Of a folder without its run: what `load(folder, verify=True)` would refuse, and what was altered beside the weights."""
+    command = "moefication apply RUN --force"
     try:
         moe = read_moe_folder(folder)
         check_weights(folder, moe, verify=True)

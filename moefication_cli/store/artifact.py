@@ -84,6 +84,11 @@ class StagePaths:
         with locks.held(self.locks / "stage.lock", f"the folder of `{self.stage}`", timeout):
             yield
 
+    def live_claim(self) -> Path | None:
+        """The lock by which a live process works on the stage or one of its layers, None without one; writes nothing."""
+        claims = (path for path in sorted(self.locks.glob("*.lock")) if path.stem != "stage")
+        return next((path for path in claims if locks.is_held_now(path)), None)
+
     def read_manifest(self) -> Manifest | None:
         """The manifest, None if the stage was not made; `CorruptArtifactError` if it is not as it should be."""
         try:

@@ -67,8 +67,8 @@ def is_held(path: Path) -> bool:
     return False
 
 
-def live_holder(path: Path) -> str | None:
-    """Who holds the lock now, in words; None if nobody does. Writes nothing and needs no permission to.
+def is_held_now(path: Path) -> bool:
+    """Whether a live process holds the lock. Writes nothing and needs no permission to, unlike `is_held`.
 
     The look takes a shared lock for a moment, at which another process finds it busy and tries again.
     """
@@ -76,10 +76,10 @@ def live_holder(path: Path) -> str | None:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return holder(path)
+        return True
     except OSError:  # not there, or a file system without locks
-        return None
-    return None
+        return False
+    return False
 
 
 @contextmanager

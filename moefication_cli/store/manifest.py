@@ -78,6 +78,12 @@ class Manifest:
         """Identifies the work: what goes in, not what came out. Equal keys mean the same layers may be kept."""
         return work_key(self.stage, _compared(self.config), self.inputs, self.layers)
 
+    @property
+    def command_line(self) -> list[str]:
+        """The words of the command that made the stage; empty where that is not recorded."""
+        argv = self.environment.get("argv")
+        return ["moefication", *map(str, argv[1:])] if isinstance(argv, list) and argv else []
+
     def to_json(self) -> dict[str, Any]:
         """The JSON object of `manifest.json`."""
         value: dict[str, Any] = jsonio.plain(asdict(self))

@@ -237,12 +237,11 @@ class RunDir:
         """The command that makes a stage: the one that made it if it is there, else one with the least options."""
         kind, _, name = stage.partition("/")
         manifest = self._paths(stage).read_manifest_or_none()
-        argv = manifest.environment.get("argv") if manifest else None
-        if isinstance(argv, list) and len(argv) > 2 and argv[1] in {COMMANDS[kind], "run"}:
-            words = [str(word) for word in argv[1:]]
-            if not words[1].startswith("-"):  # the run directory, which may have been copied or moved since
-                words[1] = str(self.root)
-            return shlex.join(["moefication", *words])
+        words = manifest.command_line if manifest else []
+        if len(words) > 2 and words[1] in {COMMANDS[kind], "run"}:
+            if not words[2].startswith("-"):  # the run directory, which may have been copied or moved since
+                words[2] = str(self.root)
+            return shlex.join(words)
         parts = ["moefication", COMMANDS[kind], str(self.root)]
         if kind == "activations":
             model = [] if (self.root / "run.json").exists() else ["--model", "MODEL"]
@@ -321,9 +320,8 @@ class RunDir:
 
     @staticmethod
     def _refuse_busy(paths: StagePaths) -> None:
-        for path in sorted(paths.locks.glob("*.lock")):
-            if path.stem != "stage" and locks.live_holder(path):
-                raise locks.locked_error(path, f"`{paths.stage}`")
+        if (path := paths.live_claim()) is not None:
+            raise locks.locked_error(path, f"`{paths.stage}`")
 
     def _write_noted(self) -> None:
         if self._noted:

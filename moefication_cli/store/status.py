@@ -20,9 +20,8 @@ from moefication_cli.store.manifest import Manifest, differences
 from moefication_cli.store.rundir import RunDir
 
 State = Literal["missing", "current", "stale", "interrupted", "running", "corrupt"]
-Today = Callable[
-    [Manifest], Mapping[str, str]
-]  # digests, as of now, of inputs that no stage made: model, data, tokenizer
+# Digests, as of now, of a stage's inputs that no stage made: model, data, tokenizer
+Today = Callable[[Manifest], Mapping[str, str]]
 
 _ALWAYS = ("activations", "split", "router", "model")  # listed as missing where they are not there
 _EXIT_CODES: dict[State, int] = {"running": 5, "corrupt": 4, "stale": 3, "missing": 3, "interrupted": 3, "current": 0}
@@ -45,17 +44,21 @@ class StageState:
 def stage_states(run: RunDir, today: Today) -> list[StageState]:
     """Every stage that is there, begun or always needed, in the order of the pipeline."""
     found: dict[str, StageState] = {}
+    made: dict[str, Manifest] = {}
     for kind in COMMANDS:
         names = stages_of(run.root, kind)
         for stage in names:
-            found[stage] = _state(run, stage, today, found)
+            manifest = StagePaths(run.root, stage).read_manifest_or_none()
+            if manifest is not None:
+                made[stage] = manifest
+            found[stage] = _state(run, stage, today, found, made)
         if not names and kind in _ALWAYS:
             found[kind] = StageState(kind, "missing", "has not been made", _command(run, kind))
-    made = [manifest for stage in found if (manifest := _manifest_or_none(run, stage)) is not None]
+    order = list(COMMANDS)
     for kind in _ALWAYS:  # a router that needs no training needs no activations either
-        if found.get(kind, StageState("", "current")).state == "missing" and kind != "model":
-            later = [m for m in made if list(COMMANDS).index(m.stage.partition("/")[0]) > list(COMMANDS).index(kind)]
-            if later and not any(name.partition("/")[0] == kind for m in later for name in m.inputs):
+        if kind in found and found[kind].state == "missing":
+            later = [m for stage, m in made.items() if order.index(stage.partition("/")[0]) > order.index(kind)]
+            if kind != "model" and later and not any(n.partition("/")[0] == kind for m in later for n in m.inputs):
                 del found[kind]
     return list(found.values())
 
@@ -70,11 +73,9 @@ def _command(run: RunDir, kind: str) -> str:
     return run.command(f"{kind}/regression" if kind == "router" else kind)
 
 
-def _manifest_or_none(run: RunDir, stage: str) -> Manifest | None:
-    return StagePaths(run.root, stage).read_manifest_or_none()
-
-
-def _state(run: RunDir, stage: str, today: Today, upstream: Mapping[str, StageState]) -> StageState:
+def _state(
+    run: RunDir, stage: str, today: Today, upstream: Mapping[str, StageState], made: Mapping[str, Manifest]
+) -> StageState:
     paths = StagePaths(run.root, stage)
     done, layers = _progress(paths)
     command = run.command(stage)
@@ -88,7 +89,7 @@ def _state(run: RunDir, stage: str, today: Today, upstream: Mapping[str, StageSt
         verified(paths, manifest, run.hashes)
     except CorruptArtifactError as error:
         return StageState(stage, "corrupt", error.message, f"{command} --force")
-    reason = _why_stale(run, manifest, today, upstream)
+    reason = _why_stale(manifest, today, upstream, made)
     if done is not None:
         begun = "another version of it was begun" + (f" and stopped at layer {done} of {layers}" if layers else "")
         reason = f"{reason}; {begun}" if reason else None
@@ -99,12 +100,11 @@ def _state(run: RunDir, stage: str, today: Today, upstream: Mapping[str, StageSt
     return StageState(stage, "stale", reason, command, count, count, manifest.seconds, size)
 
 
-def _why_stale(run: RunDir, manifest: Manifest, today: Today, upstream: Mapping[str, StageState]) -> str | None:
-    digests = {**manifest.inputs, **{n: d for n, d in today(manifest).items() if n in manifest.inputs}}
-    for name in manifest.inputs:
-        other = _manifest_or_none(run, name) if name in upstream else None
-        if other is not None:
-            digests[name] = other.digest
+def _why_stale(
+    manifest: Manifest, today: Today, upstream: Mapping[str, StageState], made: Mapping[str, Manifest]
+) -> str | None:
+    known = {**today(manifest), **{name: other.digest for name, other in made.items()}}
+    digests = {name: known.get(name, recorded) for name, recorded in manifest.inputs.items()}
     values = {name: entry["value"] for name, entry in manifest.config.items() if entry["compared"]}
     if reason := differences(manifest, values, digests, None):
         return reason
@@ -126,8 +126,8 @@ def _progress(paths: StagePaths) -> tuple[int | None, int | None]:
 
 def _worker(paths: StagePaths) -> str | None:
     """Who works on the stage, and since when."""
-    for path in sorted(paths.locks.glob("*.lock")):
-        if path.stem != "stage" and (who := locks.live_holder(path)):
-            since = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
-            return f"{who} works on {path.stem.replace('_', ' ')} since {since}"
-    return None
+    path = paths.live_claim()
+    if path is None:
+        return None
+    since = datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
+    return f"{locks.holder(path)} works on {path.stem.replace('_', ' ')} since {since}"

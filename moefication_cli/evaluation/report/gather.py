@@ -13,11 +13,11 @@ from torch import Tensor
 from moefication_cli.errors import MoEficationError
 from moefication_cli.evaluation.rows import by_data
 from moefication_cli.models.folder.moe_folder import MoEFolder, read_moe_folder
-from moefication_cli.models.loading import load, load_tokenizer
+from moefication_cli.models.loading import load
 from moefication_cli.models.surgery import installed_layers
 from moefication_cli.routing.rules import as_mask
 from moefication_cli.runs.control import Control
-from moefication_cli.runs.data import TextReader, calibration_data, open_examples
+from moefication_cli.runs.data import calibration_data, open_examples, text_reader
 from moefication_cli.runs.inputs import RunModel, layer_seed, read_graph, read_partition, read_tokens
 from moefication_cli.runtime.layer import MoEFFN
 from moefication_cli.store import jsonio
@@ -93,16 +93,11 @@ def _stage(name: str, stage: Artifact) -> dict[str, Any]:
         "finished": environment.get("finished"),
         "host": environment.get("host"),
         "device": environment.get("device"),
-        "command": shlex.join(_argv(environment)),
+        "command": shlex.join(stage.manifest.command_line),
         "versions": environment.get("versions") or {},
         "inputs": dict(stage.manifest.inputs),
         "digest": stage.digest,
     }
-
-
-def _argv(environment: Any) -> list[str]:
-    words = [str(word) for word in environment.get("argv") or []]
-    return ["moefication", *words[1:]] if words else []
 
 
 def _layers(converted: Artifact, activations: Artifact | None, router: Artifact | None) -> list[dict[str, Any]]:
@@ -139,9 +134,8 @@ def _text(
     run: RunDir, model: RunModel, converted: Artifact, activations: Artifact, control: Control
 ) -> list[dict[str, Any]] | None:
     """The tokens of the first calibration text of some length, each with the share of all experts that ran for it."""
-    source = model.checkpoint.source
     try:
-        reader = TextReader(load_tokenizer(source, control.trust_remote_code), model.checkpoint.config, source)
+        reader = text_reader(model)
         quiet = Control(seed=control.seed)
         examples = open_examples(run, reader, calibration_data(run, model, activations), quiet)
     except MoEficationError as error:  # the data has gone, or changed

@@ -201,9 +201,9 @@ class Checkpoint:
         rename = renamer(self._architecture)
         return {rename(key): (file, key) for file in self._tensor_files.values() for key in file.keys}
 
-    def tensor_file(self, path: Path) -> TensorFile:
-        """One of `files`, opened."""
-        return self._tensor_files[path]
+    def tensors(self) -> dict[str, TensorFile]:
+        """The weight file of every stored tensor, by the tensor's name in it."""
+        return {key: file for file in self._tensor_files.values() for key in file.keys}
 
     def locate(self, parameter: str) -> tuple[TensorFile, str]:
         """(weight file, name in it) of a parameter of the model. Raises ConfigError where the files have no such tensor."""
