@@ -1,6 +1,7 @@
 """Calibration curves and budgets: regression against least squares, thresholds on unseen tokens, sharing against brute force."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from moefication_cli.routing.compensation import (
     ranks_for,
     top_right_directions,
 )
+from moefication_cli.routing.dropped_cpu import add_dropped
 from moefication_cli.routing.router import TwoLayerRouter
 from moefication_cli.routing.rules import quantile
 from moefication_cli.routing.tokens import Tokens
@@ -89,16 +91,39 @@ def test_wide_models_find_the_same_directions() -> None:
     assert not torch.allclose(found @ found.T, torch.eye(600), atol=0.5)
 
 
-@pytest.mark.parametrize("block", [1, 2 * N, 1000])  # experts one by one, in pairs, all together
-def test_dropped_output_grows_by_what_is_newly_left_out(block: int) -> None:
+# float32 by the kernel; float64 by products over experts one by one, in pairs, all together
+@pytest.mark.parametrize(("dtype", "block"), [("float32", 1), ("float64", 1), ("float64", 2 * N), ("float64", 1000)])
+def test_dropped_output_grows_by_what_is_newly_left_out(dtype: str, block: int) -> None:
     weights, x_TD = layer(), rand(40, D, seed=20)
     dense_TD, scores_TE = weights.ffn.forward(x_TD), rand(40, E, seed=21)
-    dropped = Dropped(weights, weights.ffn.hidden(x_TD), block)
+    h_TF = weights.ffn.hidden(x_TD).to(getattr(torch, dtype))
+    wide = replace(weights.ffn, w_down_FD=weights.ffn.w_down_FD.to(h_TF.dtype))
+    dropped = Dropped(replace(weights, ffn=wide), h_TF, block)
     assert not dropped.output(torch.ones(40, E, dtype=torch.bool)).any()
     for threshold in (-1.0, 0.0, 0.0, 0.7, 9.0):
-        found_TD = dropped.output(scores_TE >= threshold)
+        found_TD = dropped.output(scores_TE >= threshold).float()
         assert torch.allclose(found_TD, dense_TD - masked(x_TD, scores_TE >= threshold, weights), atol=1e-4)
     assert not torch.allclose(found_TD, dense_TD - masked(x_TD, scores_TE >= 0, weights), atol=1e-2)
+
+
+def test_the_kernel_adds_what_products_add_for_any_number_of_threads() -> None:
+    """Tiles that do not divide tokens or experts, shared neurons, neurons that do not fire, fewer tokens than threads."""
+    for tokens, width, experts, size, shared in ((301, 200, 37, 5, 3), (1, 40, 3, 1, 0), (70, 9000, 4, 3, 0)):
+        h_TF = torch.relu(rand(tokens, shared + experts * size, seed=1))
+        w_down_FD, drop_TE = rand(shared + experts * size, width, seed=2), rand(tokens, experts, seed=3) > 0.3
+        start_TD = rand(tokens, width, seed=4)
+        expected_TD = start_TD + (h_TF[:, shared:] * drop_TE.repeat_interleave(size, 1)) @ w_down_FD[shared:]
+        found = []
+        for threads in (1, 2, 3):
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            found.append(start_TD.clone())
+            add_dropped(drop_TE, h_TF, w_down_FD, shared, found[-1])
+            torch.set_num_threads(before)
+        assert torch.allclose(found[0], expected_TD, atol=1e-4)
+        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+        add_dropped(~drop_TE, h_TF, w_down_FD, shared, start_TD)
+        assert not torch.allclose(start_TD, expected_TD, atol=1e-2)
 
 
 def test_curve_rows_are_what_the_reference_computes() -> None:

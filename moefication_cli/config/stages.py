@@ -131,9 +131,7 @@ class RouterConfig(Options):
         None, "Hidden width of regression and quadratic routers (default: d/24 and d/8, budgets choose)", minimum=1
     )
     calibration_tokens: int = option(4096, "Tokens behind each calibration curve, fitted and held out", minimum=64)
-    epochs: int | None = option(
-        None, "Passes over the tokens (default: 6, for mlp 4 at most: it stops early)", minimum=1
-    )
+    epochs: int | None = option(None, "Passes over the tokens (default: 4; mlp may stop earlier)", minimum=1)
     batch_size: int | None = option(None, "Tokens per training step (default: 1024, for mlp 2048)", minimum=1)
     learning_rate: float | None = option(None, "Adam's step (default: by router)", minimum=0.0)
     patience: int = option(3, "Epochs without improvement before stopping", minimum=1)

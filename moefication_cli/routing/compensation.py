@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moefication_cli.errors import ConfigError
 from moefication_cli.ffn import Compensation, ExpertWeights
+from moefication_cli.routing.dropped_cpu import add_dropped
 from moefication_cli.routing.scores import token_chunks
 from moefication_cli.routing.tokens import Tokens
 
@@ -129,13 +130,13 @@ class Dropped:
     """What left-out experts would have written, [T, D], while more and more of them are left out.
 
     Each (token, expert) pair is computed once, when it is first left out, so that all candidates of one router together
-    cost about one FFN; experts of fewer than `block_neurons` are computed in blocks of so many, which saves less.
+    cost about one FFN: on the CPU by a kernel of its own (float32), elsewhere as products over blocks of at least
+    `block_neurons`, which computes more than is left out.
     """
 
     def __init__(self, weights: ExpertWeights, h_TF: Tensor, block_neurons: int = BLOCK_NEURONS) -> None:
         self._weights, self._h_TF, self._block = weights, h_TF, block_neurons
         self._out_TD = h_TF.new_zeros(len(h_TF), weights.ffn.d_model)
-        self._added_TD = torch.empty_like(self._out_TD)
         self._kept_TE = torch.ones(len(h_TF), weights.num_experts, dtype=torch.bool, device=h_TF.device)
 
     def output(self, keep_TE: Tensor) -> Tensor:
@@ -145,6 +146,13 @@ class Dropped:
         """
         drop_TE = self._kept_TE & ~keep_TE
         self._kept_TE = keep_TE
+        if self._h_TF.device.type == "cpu" and self._h_TF.dtype == torch.float32:
+            add_dropped(drop_TE, self._h_TF, self._weights.ffn.w_down_FD, self._weights.num_shared, self._out_TD)
+        else:
+            self._add_blocks(drop_TE)
+        return self._out_TD
+
+    def _add_blocks(self, drop_TE: Tensor) -> None:
         size, start = self._weights.expert_size, self._weights.num_shared
         together = max(1, self._block // size)
         for drop_TB in drop_TE.split(together, dim=1):
@@ -155,9 +163,8 @@ class Dropped:
                 if together > 1:
                     h_SF *= drop_TB[token_S].repeat_interleave(size, dim=1)
                 w_down_FD = self._weights.ffn.w_down_FD[start:stop]
-                self._out_TD.index_add_(0, token_S, torch.mm(h_SF, w_down_FD, out=self._added_TD[: len(token_S)]))
+                self._out_TD.index_add_(0, token_S, h_SF @ w_down_FD)
             start = stop
-        return self._out_TD
 
 
 def fit_compensation(weights: ExpertWeights, keep_TE: Tensor, rank: int, tokens: Tokens) -> Compensation:

@@ -30,7 +30,7 @@ class RouterTraining:
     `width` is the hidden width asked for, None for what the kind chooses.
     """
 
-    epochs: int = 6
+    epochs: int = 4  # six lower a BERT's predicted error by 0.4 % at a fifth of its FLOPs, by 1.7 % at a tenth
     batch_size: int = 1024
     learning_rate: float = 1e-2
     patience: int = 3

@@ -106,4 +106,4 @@ def _train(weights: ExpertWeights, sample: RouterSample, training: RouterTrainin
     return [mlp_router(weights, sample, training)]
 
 
-MLP = RouterKind(_train, defaults=RouterTraining(epochs=4, batch_size=2048, learning_rate=4e-2))
+MLP = RouterKind(_train, defaults=RouterTraining(batch_size=2048, learning_rate=4e-2))
