@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.bench_gguf import write_random
 from cli_runner import Runner
 from converted import convert
 from safetensors.torch import load_file
@@ -317,6 +318,53 @@ def test_from_the_command_line(small_run: Path, run_cli: Runner, tmp_path: Path)
     refused = run_cli("apply", small_run, "--router", "native", "--top-k", 2, "--for", "gguf", "--json")
     assert refused.code == 2 and "multiple of 32" in refused.json["error"]["message"]
     assert not list(tmp_path.glob(".*partial"))
+
+
+_REGEX = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEXT = "It's 12345 o'clock;  WE'LL go\n\n to the caf\u00e9 (\u4f60\u597d) at 7.\tx_1 == y[22]!\n"
+
+
+@needs_engine
+@pytest.mark.parametrize(("kind", "regex"), [("qwen2", _REGEX % ""), ("llama-bpe", _REGEX % "{1,3}"), ("gpt-2", None)])
+def test_llama_cpp_reads_byte_level_tokenizers_alike(kind: str, regex: str | None, tmp_path: Path) -> None:
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE(ignore_merges=kind == "llama-bpe"))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if regex is not None:
+        split = pre_tokenizers.Split(Regex(regex), "isolated")
+        level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        raw.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=alphabet, special_tokens=["<end>"], show_progress=False
+    )
+    raw.train_from_iterator([_TEXT * 3, "to go at twelve 123 12 we'll 345"], trainer)
+    words = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>")
+    shape = Shape(4, 32, 0, 2)
+    write_random(tmp_path / "native", 64, 128, 1, shape)
+    words.save_pretrained(tmp_path / "native")
+    write_gguf(tmp_path / "native", "f16", tmp_path / "model.gguf", "tiny")
+    assert read_back(tmp_path / "model.gguf")[2].fields["tokenizer.ggml.pre"].contents() == kind
+    texts = [_TEXT, "we'll go 12345", " x  y"]
+    found = call_engine("log_probabilities", file=str(tmp_path / "model.gguf"), sequences=[[1, 2]], texts=texts)[
+        "tokens"
+    ]
+    assert found == [words(text)["input_ids"] for text in texts]
+
+
+@needs_engine
+def test_llama_cpp_quantises(tmp_path: Path) -> None:
+    write_random(tmp_path / "native", 256, 1024, 1, Shape(4, 256, 0, 2))
+    write_gguf(tmp_path / "native", "f32", tmp_path / "whole.gguf", "tiny")
+    call_engine("quantise", source=str(tmp_path / "whole.gguf"), target=str(tmp_path / "small.gguf"))
+    values, kinds, _ = read_back(tmp_path / "small.gguf")
+    assert kinds["blk.0.ffn_up_exps.weight"] == "Q4_K" and kinds["blk.0.ffn_gate_inp.weight"] == "F32"
+    expected = weights_of(tmp_path / "native")["model.layers.0.block_sparse_moe.experts.3.w3.weight"]
+    assert float((values["blk.0.ffn_up_exps.weight"][3] - expected).norm() / expected.norm()) < 0.1
 
 
 @needs_engine

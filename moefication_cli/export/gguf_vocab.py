@@ -55,7 +55,9 @@ def add_vocabulary(writer: Any, folder: Path, size: int) -> None:
     if not byte_level:
         writer.add_token_scores(_scores(model, [text for text, _ in whole]))
         writer.add_add_space_prefix(_prefixes_a_space(steps))
-    gguf.SpecialVocab(folder, load_merges=byte_level, n_vocab=size).add_to_gguf(writer, quiet=True)
+    special = gguf.SpecialVocab(folder, load_merges=byte_level, n_vocab=size)
+    special.add_special_token.setdefault("bos", False)  # where nothing is said llama.cpp goes by the kind of tokenizer
+    special.add_to_gguf(writer, quiet=True)
 
 
 def _refusal(why: str) -> ConfigError:

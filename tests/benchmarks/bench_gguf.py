@@ -97,15 +97,16 @@ def made(folder: Path, args: argparse.Namespace, shape: Shape | None) -> Path:
     return file
 
 
-def seconds(model: Any, prompt: list[int], generated: int) -> tuple[float, float]:
-    """(of the prompt, of `generated` tokens one by one)."""
+def seconds(model: Any, prompt: list[int], args: argparse.Namespace) -> tuple[float, float]:
+    """(of the prompt, of the generated tokens one by one)."""
+    clock = time.perf_counter if args.clock == "wall" else time.process_time
     model.reset()
-    start = time.perf_counter()
+    start = clock()
     model.eval(prompt)
-    middle = time.perf_counter()
-    for token in prompt[:generated]:
+    middle = clock()
+    for token in prompt[: args.generate]:
         model.eval([token])
-    return middle - start, time.perf_counter() - middle
+    return middle - start, clock() - middle
 
 
 def bound(args: argparse.Namespace, shape: Shape) -> float:
@@ -133,7 +134,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         moe = loaded(made(folder, args, shape))
         both = []
         for _ in range(args.repeats + 1):  # the first warms up
-            both.append((seconds(dense, prompt, args.generate), seconds(moe, prompt, args.generate)))
+            both.append((seconds(dense, prompt, args), seconds(moe, prompt, args)))
         times = np.array(both[1:])  # [repeats, dense or MoE, prompt or generation]
         ratios = times[:, 0] / times[:, 1]
         for part, tokens in ((0, args.prompt), (1, args.generate)):
@@ -161,6 +162,10 @@ def main() -> None:
     parser.add_argument("--generate", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    clocks = ["wall", "cpu"]
+    parser.add_argument(
+        "--clock", default="wall", choices=clocks, help="cpu: other programs disturb less (--threads 1)"
+    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
