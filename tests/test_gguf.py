@@ -295,9 +295,8 @@ def small_run(tmp_path: Path, run_cli: Runner) -> Path:
 
 def test_from_the_command_line(small_run: Path, run_cli: Runner, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    forced = ("--force",) if has_engine() else ()  # this vocabulary has no bytes, which llama.cpp wants
-    if not has_engine():
-        made = run_cli("export", small_run, "--to", "gguf", "--quantise", "q8_0", "--out", out, "--json", *forced)
+    if not has_engine():  # with it the export fails: llama.cpp loads no vocabulary of this kind without bytes
+        made = run_cli("export", small_run, "--to", "gguf", "--quantise", "q8_0", "--out", out, "--json")
         assert made.code == 0, made.err
         assert "filled with zeros to 32" in made.err and "pip install llama-cpp-python" in made.err
         assert made.json["rows"][0]["architecture"] == "mixtral" and not made.json["checked"]
