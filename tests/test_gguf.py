@@ -47,10 +47,14 @@ def words_in_pieces(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def native(source: str, name: str, shared: int, folder: Path) -> Path:
-    """A native checkpoint with 2 experts of (48 - shared) / 2 neurons, filled to 32."""
+def native(
+    source: str, name: str, shared: int, folder: Path, change: Callable[[dict[str, Any]], object] | None = None
+) -> Path:
+    """A native checkpoint with 2 experts of (48 - shared) / 2 neurons, filled to 32; `change` changes config.json first."""
     convert(source, folder / "model", top_k=1, num_experts=2, shared=shared)
     words_in_pieces(folder / "model")
+    if change is not None:
+        rewritten(folder / "model", change, "config.json")
     moe, checkpoint = read_moe_folder(folder / "model"), Checkpoint(folder / "model")
     write_native(checkpoint, moe, name, logit_spreads(moe, random_inputs(checkpoint)), folder / "native", 32)
     return folder / "native"
@@ -230,9 +234,9 @@ def vocabulary_only(folder: Path, size: int = VOCAB) -> Path:
     return folder / "vocabulary.gguf"
 
 
-def rewritten(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
-    """`folder` with its tokenizer.json changed."""
-    path = folder / "tokenizer.json"
+def rewritten(folder: Path, change: Callable[[dict[str, Any]], object], name: str = "tokenizer.json") -> Path:
+    """`folder` with one of its files changed."""
+    path = folder / name
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
@@ -353,6 +357,40 @@ def test_llama_cpp_reads_byte_level_tokenizers_alike(kind: str, regex: str | Non
         "tokens"
     ]
     assert found == [words(text)["input_ids"] for text in texts]
+
+
+@needs_engine
+@pytest.mark.parametrize(
+    ("source", "name", "shared", "rope"),
+    [
+        ("llama", "mixtral", 0, {}),
+        ("llama", "mixtral", 0, {"rope_type": "linear", "factor": 4.0}),
+        (
+            "mistral",
+            "mixtral",
+            0,
+            {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+            | {"original_max_position_embeddings": 32},
+        ),
+        ("llama", "qwen2_moe", 4, {}),
+        ("qwen2", "qwen2_moe", 4, {}),
+        ("qwen3", "qwen3_moe", 0, {}),
+    ],
+)
+def test_architectures_in_llama_cpp(source: str, name: str, shared: int, rope: dict[str, Any], tmp_path: Path) -> None:
+    def turn(config: dict[str, Any]) -> None:
+        config["rope_parameters"] |= rope
+
+    folder = native(source, name, shared, tmp_path, turn)
+    rewritten(folder, lambda c: c.update(normalizer=None, pre_tokenizer={"type": "ByteLevel"}))  # needs no byte tokens
+    write_gguf(folder, "f32", tmp_path / "model.gguf", "tiny")
+    ids = torch.randint(3, VOCAB, (2, 48), generator=torch.Generator().manual_seed(0))
+    found = compare_engine(tmp_path / "model", tmp_path / "model.gguf", [ids], [])
+    assert found.faults("f32") == [] and found.log_prob_error < 5e-3, found
+    # Negative control: positions turned otherwise
+    rewritten(folder, lambda c: c.update(rope_parameters={"rope_type": "default", "rope_theta": 300.0}), "config.json")
+    write_gguf(folder, "f32", tmp_path / "other.gguf", "tiny")
+    assert compare_engine(tmp_path / "model", tmp_path / "other.gguf", [ids], []).log_prob_error > 0.02
 
 
 @needs_engine
