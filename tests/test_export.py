@@ -57,7 +57,7 @@ def exported(source: str, name: str, shared: int, folder: Path, **options: Any) 
 
 
 def test_formats_are_those_of_the_options() -> None:
-    assert set(FORMATS) == choices(ExportConfig, "to") == choices(ApplyConfig, "host")
+    assert {*FORMATS, "gguf"} == choices(ExportConfig, "to") == choices(ApplyConfig, "host")
 
 
 @pytest.mark.parametrize(("source", "name", "shared"), PAIRS)

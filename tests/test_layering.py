@@ -38,6 +38,8 @@ HOMES = {
     "triton": {"runtime"},
     "fmoe": {"runtime"},
     "matplotlib": {"evaluation"},
+    "gguf": {"export"},
+    "llama_cpp": {"export"},
     "click": set(),
     "pickle": {"models"},  # the name of the error torch.load raises, nothing else
 }

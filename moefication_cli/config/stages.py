@@ -6,7 +6,7 @@ from typing import Literal
 from moefication_cli.config.option import LAYERS, Options, option
 
 TaskName = Literal["classification", "text2text", "lm"]
-FormatName = Literal["mixtral", "qwen2_moe", "qwen3_moe", "granitemoeshared", "glm4_moe"]
+FormatName = Literal["mixtral", "qwen2_moe", "qwen3_moe", "granitemoeshared", "glm4_moe", "gguf"]
 Score = Literal["activation", "contribution", "norm"]
 FRACTION_OF = "What fractions bound: flops (everything counted, router included) or neurons (the paper's reading)"
 
@@ -184,7 +184,8 @@ class ApplyConfig(Options):
     )
     host: FormatName | None = option(
         None,
-        "Plan what this native MoE format can hold, for `export --to`: a fixed number of experts, router native",
+        "Plan what this native MoE format can hold, for `export --to`: a fixed number of experts, router native; gguf: what "
+        "llama.cpp runs",
         names=("--for",),
     )
     # The stage's digest is compared, as an input, and not its name

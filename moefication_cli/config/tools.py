@@ -63,10 +63,15 @@ class FinetuneConfig(Options):
 
 @dataclass(frozen=True)
 class ExportConfig(Options):
-    """export: a native MoE checkpoint of the converted model."""
+    """export: a native MoE checkpoint of the converted model, or a file for llama.cpp."""
 
-    to: FormatName | None = option(None, "Native MoE format to write")
-    out: str | None = option(None, "Folder to write, which must be empty or not there")
+    to: FormatName | None = option(None, "Native MoE format to write; gguf: a file for llama.cpp")
+    out: str | None = option(
+        None, "Folder to write, which must be empty or not there; of gguf a file, or a folder that gets one"
+    )
+    quantise: Literal["f32", "f16", "q8_0", "q4_k"] | None = option(
+        None, "gguf: how matrices are stored (default: f16; q4_k needs llama-cpp-python)"
+    )
 
 
 @dataclass(frozen=True)

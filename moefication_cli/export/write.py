@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from moefication_cli.conversion.plan import LayerPlan
 from moefication_cli.errors import ConfigError
 from moefication_cli.export.formats import FORMATS, Format, Layer, Shape
+from moefication_cli.export.gguf_shape import choose_host, filled
+from moefication_cli.ffn import FFNWeights
 from moefication_cli.models.folder.checkpoint import Checkpoint
 from moefication_cli.models.folder.moe_folder import MoEFolder, MoELayer
 from moefication_cli.models.folder.permuted import copy_side_files
@@ -46,7 +49,9 @@ def _check_shapes(name: str, config: Mapping[str, Any], shapes: Mapping[str, Sha
                 f"{name} has one number and size of experts and one k for all layers; {layer} has {other}, {first} {shape}",
                 _AGAIN,
             )
-    if error := refusal(name, config, shape):
+    if name == "gguf":
+        choose_host(config, shape)
+    elif error := refusal(name, config, shape):
         raise error
     return shape
 
@@ -81,21 +86,24 @@ def refusal(name: str, config: Mapping[str, Any], shape: Shape) -> ConfigError |
     )
 
 
-def write_native(checkpoint: Checkpoint, moe: MoEFolder, name: str, spreads: Sequence[float], out: Path) -> list[Path]:
+def write_native(
+    checkpoint: Checkpoint, moe: MoEFolder, name: str, spreads: Sequence[float], out: Path, multiple: int = 1
+) -> list[Path]:
     """Write the folder `out`, which must be empty: config.json, one weight file per layer, index, tokenizer; synced.
 
-    `checkpoint` and `moe` are of the converted folder, `spreads` the standard deviation of each layer's router logits.
-    Raises ConfigError where the format cannot hold the model.
+    `checkpoint` and `moe` are of the converted folder, `spreads` the standard deviation of each layer's router logits. Experts
+    are filled with zero neurons to a multiple of `multiple`. Raises ConfigError where the format cannot hold the model.
     """
     row, config = FORMATS[name], checkpoint.config.to_dict()
-    shape = common_shape(checkpoint, moe, name)
+    shape = common_shape(checkpoint, moe, name if multiple == 1 else "gguf")
+    whole = shape if multiple == 1 else filled(shape, name, multiple)
     files.make_dirs(out)
     copy_side_files(checkpoint.folder, out, code=False)
-    jsonio.write(out / "config.json", row.config_json(config, shape))
+    jsonio.write(out / "config.json", row.config_json(config, whole))
     index: dict[str, str] = {}
     total, written = 0, []
     count = len(moe.layers) + 1
-    for number, tensors in enumerate(_shards(checkpoint, moe, row, shape, spreads), 1):
+    for number, tensors in enumerate(_shards(checkpoint, moe, row, (shape, whole), spreads), 1):
         target = out / f"model-{number:05d}-of-{count:05d}.safetensors"
         with files.writing(target):
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, target, metadata={"format": "pt"})
@@ -110,17 +118,17 @@ def write_native(checkpoint: Checkpoint, moe: MoEFolder, name: str, spreads: Seq
 
 
 def _shards(
-    checkpoint: Checkpoint, moe: MoEFolder, row: Format, shape: Shape, spreads: Sequence[float]
+    checkpoint: Checkpoint, moe: MoEFolder, row: Format, shapes: tuple[Shape, Shape], spreads: Sequence[float]
 ) -> Iterator[dict[str, Tensor]]:
     """The tensors of each decoder layer, then everything else."""
     left = checkpoint.tensors()
     for site, layer, spread in zip(checkpoint.sites, moe.layers, spreads, strict=True):
         own = {checkpoint.locate(piece.parameter)[1] for piece in site.slices()}
         prefix = next(iter(own)).split(".mlp.")[0]
-        ffn = checkpoint.read_ffn(site, dtype=None)
+        ffn = with_zero_neurons(checkpoint.read_ffn(site, dtype=None), *shapes)
         assert isinstance(layer.router, TwoLayerRouter)
         power = 2.0 ** round(math.log2(_LOGIT_SPREAD / max(spread, 1e-12)))
-        made = row.layer(Layer(ffn, layer.router.w_in_RD.float() * power, shape))
+        made = row.layer(Layer(ffn, layer.router.w_in_RD.float() * power, shapes[1]))
         found = {f"{prefix}.{key}": tensor for key, tensor in made.items()}
         for key in [key for key in left if key.startswith(f"{prefix}.")]:
             file = left.pop(key)
@@ -135,6 +143,22 @@ def _shards(
     if row.untied and "lm_head.weight" not in rest:
         rest["lm_head.weight"] = rest["model.embed_tokens.weight"].clone()
     yield rest
+
+
+def with_zero_neurons(ffn: FFNWeights, shape: Shape, whole: Shape) -> FFNWeights:
+    """An FFN without biases, in expert order, its shared part and experts filled up to the sizes of `whole`."""
+    if whole == shape:
+        return ffn
+
+    def grown(w_FD: Tensor) -> Tensor:
+        shared_SD, rest_FD = w_FD[: shape.num_shared], w_FD[shape.num_shared :]
+        experts_END = rest_FD.unflatten(0, (shape.num_experts, shape.expert_size))
+        more_shared, more = whole.num_shared - shape.num_shared, whole.expert_size - shape.expert_size
+        pad = torch.nn.functional.pad
+        return torch.cat([pad(shared_SD, (0, 0, 0, more_shared)), pad(experts_END, (0, 0, 0, more)).flatten(0, 1)])
+
+    assert ffn.w_gate_FD is not None
+    return replace(ffn, w_up_FD=grown(ffn.w_up_FD), w_gate_FD=grown(ffn.w_gate_FD), w_down_FD=grown(ffn.w_down_FD))
 
 
 def logit_spreads(moe: MoEFolder, inputs: Sequence[Tensor]) -> list[float]:

@@ -20,6 +20,7 @@ from moefication_cli.config import (
 from moefication_cli.config.option import distribute, offered_options
 from moefication_cli.conversion.search import default_steps
 from moefication_cli.errors import ConfigError
+from moefication_cli.export.gguf_shape import suitable_size
 from moefication_cli.models.heads import checked_task
 from moefication_cli.runs.control import Control, Result
 from moefication_cli.runs.costs import (
@@ -135,6 +136,10 @@ def run_stages(run: RunDir, asked: Pipeline, control: Control) -> Result:
         router = replace(router, router="mlp", recipe="paper")
     if apply.host is not None:
         router = replace(router, router="native")
+    if apply.host == "gguf" and split.num_experts is None and split.expert_size is None:
+        sites = open_model(run, collect, control).sites
+        split = replace(split, expert_size=suitable_size([site.num_neurons for site in sites], apply.fraction))
+        control.say(f"experts of {split.expert_size} neurons, which suit llama.cpp; --expert-size takes others")
     if extra.eval_data is not None:  # now, and not when everything else is done
         check_evaluation_data(run, open_model(run, collect, control), asked.evaluation(apply.router), control)
     if control.dry_run:
