@@ -38,6 +38,7 @@ HOMES = {
     "triton": {"runtime"},
     "fmoe": {"runtime"},
     "matplotlib": {"evaluation"},
+    "lm_eval": {"evaluation"},
     "click": set(),
     "pickle": {"models"},  # the name of the error torch.load raises, nothing else
 }

@@ -14,6 +14,7 @@ from moefication_cli.runs.costs import eval_cost
 from moefication_cli.runs.data import data_inputs
 from moefication_cli.runs.estimate import estimate
 from moefication_cli.runs.inputs import absolute, begin_options, open_model
+from moefication_cli.stages.harness import harness
 from moefication_cli.store import jsonio
 from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.rundir import RunDir
@@ -39,8 +40,11 @@ def evaluate(run: RunDir, config: EvalConfig, control: Control = Control()) -> R
         evaluate(RunDir("RUN"), EvalConfig(data="test.txt")).rows
         evaluate(RunDir("RUN"), EvalConfig(data="valid=valid.txt,other=other.txt")).rows  # each with its `data`
 
-    Raises ConfigError (no data, unknown selection), MissingArtifactError, StaleArtifactError.
+    With `lm_eval` it is `harness.harness` that measures. Raises ConfigError (no data, unknown selection),
+    MissingArtifactError, StaleArtifactError.
     """
+    if config.lm_eval is not None:
+        return harness(run, config, control)
     model = open_model(run, None, control)
     split = run.require("split")
     routers = {name: run.require(f"router/{name}") for name in run.names("router")}
