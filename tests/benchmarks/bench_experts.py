@@ -14,7 +14,13 @@ import transformers as tf
 
 from moefication_cli.cli.app import main
 
-_BASE = {"vocab_size": 1024, "num_hidden_layers": 2, "max_position_embeddings": 2048, "pad_token_id": 0, "eos_token_id": 1}
+_BASE = {
+    "vocab_size": 1024,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 2048,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
 SHAPES = {
     "OLMoE-1B-7B, 2 of 16 layers": tf.OlmoeConfig(
         **_BASE, hidden_size=2048, intermediate_size=1024, num_attention_heads=16, num_experts=64, num_experts_per_tok=8
