@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
 __all__ = [
-    "RunDir", "apply_experts", "build_graph", "collect_activations", "convert", "evaluate", "load", "split_neurons",
-    "train_router",
+    "RunDir", "apply_experts", "build_graph", "collect_activations", "convert", "evaluate", "load", "register_experts",
+    "split_neurons", "train_router",
 ]  # fmt: skip
 
 _HOMES = {
@@ -26,12 +26,14 @@ _HOMES = {
     "convert": "stages.convert",
     "evaluate": "stages.evaluate",
     "load": "models.loading",
+    "register_experts": "models.stock_experts",
     "split_neurons": "stages.split_neurons",
     "train_router": "stages.train_router",
 }
 
 if TYPE_CHECKING:
     from moefication_cli.models.loading import load
+    from moefication_cli.models.stock_experts import register_experts
     from moefication_cli.stages.apply_experts import apply_experts
     from moefication_cli.stages.build_graph import build_graph
     from moefication_cli.stages.collect_activations import collect_activations

@@ -40,6 +40,7 @@ HOMES = {
     "matplotlib": {"evaluation"},
     "gguf": {"export"},
     "llama_cpp": {"export"},
+    "lm_eval": {"evaluation"},
     "click": set(),
     "pickle": {"models"},  # the name of the error torch.load raises, nothing else
 }

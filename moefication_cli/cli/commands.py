@@ -232,7 +232,7 @@ register(
     "run",
     [RunConfig, CollectConfig, EvalConfig, SplitConfig, RouterConfig, ApplyConfig],
     _pipeline,
-    without=("layers",),
+    without=("layers", "lm_eval", "include_path", "num_fewshot"),
 )
 register(app, "tune", [TuneConfig], _tune, without=("layers",))
 register(app, "finetune", [FinetuneConfig], _finetune, without=("layers",))

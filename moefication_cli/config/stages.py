@@ -220,5 +220,15 @@ class EvalConfig(TaskConfig, DataConfig):
     fraction_of: Literal["flops", "neurons"] = option("flops", FRACTION_OF)
     name: str = option("default", "Keeps several evaluations apart", compared=False)
     backend: str = option("auto", "Backend of the MoE rows; `reference` masks a dense FFN")
+    # Of the next three the content is compared, as an input of RUN/harness/NAME
+    lm_eval: tuple[str, ...] | None = option(
+        None,
+        "Instead: dense and RUN/model on these tasks of lm-evaluation-harness, a comma list (needs lm-eval)",
+        compared=False,
+    )
+    include_path: str | None = option(None, "--lm-eval: folder with task files of your own", compared=False)
+    num_fewshot: int | None = option(
+        None, "--lm-eval: examples in the prompt (default: the task's)", minimum=0, compared=False
+    )
     batch_size: int = option(32, "Sequences per forward pass", minimum=1)
     dtype: str | None = option(None, "Model dtype (default: float32 on CPU, the checkpoint's on CUDA)")

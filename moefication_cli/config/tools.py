@@ -134,6 +134,9 @@ class BenchConfig(Options):
     shape: Literal["t5-base", "bert-large", "opt-1.3b", "llama-7b-layer"] | None = option(
         None, "Random weights of this architecture instead of MODEL_OR_RUN"
     )
+    experts: str | None = option(
+        None, "Instead of MODEL_OR_RUN: a stock MoE, timed under transformers' experts and under this package's kernels"
+    )
     mode: tuple[Literal["ffn", "prefill", "decode"], ...] | None = option(
         None, "Comma list of ffn, prefill, decode (default: all the model has)"
     )

@@ -6,8 +6,9 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
+from moefication_cli.models.experts import attach_experts
 from moefication_cli.models.folder.moe_folder import FOLDER, read_moe_folder
-from moefication_cli.models.loading import attach_experts, check_weights
+from moefication_cli.models.loading import check_weights
 from moefication_cli.models.sites import find_sites
 
 

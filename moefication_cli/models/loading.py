@@ -9,27 +9,20 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from huggingface_hub import snapshot_download
 
-from moefication_cli.errors import ConfigError, CorruptArtifactError, UnavailableError, first_line
-from moefication_cli.ffn import ExpertWeights
-from moefication_cli.models.folder.moe_folder import MoEFolder, MoELayer, read_moe_folder
+from moefication_cli.errors import ConfigError, UnavailableError, first_line
+from moefication_cli.models.experts import attach_experts, check_budget
+from moefication_cli.models.folder.moe_folder import FOLDER, MoEFolder, read_moe_folder
 from moefication_cli.models.folder.seal import check_seal
 from moefication_cli.models.folder.source import LOAD_ERRORS, Source, load_config, resolve_source
 from moefication_cli.models.heads import TASK_AUTO, task_of
-from moefication_cli.models.masking import TokenMask
-from moefication_cli.models.saving import save_converted
-from moefication_cli.models.sites import FFNSite, find_sites, refuse_quantised
-from moefication_cli.models.surgery import FFNLayer, install, live_weights, pack
-from moefication_cli.routing.rules import TopK
-from moefication_cli.runtime.layer import MoEFFN
-from moefication_cli.runtime.pruned import PrunedFFN
+from moefication_cli.models.sites import refuse_quantised
 
 log = logging.getLogger(__name__)
 
@@ -97,11 +90,13 @@ def load_model(
     quiet: bool = False,
     device_map: str | dict[str, Any] | None = None,
     offload_folder: Path | None = None,
+    **model_options: Any,
 ) -> LoadedModel:
     """The dense model of a hub id or local folder, in evaluation mode, with its tokenizer.
 
     `task` chooses the head (`classification`, `text2text`, `lm`); None takes the architecture the checkpoint names.
-    `device_map="auto"` and `offload_folder` are accelerate's, for models larger than memory. `quiet` silences progress.
+    `device_map="auto"` and `offload_folder` are accelerate's, for models larger than memory; `model_options` go to
+    `from_pretrained` as they are. `quiet` silences progress.
     Raises ConfigError (not found, no such head, tokenizer missing), UnavailableError (device), UnsupportedModelError
     (quantised).
     """
@@ -109,7 +104,7 @@ def load_model(
     source = resolve_source(ref, revision, trust_remote_code)
     config = load_config(source, trust_remote_code)
     refuse_quantised(config, source.ref)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "output_loading_info": True}
+    options: dict[str, Any] = {**model_options, "trust_remote_code": trust_remote_code, "output_loading_info": True}
     options["dtype"] = resolve_dtype(dtype, target) or "auto"
     if device_map is not None:
         options |= {"device_map": device_map, "offload_folder": offload_folder}
@@ -160,29 +155,33 @@ def load(
     dtype: str | torch.dtype | None = None,
     backend: str = "auto",
     fraction: float | None = None,
+    top_k: int | None = None,
     task: str | None = None,
+    revision: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
     trust_remote_code: bool = False,
     verify: bool = False,
     quiet: bool = True,
+    **model_options: Any,
 ) -> Any:
-    """A folder written by `moefication apply`, as the mixture of experts: a transformers model in evaluation mode.
+    """What `moefication apply` wrote, a folder or a hub id, as the mixture of experts: a transformers model in evaluation mode.
 
         model = load("RUN/model")
+        model.moefication.set(fraction=0.3)     # another budget, at any time; set() goes back
 
-    `fraction` replaces the recorded rule by the best `max(1, round(fraction * E))` experts; a layer without a router runs
-    that share of its experts, the most important ones, for every token. Layers that were left dense stay so.
+    `fraction` and `top_k` are those of `Experts.set`. `dtype`, `revision`, `device_map` (one device: experts that accelerate
+    spreads or offloads are refused) and whatever else `from_pretrained` takes, such as `attn_implementation`, mean the same here;
+    with a `device_map`, `device` is not looked at.
     Weights that the experts were not made for are refused, by the sizes of the files and 64 rows of each of the FFNs'
     matrices; `verify` compares every byte of the weight files. `save_pretrained` of the model writes such a folder again.
-    Raises ConfigError (path or fraction of another kind), MissingArtifactError (not a converted model),
+    Raises ConfigError (path, fraction or top_k of another kind), MissingArtifactError (not a converted model),
     CorruptArtifactError (routers or weights missing, altered, not fitting) and what `load_model` raises. Plain
     `from_pretrained` of the same folder gives the dense model.
     """
     if not isinstance(path, str | Path):
         raise ConfigError(f"load takes the path of a folder, not {path!r}", "load('RUN/model')")
-    number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
-    if fraction is not None and not (number and 0 < fraction <= 1):
-        raise ConfigError(f"fraction {fraction!r} is not a number in (0, 1]")
-    folder = Path(path)
+    check_budget(fraction, top_k)
+    folder = _local_folder(path, revision, trust_remote_code)
     moe = read_moe_folder(folder)
     check_weights(folder, moe, verify)
     loaded = load_model(
@@ -193,9 +192,23 @@ def load(
         trust_remote_code=trust_remote_code,
         tokenizer=False,
         quiet=quiet,
+        device_map=device_map,
+        **model_options,
     )
-    attach_experts(loaded.model, folder, moe, backend, fraction)
+    attach_experts(loaded.model, folder, moe, backend, fraction, top_k)
     return loaded.model
+
+
+def _local_folder(path: str | Path, revision: str | None, trust_remote_code: bool) -> Path:
+    """The folder, or the snapshot of a hub id with what lies in its folder `moefication` (see `resolve_source`)."""
+    if Path(path).exists() or (revision is None and len(Path(path).parts) > 2):
+        return Path(path)
+    source = resolve_source(path, revision, trust_remote_code)
+    try:
+        snapshot_download(source.ref, revision=source.revision, allow_patterns=[f"{FOLDER}/*"])
+    except OSError as error:
+        raise ConfigError(f"{path}: {FOLDER}/ cannot be downloaded ({first_line(error)})") from None
+    return source.folder
 
 
 def check_weights(folder: Path, moe: MoEFolder, verify: bool = False) -> None:
@@ -206,56 +219,6 @@ def check_weights(folder: Path, moe: MoEFolder, verify: bool = False) -> None:
         log.warning(
             "%s was written by a version before 0.3: whether its weights are unchanged cannot be checked", folder
         )
-
-
-def attach_experts(
-    model: Any, folder: Path, moe: MoEFolder, backend: str = "auto", fraction: float | None = None
-) -> None:
-    """Install the layers read from `folder` in the dense model of that folder, whose `save_pretrained` then writes both.
-
-    Raises CorruptArtifactError if they do not fit.
-    """
-    sites = find_sites(model, moe.settings.get("ffn"))
-    if [site.name for site in sites] != [layer.name for layer in moe.layers]:
-        raise CorruptArtifactError(
-            f"{folder}: the layers in moefication.json are not the FFNs of the model",
-            "write the folder again: moefication apply RUN --force",
-        )
-    token_mask = TokenMask(model)
-    for site, layer in zip(sites, moe.layers, strict=True):
-        if not layer.dense and not (fraction == 1 and layer.router is None):  # all neurons on: the dense layer
-            install(model, site, _moe_ffn(model, site, layer, backend, fraction), token_mask)
-    model.save_pretrained = partial(save_converted, model, moe)
-    experts = sum(not layer.dense for layer in moe.layers)
-    log.info("%s: mixture of experts in %d of %d FFNs, backend %s", folder, experts, len(sites), backend)
-
-
-def _moe_ffn(model: nn.Module, site: FFNSite, layer: MoELayer, backend: str, fraction: float | None) -> FFNLayer:
-    router, rule = layer.router, layer.rule
-    assert rule is not None
-    neurons = site.num_neurons - layer.num_shared
-    width = site.d_model if router is None else router.d_model
-    if width != site.d_model or neurons < 0 or neurons % layer.num_experts:
-        raise CorruptArtifactError(
-            f"{site.name}: {layer.num_experts} experts of {neurons} neurons, router input {width}: "
-            f"does not fit F={site.num_neurons}, D={site.d_model}",
-            "write the folder again: moefication apply RUN --force",
-        )
-    num_experts, num_shared = layer.num_experts, layer.num_shared
-    if fraction is not None and router is not None:
-        rule = TopK(max(1, round(fraction * num_experts)))
-    elif fraction is not None:  # neurons stand in order of importance, expert after expert
-        size = neurons // num_experts
-        num_shared = min(max(1, round(fraction * site.num_neurons / size)) * size, site.num_neurons - size)
-        num_experts = (site.num_neurons - num_shared) // size
-    pack(model, site)
-    ffn = live_weights(model, site)
-    device = ffn.w_up_FD.device  # routers and compensation stay float32, as they were measured
-    extra = None if layer.compensation is None else layer.compensation.to(device)
-    weights = ExpertWeights(ffn, num_experts, num_shared, extra)
-    if router is None:
-        return PrunedFFN(weights, backend)
-    return MoEFFN(weights, router.to(device), rule, backend=backend)
 
 
 def _model_class(config: Any, task: str | None) -> Any:

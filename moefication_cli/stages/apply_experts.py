@@ -22,11 +22,13 @@ from moefication_cli.models.folder.embedded import embed_code
 from moefication_cli.models.folder.moe_folder import write_moe_settings
 from moefication_cli.models.folder.seal import sealed
 from moefication_cli.routing.rules import TopK
+from moefication_cli.runs.card import converted_card
 from moefication_cli.runs.control import Control, Result
 from moefication_cli.runs.costs import apply_cost
 from moefication_cli.runs.estimate import estimate
 from moefication_cli.runs.inputs import RunModel, begin_options, layer_seed, open_model, read_tokens
 from moefication_cli.store.artifact import Artifact
+from moefication_cli.store.files import atomic_write
 from moefication_cli.store.rundir import RunDir
 from moefication_cli.training.finetuned_files import conversion_options, said_of, weights_file
 
@@ -82,6 +84,8 @@ def apply_experts(run: RunDir, config: ApplyConfig = ApplyConfig(), control: Con
             model.checkpoint.write_permuted(work.folder, orders)
             if config.embed_code:
                 embed_code(work.folder)
+            rows = [_row(plan) | _experts_per_token(plan, activations, control.seed) for plan in plans]
+            atomic_write(work.folder / "README.md", converted_card(run, config, rows).encode())
             written = Checkpoint(work.folder, ffn=run.info.ffn, trust_remote_code=control.trust_remote_code)
             content = settings(plans, name, config, run.info.ffn) | {"weights": sealed(written, work.hashes.sha256)}
             if tuned is not None:
@@ -89,7 +93,6 @@ def apply_experts(run: RunDir, config: ApplyConfig = ApplyConfig(), control: Con
             write_moe_settings(work.folder, content, router_tensors(plans))
             for index in control.track(range(len(plans)), "check", len(plans)):
                 check_layer(model, written, index, control.seed)
-            rows = [_row(plan) | _experts_per_token(plan, activations, control.seed) for plan in plans]
             manifest = work.finish({"layers": rows, "router": name} | describe_rule(plans, config.budget))
     assert manifest is not None
     path = run.path("model")

@@ -8,6 +8,7 @@ import os
 
 import torch
 
+from moefication_cli.benchmark.experts import experts_rows
 from moefication_cli.benchmark.rows import rows_of
 from moefication_cli.benchmark.subjects import MODES, Setting, cases
 from moefication_cli.benchmark.timing import hardware, measure_rates, threads
@@ -19,13 +20,15 @@ from moefication_cli.runtime.backends import BACKENDS
 
 
 def bench(target: str | None, config: BenchConfig, control: Control) -> Result:
-    """Time a model, a run's RUN/model or a shape, dense and MoE in turns. Writes nothing.
+    """Time a model, a run's RUN/model or a shape, dense and MoE in turns, or a stock MoE's experts. Writes nothing.
 
     Raises ConfigError (model not found, unknown shape or mode, mode the model has not), MissingArtifactError (a run
     without RUN/model), UnavailableError (device, backend).
     """
-    if bool(target) == bool(config.shape):
-        raise ConfigError("bench takes either MODEL_OR_RUN or --shape", "moefication bench --shape t5-base")
+    if sum(map(bool, (target, config.shape, config.experts))) != 1:
+        raise ConfigError(
+            "bench takes either MODEL_OR_RUN or --shape or --experts", "moefication bench --shape t5-base"
+        )
     if config.backend != "auto" and config.backend not in BACKENDS:
         raise ConfigError(f"there is no backend {config.backend!r}", f"use one of {', '.join(BACKENDS)}, or auto")
     state = Setting(
@@ -45,10 +48,12 @@ def bench(target: str | None, config: BenchConfig, control: Control) -> Result:
         )
     if config.clock == "cpu" and (state.device.type != "cpu" or config.threads != 1):
         raise ConfigError("--clock cpu counts one thread of the CPU", "add --threads 1 --device cpu")
-    name = target or str(config.shape)
+    name = target or config.experts or str(config.shape)
     if control.dry_run:
         return _planned(state, name)
     with threads(config.threads):
+        if config.experts:
+            return _experts(state, config.experts, torch.get_num_threads())
         for case in cases(state, target):
             dtype = case.dense.dtype
             if state.rates is None:
@@ -66,6 +71,26 @@ def _planned(state: Setting, name: str) -> Result:
         for mode in state.modes or MODES
     ]  # fmt: skip
     return Result("bench", rows, {"dry_run": True, "model": name}, notes=["nothing was loaded and nothing is written"])
+
+
+def _experts(state: Setting, folder: str, num_threads: int) -> Result:
+    rows = list(state.control.track(experts_rows(state, folder), "bench"))
+    machine = hardware(state.device)
+    table = []
+    for row in rows:
+        shown = {key: row[key] for key in ("mode", "tokens", "batch", "seq")}
+        shown |= {f"{name}_ms": None if taken is None else 1e3 * taken for name, taken in row["seconds"].items()}
+        for name, ratio in row["speedup"].items():
+            shown[f"over_{name}"] = (
+                f"{ratio['median']:.2f} ({ratio['quartiles'][0]:.2f} to {ratio['quartiles'][1]:.2f})"
+            )
+        table.append(shown)
+    notes = [
+        f"{folder} on {machine['processor']}, {num_threads} threads, {state.config.clock} clock, {rows[0]['dtype']}, "
+        f"torch {machine['torch']}: medians of {rows[0]['repeats']} rounds; over: median of paired ratios, with quartiles"
+    ]
+    payload = {"schema": "moefication/bench@1", "model": folder, "rows": rows, "table": table, "hardware": machine}
+    return Result("bench", table, payload | {"threads": num_threads}, notes=notes)
 
 
 def _result(state: Setting, name: str, num_threads: int) -> Result:

@@ -9,13 +9,16 @@ from moefication_cli.evaluation.measure import BASELINES, measure
 from moefication_cli.evaluation.plots import plot_quality
 from moefication_cli.evaluation.rows import by_data, lost_to
 from moefication_cli.evaluation.table import SELECTIONS, EvalInputs
+from moefication_cli.runs.card import with_quality
 from moefication_cli.runs.control import Control, Result
 from moefication_cli.runs.costs import eval_cost
 from moefication_cli.runs.data import data_inputs
 from moefication_cli.runs.estimate import estimate
 from moefication_cli.runs.inputs import absolute, begin_options, open_model
+from moefication_cli.stages.harness import harness
 from moefication_cli.store import jsonio
 from moefication_cli.store.artifact import Artifact
+from moefication_cli.store.files import atomic_write
 from moefication_cli.store.rundir import RunDir
 from moefication_cli.tasks.data_files import named_data
 
@@ -39,8 +42,11 @@ def evaluate(run: RunDir, config: EvalConfig, control: Control = Control()) -> R
         evaluate(RunDir("RUN"), EvalConfig(data="test.txt")).rows
         evaluate(RunDir("RUN"), EvalConfig(data="valid=valid.txt,other=other.txt")).rows  # each with its `data`
 
-    Raises ConfigError (no data, unknown selection), MissingArtifactError, StaleArtifactError.
+    With `lm_eval` it is `harness.harness` that measures. Raises ConfigError (no data, unknown selection),
+    MissingArtifactError, StaleArtifactError.
     """
+    if config.lm_eval is not None:
+        return harness(run, config, control)
     model = open_model(run, None, control)
     split = run.require("split")
     routers = {name: run.require(f"router/{name}") for name in run.names("router")}
@@ -70,6 +76,8 @@ def evaluate(run: RunDir, config: EvalConfig, control: Control = Control()) -> R
             metrics = measure(inputs, selections, fractions, data, config, control)
             jsonio.write(work.folder / "metrics.json", metrics)
             plot_quality(metrics, work.folder / "quality.png")
+            if applied is not None and (card := applied.path / "README.md").is_file():
+                atomic_write(work.folder / "README.md", with_quality(card.read_text("utf-8"), metrics).encode())
             work.finish({"metric": metrics["dense"]["metric"], "rows": len(metrics["rows"])})
     return _result(run, config, metrics, work.reason is None)
 

@@ -47,7 +47,7 @@ def show_config(target: str) -> Result:
     for stage in stages_in(root):
         manifest = StagePaths(root, stage).read_manifest_or_none()
         command = COMMANDS[stage.partition("/")[0]]
-        if manifest is None or command not in _OPTIONS or stage.partition("/")[0] in ("refined", "baseline"):
+        if manifest is None or command not in _OPTIONS or stage.partition("/")[0] in ("refined", "baseline", "harness"):
             continue
         known = {e.name for e in options_of(_OPTIONS[command])} | _NOT_OPTIONS
         tables[command] = {

@@ -33,11 +33,12 @@ COMMANDS = {
     "finetuned": "finetune",
     "model": "apply",
     "eval": "eval",
+    "harness": "eval",
     "baseline": "eval",
     "tune": "tune",
     "report": "report",
 }
-NAMED = {"router", "eval", "baseline", "refined", "finetuned"}
+NAMED = {"router", "eval", "harness", "baseline", "refined", "finetuned"}
 
 
 def check_stage(stage: str) -> None:

@@ -246,7 +246,9 @@ class RunDir:
         if kind == "activations":
             model = [] if (self.root / "run.json").exists() else ["--model", "MODEL"]
             parts += [*model, "--data", "DATA"]
-        elif kind in {"router", "eval", "finetuned"} and name != "default":
+        elif kind == "harness":
+            parts += ["--lm-eval", "TASKS"]
+        if kind in {"router", "eval", "harness", "finetuned"} and name != "default":
             parts += ["--router" if kind == "router" else "--name", name]
         return shlex.join(parts)
 

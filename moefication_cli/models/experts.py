@@ -1,0 +1,114 @@
+"""The experts of a loaded model: what was read from a converted folder installed in it, and another budget at run time."""
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from moefication_cli.errors import ConfigError, CorruptArtifactError
+from moefication_cli.ffn import ExpertWeights
+from moefication_cli.models.folder.moe_folder import MoEFolder, MoELayer
+from moefication_cli.models.masking import TokenMask
+from moefication_cli.models.saving import save_converted
+from moefication_cli.models.sites import FFNSite, find_sites
+from moefication_cli.models.surgery import FFNLayer, install, live_weights, pack, uninstall
+from moefication_cli.routing.rules import TopK
+from moefication_cli.runtime.layer import MoEFFN
+from moefication_cli.runtime.pruned import PrunedFFN
+
+log = logging.getLogger(__name__)
+_AGAIN = "write the folder again: moefication apply RUN --force"
+
+
+class Experts:
+    """`model.moefication`: the budget of a loaded mixture of experts. Copied and pickled with its model."""
+
+    def __init__(self, model: nn.Module, sites: list[FFNSite], layers: tuple[MoELayer, ...], backend: str) -> None:
+        self._model, self._sites, self._layers = model, sites, layers
+        self._token_mask = TokenMask(model)
+        self.backend = backend
+
+    def set(self, fraction: float | None = None, top_k: int | None = None) -> None:
+        """Another budget from the next call on; without arguments the recorded one.
+
+        `fraction` replaces the recorded rule by the best `max(1, round(fraction * E))` experts; a layer without a router runs
+        that share of its experts, the most important ones, for every token. `top_k` replaces it by the best k (all, where there
+        are fewer) in the layers with a router and leaves the others as recorded. Layers that were left dense stay so.
+        Raises ConfigError for a fraction outside (0, 1], a k that is not a positive integer, and both at once.
+        """
+        check_budget(fraction, top_k)
+        for site, layer in zip(self._sites, self._layers, strict=True):
+            if layer.dense:
+                continue
+            if fraction == 1 and layer.router is None:  # all neurons on: the dense layer
+                uninstall(self._model, site)
+                continue
+            made = _moe_ffn(self._model, site, layer, self.backend, fraction, top_k)
+            install(self._model, site, made, self._token_mask)
+
+
+def check_budget(fraction: float | None, top_k: int | None) -> None:
+    """Raises ConfigError for what `Experts.set` cannot take."""
+    number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
+    if fraction is not None and not (number and 0 < fraction <= 1):
+        raise ConfigError(f"fraction {fraction!r} is not a number in (0, 1]")
+    if top_k is not None and (type(top_k) is not int or top_k < 1):
+        raise ConfigError(f"top_k {top_k!r} is not a positive integer")
+    if fraction is not None and top_k is not None:
+        raise ConfigError("fraction and top_k are two ways to say one thing", "give one of them")
+
+
+def attach_experts(
+    model: Any,
+    folder: Path,
+    moe: MoEFolder,
+    backend: str = "auto",
+    fraction: float | None = None,
+    top_k: int | None = None,
+) -> None:
+    """Install the layers read from `folder` in the dense model of that folder, whose `save_pretrained` then writes both.
+
+    `model.moefication` is their `Experts`. Raises CorruptArtifactError if they do not fit.
+    """
+    sites = find_sites(model, moe.settings.get("ffn"))
+    if [site.name for site in sites] != [layer.name for layer in moe.layers]:
+        raise CorruptArtifactError(f"{folder}: the layers in moefication.json are not the FFNs of the model", _AGAIN)
+    model.moefication = Experts(model, sites, moe.layers, backend)
+    model.moefication.set(fraction, top_k)
+    model.save_pretrained = partial(save_converted, model, moe)
+    experts = sum(not layer.dense for layer in moe.layers)
+    log.info("%s: mixture of experts in %d of %d FFNs, backend %s", folder, experts, len(sites), backend)
+
+
+def _moe_ffn(
+    model: nn.Module, site: FFNSite, layer: MoELayer, backend: str, fraction: float | None, top_k: int | None
+) -> FFNLayer:
+    router, rule = layer.router, layer.rule
+    assert rule is not None
+    neurons = site.num_neurons - layer.num_shared
+    width = site.d_model if router is None else router.d_model
+    if width != site.d_model or neurons < 0 or neurons % layer.num_experts:
+        raise CorruptArtifactError(
+            f"{site.name}: {layer.num_experts} experts of {neurons} neurons, router input {width}: "
+            f"does not fit F={site.num_neurons}, D={site.d_model}",
+            _AGAIN,
+        )
+    num_experts, num_shared = layer.num_experts, layer.num_shared
+    if router is not None and top_k is not None:
+        rule = TopK(min(top_k, num_experts))
+    elif router is not None and fraction is not None:
+        rule = TopK(max(1, round(fraction * num_experts)))
+    elif fraction is not None:  # neurons stand in order of importance, expert after expert
+        size = neurons // num_experts
+        num_shared = min(max(1, round(fraction * site.num_neurons / size)) * size, site.num_neurons - size)
+        num_experts = (site.num_neurons - num_shared) // size
+    pack(model, site)
+    ffn = live_weights(model, site)
+    device = ffn.w_up_FD.device  # routers and compensation stay float32, as they were measured
+    extra = None if layer.compensation is None else layer.compensation.to(device)
+    weights = ExpertWeights(ffn, num_experts, num_shared, extra)
+    if router is None:
+        return PrunedFFN(weights, backend)
+    return MoEFFN(weights, router.to(device), rule, backend=backend)
