@@ -1,6 +1,5 @@
 """run: all stages in order, skipping what is up to date; and the same as a function, `convert`."""
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from moefication_cli.config import (
 )
 from moefication_cli.config.option import distribute, offered_options
 from moefication_cli.conversion.search import default_steps
-from moefication_cli.errors import ConfigError
+from moefication_cli.errors import ConfigError, did_you_mean
 from moefication_cli.models.heads import checked_task
 from moefication_cli.runs.control import Control, Result
 from moefication_cli.runs.costs import (
@@ -100,8 +99,7 @@ def convert(
     """
     unknown = sorted(options.keys() - offered_options(CONFIGS).keys())
     if unknown:
-        near = difflib.get_close_matches(unknown[0], offered_options(CONFIGS), n=1)
-        raise ConfigError(f"convert has no option {unknown[0]!r}", f"did you mean {near[0]!r}?" if near else "")
+        raise ConfigError(f"convert has no option {unknown[0]!r}", did_you_mean(unknown[0], offered_options(CONFIGS)))
     run, source = RunDir(out), Path(out) / "source"
     if not isinstance(model, str | Path):
         if tokenizer is None:
