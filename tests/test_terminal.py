@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -148,3 +149,20 @@ def test_the_shell_completes_runs_and_stages(tmp_path: Path) -> None:
     assert complete("moefication config spl", tmp_path) == ["split"]
     assert complete("moefication split bert --method k", tmp_path) == ["kmeans"]
     assert complete("moefication split none/", tmp_path) == []
+
+
+def test_finished_stages_stay_with_what_came_out(run_cli: Runner, tmp_path: Path) -> None:
+    from tiny_models import save_tiny
+
+    save_tiny("opt", tmp_path / "MODEL")
+    lines = [" ".join(f"w{(i * 7 + k * k) % 40}" for k in range(40)) for i in range(60)]
+    (tmp_path / "c.txt").write_text("\n".join(lines) + "\n")
+    data = tmp_path / "c.txt"
+    words = ["run", tmp_path / "run", "--model", tmp_path / "MODEL", "--data", data, "--fraction", 0.5, "--refine", 0]
+    first = run_cli(*words, "--method", "random", "--num-experts", 6, "--router", "similarity")
+    assert first.code == 0, first.err
+    for line in (r"collect-activations: 2 layers, [\d,]+ tokens, [\d.]+ s", r"split: 2 layers, 6 experts of 8, [\d.]+ s",
+                 r"train-router: 2 layers, [\d.]+ s", r"apply: 2 layers, 0\.\d+ of the dense FFNs' compute, [\d.]+ s"):  # fmt: skip
+        assert re.search(f"^{line}$", first.err, re.MULTILINE), (line, first.err)
+    again = run_cli(*words, "--method", "random", "--num-experts", 6, "--router", "similarity")
+    assert "split: up to date" in again.err and "6 experts" not in again.err

@@ -40,6 +40,7 @@ from moefication_cli.stages.build_graph import build_graph
 from moefication_cli.stages.collect_activations import collect_activations
 from moefication_cli.stages.evaluate import evaluate as evaluate_stage
 from moefication_cli.stages.finetune import finetune
+from moefication_cli.stages.outcomes import told
 from moefication_cli.stages.split_neurons import split_neurons
 from moefication_cli.stages.train_router import train_router
 from moefication_cli.store import jsonio
@@ -139,11 +140,11 @@ def run_stages(run: RunDir, asked: Pipeline, control: Control) -> Result:
         return estimate_stages(run, replace(asked, split=split, router=router), control)
     done: list[Result] = []
     collect = _remembered(run, collect, control)
-    done.append(collect_activations(run, collect, control))
+    done.append(told(control, lambda: collect_activations(run, collect, control)))
     if split.method == "graph":
-        done.append(build_graph(run, GraphConfig(), control))
-    done.append(split_neurons(run, split, control))
-    done.append(train_router(run, router, control))
+        done.append(told(control, lambda: build_graph(run, GraphConfig(), control)))
+    done.append(told(control, lambda: split_neurons(run, split, control)))
+    done.append(told(control, lambda: train_router(run, router, control)))
     if control.ranks.rank > 0:
         return _last(done)  # the rest is not shared over ranks
     control = replace(control, ranks=Ranks())
@@ -153,13 +154,13 @@ def run_stages(run: RunDir, asked: Pipeline, control: Control) -> Result:
         apply = replace(apply, refine=default_steps(open_model(run, None, control), apply, sequences, control) or None)
     if extra.finetune:
         tuning = FinetuneConfig(steps=extra.finetune, train=extra.train)
-        done.append(finetune(run, tuning, control, conversion=apply))
+        done.append(told(control, lambda: finetune(run, tuning, control, conversion=apply)))
         apply = replace(apply, finetuned=tuning.name if done[-1].payload.get("kept") else None)
-    done.append(apply_experts(run, apply, control))
+    done.append(told(control, lambda: apply_experts(run, apply, control)))
     if extra.eval_data is None:
         control.say("no --eval-data: nothing was measured; moefication eval RUN --data ... does it")
         return _last(done)
-    done.append(evaluate_stage(run, asked.evaluation(apply.router), control))
+    done.append(told(control, lambda: evaluate_stage(run, asked.evaluation(apply.router), control)))
     return _last(done)
 
 
