@@ -1,6 +1,7 @@
 """artifacts/reference.md is what the options are today, and its commands parse."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,3 +39,9 @@ def test_it_has_every_option_and_commands_that_parse() -> None:
                 assert f"`{parameter.opts[0]}" in sections[name], (name, parameter.opts)
         (example,) = commands(sections[name])[:1]
         parse(example)
+
+
+def test_what_the_readme_links_to_is_there() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert "artifacts/reference.md" in links and "artifacts/demo/quality.png" in links
+    assert all((ROOT / link).exists() for link in links)
