@@ -164,5 +164,11 @@ def test_finished_stages_stay_with_what_came_out(run_cli: Runner, tmp_path: Path
     for line in (r"collect-activations: 2 layers, [\d,]+ tokens, [\d.]+ s", r"split: 2 layers, 6 experts of 8, [\d.]+ s",
                  r"train-router: 2 layers, [\d.]+ s", r"apply: 2 layers, 0\.\d+ of the dense FFNs' compute, [\d.]+ s"):  # fmt: skip
         assert re.search(f"^{line}$", first.err, re.MULTILINE), (line, first.err)
+    for wrong in (["apply", tmp_path / "run", "--router", "similarty"],
+                  ["eval", tmp_path / "run", "--data", data, "--selection", "similarty"]):  # fmt: skip
+        refused = run_cli(*wrong)
+        assert refused.code == 2 and "hint: did you mean similarity?" in refused.err
+    refused = run_cli("eval", tmp_path / "run", "--data", data, "--backend", "refrence")
+    assert refused.code == 2 and "hint: did you mean reference?" in refused.err
     again = run_cli(*words, "--method", "random", "--num-experts", 6, "--router", "similarity")
     assert "split: up to date" in again.err and "6 experts" not in again.err
