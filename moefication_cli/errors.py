@@ -5,6 +5,9 @@ of the class (DESIGN: 1 failure, 2 usage, 3 upstream missing or stale, 4 corrupt
 `--json`, an object with `code`.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class MoEficationError(Exception):
     """Base of all errors raised on purpose; exit code 1."""
@@ -75,3 +78,9 @@ def first_line(error: BaseException) -> str:
     """The first line of an exception's text, for one-line messages; its class where it has no text."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """A hint that names what is spelled most like `word`; `otherwise` where nothing is close."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {near[0]}?" if near else otherwise

@@ -1,6 +1,7 @@
 """The command line's entry point, and the only place that exits: signals, and one message and exit code per error."""
 
 import os
+import re
 import signal
 import sys
 import traceback
@@ -13,7 +14,7 @@ from moefication_cli.cli.commands import app
 from moefication_cli.cli.console import Console
 from moefication_cli.cli.options import ENV_PREFIX
 from moefication_cli.cli.threads import share_the_machine
-from moefication_cli.errors import MoEficationError
+from moefication_cli.errors import MoEficationError, did_you_mean
 from moefication_cli.runs.ranks import rank_and_size
 
 __all__ = ["app", "exit_code", "main"]
@@ -89,7 +90,7 @@ def exit_code(console: Console, arguments: list[str]) -> int:
         return 1
     except Exception as error:
         if hasattr(error, "format_message"):  # the command line could not be parsed
-            usage = MoEficationError(error.format_message(), "see moefication --help")
+            usage = MoEficationError(error.format_message().replace("Value error, ", ""), _usage_hint(error))
             usage.code, usage.exit_code = "usage", int(getattr(error, "exit_code", 2))
             console.error(usage)
             return usage.exit_code
@@ -97,6 +98,17 @@ def exit_code(console: Console, arguments: list[str]) -> int:
         if console.json_mode:
             console.json({"ok": False, "error": {"code": "internal", "message": repr(error), "exit_code": 1}})
         return 1
+
+
+def _usage_hint(error: Any) -> str:
+    """The option or the choice that was probably meant, else which help to read."""
+    where = getattr(getattr(error, "ctx", None), "command_path", "moefication")
+    message = error.format_message()
+    choice = re.search(r"'([^']*)' is not one of (.*)", message)
+    near = did_you_mean(choice[1], re.findall(r"'([^']*)'", choice[2])) if choice else ""
+    if possible := getattr(error, "possibilities", None):
+        near = f"did you mean {possible[0]}?"
+    return near or f"see {where} --help"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The commands: each builds its config, calls one stage function (torch is imported only then) and prints the result."""
 
+import shlex
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -7,7 +8,8 @@ import typer
 
 from moefication_cli import __version__
 from moefication_cli.cli.console import Console
-from moefication_cli.cli.options import Sources, read_config, register
+from moefication_cli.cli.guide import GUIDE
+from moefication_cli.cli.options import Sources, check_tables, read_config, register
 from moefication_cli.config import (
     ApplyConfig,
     BenchConfig,
@@ -31,7 +33,7 @@ app = typer.Typer(
     name="moefication",
     help="Turn the feed-forward layers of trained transformers into mixtures of experts (arXiv 2110.01786).",
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
 )
 
 
@@ -49,7 +51,9 @@ def root(
 ) -> None:
     """Stages share one run directory; every stage can be re-run alone."""
     if config is not None:
-        context.default_map = dict(read_config(config))
+        tables = read_config(config)
+        check_tables(tables, context, config)
+        context.default_map = dict(tables)
 
 
 def run_command(
@@ -59,13 +63,15 @@ def run_command(
     *,
     shared: bool = False,
     by_layer: bool = False,
+    target: str = "",
 ) -> None:
     """Everything a command does around its stage: console, progress, result; under torchrun, the ranks.
 
+    With the run directory (or the model) as `target` it ends with the command that usually follows.
     What is not `shared` is done by rank 0 alone, which is also the only one that prints results.
     """
     rank, size = rank_and_size()
-    console = Console(json_mode=control.json, quiet=control.quiet or rank > 0)
+    console = Console(json_mode=control.json, quiet=control.quiet or rank > 0, progress=control.progress)
     if rank > 0 and not shared:
         return
     if control.layers is not None and not by_layer:
@@ -89,6 +95,9 @@ def run_command(
         )
         if rank == 0:
             console.result(result)
+            then = GUIDE[result.command].then if target and result.payload.get("complete", True) else ""
+            if then and not (control.json or control.dry_run or result.exit_code):
+                console.say(f"next: moefication {then.format(shlex.quote(target))}")
         if result.exit_code:
             raise typer.Exit(result.exit_code)
 
@@ -98,7 +107,7 @@ def _collect(run: str, config: CollectConfig, control: ControlConfig, sources: S
     from moefication_cli.stages.collect_activations import collect_activations
     from moefication_cli.store.rundir import RunDir
 
-    run_command(control, sources, lambda c: collect_activations(RunDir(run), config, c), shared=True)
+    run_command(control, sources, lambda c: collect_activations(RunDir(run), config, c), target=run, shared=True)
 
 
 def _graph(run: str, config: GraphConfig, control: ControlConfig, sources: Sources) -> None:
@@ -106,7 +115,7 @@ def _graph(run: str, config: GraphConfig, control: ControlConfig, sources: Sourc
     from moefication_cli.stages.build_graph import build_graph
     from moefication_cli.store.rundir import RunDir
 
-    run_command(control, sources, lambda c: build_graph(RunDir(run), config, c), shared=True, by_layer=True)
+    run_command(control, sources, lambda c: build_graph(RunDir(run), config, c), target=run, shared=True, by_layer=True)
 
 
 def _split(run: str, config: SplitConfig, control: ControlConfig, sources: Sources) -> None:
@@ -114,7 +123,9 @@ def _split(run: str, config: SplitConfig, control: ControlConfig, sources: Sourc
     from moefication_cli.stages.split_neurons import split_neurons
     from moefication_cli.store.rundir import RunDir
 
-    run_command(control, sources, lambda c: split_neurons(RunDir(run), config, c), shared=True, by_layer=True)
+    run_command(
+        control, sources, lambda c: split_neurons(RunDir(run), config, c), target=run, shared=True, by_layer=True
+    )
 
 
 def _router(run: str, config: RouterConfig, control: ControlConfig, sources: Sources) -> None:
@@ -122,7 +133,9 @@ def _router(run: str, config: RouterConfig, control: ControlConfig, sources: Sou
     from moefication_cli.stages.train_router import train_router
     from moefication_cli.store.rundir import RunDir
 
-    run_command(control, sources, lambda c: train_router(RunDir(run), config, c), shared=True, by_layer=True)
+    run_command(
+        control, sources, lambda c: train_router(RunDir(run), config, c), target=run, shared=True, by_layer=True
+    )
 
 
 def _apply(run: str, config: ApplyConfig, control: ControlConfig, sources: Sources) -> None:
@@ -130,7 +143,7 @@ def _apply(run: str, config: ApplyConfig, control: ControlConfig, sources: Sourc
     from moefication_cli.stages.apply_experts import apply_experts
     from moefication_cli.store.rundir import RunDir
 
-    run_command(control, sources, lambda c: apply_experts(RunDir(run), config, c))
+    run_command(control, sources, lambda c: apply_experts(RunDir(run), config, c), target=run)
 
 
 def _eval(run: str, config: EvalConfig, control: ControlConfig, sources: Sources) -> None:
@@ -138,14 +151,14 @@ def _eval(run: str, config: EvalConfig, control: ControlConfig, sources: Sources
     from moefication_cli.stages.evaluate import evaluate
     from moefication_cli.store.rundir import RunDir
 
-    run_command(control, sources, lambda c: evaluate(RunDir(run), config, c))
+    run_command(control, sources, lambda c: evaluate(RunDir(run), config, c), target=run)
 
 
 def _inspect(model: str, config: ModelConfig, control: ControlConfig, sources: Sources) -> None:
     """List the FFNs found in a model, the expert counts that divide them, and their share of the parameters."""
     from moefication_cli.stages.inspect_model import inspect_model
 
-    run_command(control, sources, lambda c: inspect_model(model, config, c))
+    run_command(control, sources, lambda c: inspect_model(model, config, c), target=model)
 
 
 def _pipeline(
@@ -172,7 +185,7 @@ def _tune(run: str, config: TuneConfig, control: ControlConfig, sources: Sources
     from moefication_cli.stages.tune import tune
     from moefication_cli.store.rundir import RunDir
 
-    run_command(control, sources, lambda c: tune(RunDir(run), config, c))
+    run_command(control, sources, lambda c: tune(RunDir(run), config, c), target=run)
 
 
 def _finetune(run: str, config: FinetuneConfig, control: ControlConfig, sources: Sources) -> None:
@@ -180,7 +193,7 @@ def _finetune(run: str, config: FinetuneConfig, control: ControlConfig, sources:
     from moefication_cli.stages.finetune import finetune
     from moefication_cli.store.rundir import RunDir
 
-    run_command(control, sources, lambda c: finetune(RunDir(run), config, c))
+    run_command(control, sources, lambda c: finetune(RunDir(run), config, c), target=run)
 
 
 def _demo(run: str, config: DemoConfig, control: ControlConfig, sources: Sources) -> None:

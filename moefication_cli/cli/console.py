@@ -4,15 +4,14 @@ import json
 import math
 import re
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from moefication_cli.cli.progress import ProgressName, Reporter
 from moefication_cli.errors import MoEficationError
 from moefication_cli.runs.control import Result
 
@@ -25,43 +24,36 @@ _TITLES = {
     "d_model": "d",
 }
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but tabs and line ends
-_PLAIN_INTERVAL = 5.0  # seconds between progress lines where stderr is no terminal
 _PIPE_WIDTH = 200  # columns of a table where stdout is no terminal
 
 
 class Console:
     """One per command: knows whether the user wants JSON and whether stderr is a terminal."""
 
-    def __init__(self, *, json_mode: bool = False, quiet: bool = False) -> None:
+    def __init__(self, *, json_mode: bool = False, quiet: bool = False, progress: ProgressName = "auto") -> None:
         self.json_mode = json_mode
         self.quiet = quiet
         self._out = RichConsole(highlight=False, soft_wrap=True)
         if not self._out.is_terminal:
             self._out.width = _PIPE_WIDTH
         self._err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        self._reporter = Reporter(self._err, progress)
 
     def say(self, message: str) -> None:
         """A sentence about what is happening (which path was taken, what was guessed)."""
-        if not self.quiet or message.startswith("warning"):
+        if self.quiet and not message.startswith("warning"):
+            return
+        if self._reporter.mode == "json":
+            self._reporter.event("message", text=message)
+        else:
             self._err.print(_text(message))
 
     def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-        """A progress bar on a terminal, a plain line every few seconds elsewhere."""
+        """The items, unchanged, while stderr shows how far they are."""
         if self.quiet:
-            yield from items
-            return
+            return iter(items)
         count = total if total is not None or not isinstance(items, Sized) else len(items)
-        if self._err.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            with Progress(*columns, console=self._err, transient=True) as progress:
-                yield from progress.track(items, total=count, description=description)
-            return
-        last = time.monotonic()
-        for done, item in enumerate(items):
-            if time.monotonic() - last > _PLAIN_INTERVAL:
-                self._err.print(Text(f"{description}: {done}" + (f" of {count}" if count else "")))
-                last = time.monotonic()
-            yield item
+        return self._reporter.track(items, description, count)
 
     def result(self, result: Result) -> None:
         """Print a command's result on stdout."""

@@ -8,8 +8,12 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from moefication_cli.cli.complete import COMPLETE
+from moefication_cli.cli.guide import GUIDE
 from moefication_cli.config import ControlConfig, options_of, same_option
 from moefication_cli.config.option import (
+    CONTROL,
+    PANELS,
     OptionType,
     distribute,
     flag,
@@ -18,7 +22,7 @@ from moefication_cli.config.option import (
     option_types,
     parse_list,
 )
-from moefication_cli.errors import ConfigError
+from moefication_cli.errors import ConfigError, did_you_mean
 
 ENV_PREFIX = "MOEFICATION_"
 _SOURCES = {
@@ -62,11 +66,12 @@ def register(
     kinds: dict[str, OptionType] = {}
     for config in everything:
         hints, types = get_type_hints(config), option_types(config)
-        panel = "Running" if config is ControlConfig else None
         for entry in options_of(config):
             if offered.get(entry.name) is entry and entry.name not in kinds:
                 kinds[entry.name] = types[entry.name]
-                parameters.append(_option(entry, hints[entry.name], types[entry.name], panel))
+                parameters.append(_option(entry, hints[entry.name], types[entry.name]))
+
+    parameters.sort(key=_panel_number)
 
     def command(**values: Any) -> None:
         context = values["context"]
@@ -83,7 +88,15 @@ def register(
     command.__doc__ = body.__doc__
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
-    app.command(name)(command)
+    guide = GUIDE[name]
+    app.command(name, rich_help_panel=guide.panel, epilog=f"Example: moefication {guide.example}")(command)
+
+
+def _panel_number(parameter: inspect.Parameter) -> int:
+    """Where a parameter's panel stands in the help; arguments first."""
+    info = getattr(parameter.annotation, "__metadata__", (None,))[0]
+    panel = getattr(info, "rich_help_panel", None)
+    return PANELS.index(panel) if panel in PANELS else -1
 
 
 def source_name(context: typer.Context, key: str) -> str:
@@ -99,7 +112,7 @@ def _value(entry: Any, kind: OptionType, value: Any) -> Any:
     return parse_list(value, flag(entry), kind)
 
 
-def _option(entry: Any, hint: Any, kind: OptionType, panel: str | None) -> inspect.Parameter:
+def _option(entry: Any, hint: Any, kind: OptionType) -> inspect.Parameter:
     spelling, default = flag(entry), entry.default
     if hint is bool:
         spelling += "/--no-" + entry.name.replace("_", "-") if entry.default else ""
@@ -112,7 +125,7 @@ def _option(entry: Any, hint: Any, kind: OptionType, panel: str | None) -> inspe
         max=None if kind.many else entry.metadata["maximum"],
         envvar=ENV_PREFIX + entry.name.upper(),
         show_envvar=False,
-        rich_help_panel=panel,
+        rich_help_panel=entry.metadata["panel"],
     )
     keyword = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(entry.name, keyword, default=default, annotation=Annotated[hint, info])
@@ -120,7 +133,7 @@ def _option(entry: Any, hint: Any, kind: OptionType, panel: str | None) -> inspe
 
 def _argument(name: str, help: str, default: Any, many: bool = False) -> inspect.Parameter:
     kind: Any = list[str] if many else str
-    annotation = Annotated[kind, typer.Argument(help=help, metavar=name.upper())]
+    annotation = Annotated[kind, typer.Argument(help=help, metavar=name.upper(), autocompletion=COMPLETE.get(name))]
     empty = inspect.Parameter.empty if default is ... else default
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=empty, annotation=annotation)
 
@@ -132,13 +145,16 @@ def _context() -> inspect.Parameter:
 def _config_file(command: str) -> inspect.Parameter:
     def read(context: typer.Context, value: str | None) -> str | None:
         if value is not None:
-            context.default_map = {**(context.default_map or {}), **read_config(value).get(command, {})}
-            check_keys(context, command, value)
+            tables = read_config(value)
+            check_tables(tables, context, value)
+            context.default_map = {**(context.default_map or {}), **tables.get(command, {})}
+        if context.default_map:  # of this file, or of `moefication --config FILE COMMAND`
+            check_keys(context, command, value or str(context.find_root().params.get("config")))
         return value
 
     info = typer.Option(
         "--config", help="TOML file with defaults, one table per command", is_eager=True, callback=read,
-        envvar=ENV_PREFIX + "CONFIG", show_envvar=False, rich_help_panel="Running",
+        envvar=ENV_PREFIX + "CONFIG", show_envvar=False, rich_help_panel=CONTROL,
     )  # fmt: skip
     kind = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter("config", kind, default=None, annotation=Annotated[str | None, info])
@@ -179,4 +195,13 @@ def check_keys(context: typer.Context, command: str, path: str) -> None:
     unknown = sorted(set(context.default_map or {}) - known)
     if unknown:
         options = ", ".join(sorted(name for name in known if name not in ("context", "config") and name))
-        raise ConfigError(f"--config {path}: `{unknown[0]}` is no option of {command}", f"its options are {options}")
+        hint = did_you_mean(unknown[0], known, f"its options are {options}")
+        raise ConfigError(f"--config {path}: `{unknown[0]}` is no option of {command}", hint)
+
+
+def check_tables(tables: Collection[str], context: typer.Context, path: str) -> None:
+    """A table that is nearly the name of a command is a slip; other tables are none of our business."""
+    commands = getattr(context.find_root().command, "commands", {})
+    for table in tables:
+        if table not in commands and (hint := did_you_mean(table, commands)):
+            raise ConfigError(f"--config {path}: [{table}] is no command", hint)

@@ -6,8 +6,9 @@ from dataclasses import Field, dataclass, field, fields
 from functools import cache
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
-from moefication_cli.errors import ConfigError
+from moefication_cli.errors import ConfigError, did_you_mean
 
+INPUT, METHOD, OUTPUT, CONTROL = PANELS = ("Input", "Method", "Output", "Control")  # of the help, in this order
 LAYERS = "layers"  # kind of an option: layer numbers, written 0,3-7 on the command line
 MOST_LAYERS = 100_000  # a number above is a slip of the finger, and a range up to it would fill memory
 
@@ -22,6 +23,7 @@ def option(
     above: float | None = None,
     names: tuple[str, ...] = (),
     kind: str = "",
+    panel: str = METHOD,
 ) -> Any:
     """A dataclass field that is also a command-line option.
 
@@ -30,9 +32,10 @@ def option(
     minimum, maximum    bounds of the value, or of each item of a list; `above` is a bound it must exceed
     names               the option's spelling when it is not `--field-name`
     kind                `LAYERS` for lists of layer numbers
+    panel               the panel of the help that shows it: INPUT, METHOD, OUTPUT or CONTROL
     """
     metadata = {"help": help, "compared": compared, "minimum": minimum, "maximum": maximum, "above": above}
-    return field(default=default, metadata=metadata | {"names": names, "kind": kind})
+    return field(default=default, metadata=metadata | {"names": names, "kind": kind, "panel": panel})
 
 
 def options_of(config: Any) -> list[Field[Any]]:
@@ -200,7 +203,7 @@ def _checked_item(entry: Field[Any], kind: OptionType, value: Any) -> Any:
             return str(value)
         raise ConfigError(f"{said} is not of type {kind.item.__name__}")
     if kind.choices and value not in kind.choices:
-        raise ConfigError(f"{said} is not one of {', '.join(kind.choices)}")
+        raise ConfigError(f"{said} is not one of {', '.join(kind.choices)}", did_you_mean(str(value), kind.choices))
     if isinstance(value, str):
         if "\0" in value:
             raise ConfigError(f"{said} holds a null character")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from moefication_cli.config.option import LAYERS, Options, option
+from moefication_cli.config.option import CONTROL, INPUT, LAYERS, OUTPUT, Options, option
 
 TaskName = Literal["classification", "text2text", "lm"]
 FormatName = Literal["mixtral", "qwen2_moe", "qwen3_moe", "granitemoeshared", "glm4_moe", "gguf"]
@@ -15,30 +15,44 @@ FRACTION_OF = "What fractions bound: flops (everything counted, router included)
 class ControlConfig(Options):
     """What every stage takes and no result depends on, `seed` apart."""
 
-    device: str = option("auto", "auto, cpu, cuda or cuda:N", compared=False)
-    seed: int = option(0, "Seed; each layer derives its own from it", minimum=0)
+    device: str = option("auto", "auto, cpu, cuda or cuda:N", compared=False, panel=CONTROL)
+    seed: int = option(0, "Seed; each layer derives its own from it", minimum=0, panel=CONTROL)
     layers: tuple[int, ...] | None = option(
-        None, "Only these layers, e.g. 0,3-7 (batch arrays)", compared=False, kind=LAYERS
+        None, "Only these layers, e.g. 0,3-7 (batch arrays)", compared=False, kind=LAYERS, panel=CONTROL
     )
-    force: bool = option(False, "Redo the stage even if it is up to date", compared=False)
+    force: bool = option(False, "Redo the stage even if it is up to date", compared=False, panel=CONTROL)
     dry_run: bool = option(
-        False, "Say what would be read, written and how long it would take; do nothing", compared=False
+        False, "Say what would be read, written and how long it would take; do nothing", compared=False, panel=CONTROL
     )
     trust_remote_code: bool = option(
-        False, "Run code that comes with the model; never remembered, each command needs it anew", compared=False
+        False,
+        "Run code that comes with the model; never remembered, each command needs it anew",
+        compared=False,
+        panel=CONTROL,
     )
-    json: bool = option(False, "Print exactly one JSON object on stdout", compared=False)
-    quiet: bool = option(False, "No progress on stderr, only warnings and errors", compared=False)
+    json: bool = option(False, "Print exactly one JSON object on stdout", compared=False, panel=CONTROL)
+    progress: Literal["auto", "plain", "json", "none"] = option(
+        "auto",
+        "How stderr shows progress: a bar on a terminal, else a plain line a minute at most; json: one object per line",
+        compared=False,
+        panel=CONTROL,
+    )
+    quiet: bool = option(False, "No progress on stderr, only warnings and errors", compared=False, panel=CONTROL)
 
 
 @dataclass(frozen=True)
 class ModelConfig(Options):
     """Which model; remembered in run.json by the first stage that names it. Stages compare its fingerprint, not its name."""
 
-    model: str | None = option(None, "Hub id or local folder; later stages find it in run.json", compared=False)
-    revision: str | None = option(None, "Revision of a hub model", compared=False)
+    model: str | None = option(
+        None, "Hub id or local folder; later stages find it in run.json", compared=False, panel=INPUT
+    )
+    revision: str | None = option(None, "Revision of a hub model", compared=False, panel=INPUT)
     ffn: str | None = option(
-        None, 'FFN described by hand: "up=...,gate=...,down=..." with * for the layer number', compared=False
+        None,
+        'FFN described by hand: "up=...,gate=...,down=..." with * for the layer number',
+        compared=False,
+        panel=INPUT,
     )
 
 
@@ -46,14 +60,18 @@ class ModelConfig(Options):
 class TaskConfig(Options):
     """How text becomes model input; remembered in run.json."""
 
-    task: TaskName | None = option(None, "classification, text2text or lm; guessed from the architecture")
-    prompt: str | None = option(None, 'text2text: a template such as "sst2 sentence: {sentence}", or a GLUE task name')
-    label_words: tuple[str, ...] | None = option(
-        None, "text2text: the words of the labels, in label order: negative,positive"
+    task: TaskName | None = option(None, "classification, text2text or lm; guessed from the architecture", panel=INPUT)
+    prompt: str | None = option(
+        None, 'text2text: a template such as "sst2 sentence: {sentence}", or a GLUE task name', panel=INPUT
     )
-    text_field: tuple[str, ...] | None = option(None, "Field with the text; a,b for a sentence pair")
-    label_field: str | None = option(None, "Field with the label")
-    max_length: int | None = option(None, "Tokens per sequence (default: the model's limit, at most 512)", minimum=2)
+    label_words: tuple[str, ...] | None = option(
+        None, "text2text: the words of the labels, in label order: negative,positive", panel=INPUT
+    )
+    text_field: tuple[str, ...] | None = option(None, "Field with the text; a,b for a sentence pair", panel=INPUT)
+    label_field: str | None = option(None, "Field with the label", panel=INPUT)
+    max_length: int | None = option(
+        None, "Tokens per sequence (default: the model's limit, at most 512)", minimum=2, panel=INPUT
+    )
 
 
 @dataclass(frozen=True)
@@ -62,26 +80,36 @@ class DataConfig(Options):
 
     # Its content is compared, as an input of the stage, and not its name
     data: str | None = option(
-        None, "Hub dataset (glue/sst2) or local .tsv/.csv/.jsonl/.parquet/.txt file", compared=False
+        None, "Hub dataset (glue/sst2) or local .tsv/.csv/.jsonl/.parquet/.txt file", compared=False, panel=INPUT
     )
-    split: str | None = option(None, "Split of the dataset (default: train to calibrate, validation to evaluate)")
-    header: bool = option(True, "The first row of a .tsv/.csv names its fields; else fields are column numbers from 0")
-    documents: Literal["auto", "file", "line"] = option("auto", "In .txt data, one document per file or per line")
-    limit: int | None = option(None, "Use at most this many examples, sampled uniformly", minimum=1)
+    split: str | None = option(
+        None, "Split of the dataset (default: train to calibrate, validation to evaluate)", panel=INPUT
+    )
+    header: bool = option(
+        True, "The first row of a .tsv/.csv names its fields; else fields are column numbers from 0", panel=INPUT
+    )
+    documents: Literal["auto", "file", "line"] = option(
+        "auto", "In .txt data, one document per file or per line", panel=INPUT
+    )
+    limit: int | None = option(None, "Use at most this many examples, sampled uniformly", minimum=1, panel=INPUT)
 
 
 @dataclass(frozen=True)
 class CollectConfig(ModelConfig, TaskConfig, DataConfig):
     """collect-activations: run the model over data, store each FFN's inputs and its neurons' statistics."""
 
-    max_tokens: int = option(131072, "Real tokens to keep; sequences are sampled uniformly over all data", minimum=1)
-    storage_dtype: Literal["float16", "bfloat16", "float32"] = option("float16", "How inputs are stored")
-    dtype: str | None = option(None, "Model dtype (default: float32 on CPU, the checkpoint's on CUDA)")
-    batch_size: int = option(32, "Sequences per forward pass", minimum=1, compared=False)
+    max_tokens: int = option(
+        131072, "Real tokens to keep; sequences are sampled uniformly over all data", minimum=1, panel=INPUT
+    )
+    storage_dtype: Literal["float16", "bfloat16", "float32"] = option("float16", "How inputs are stored", panel=OUTPUT)
+    dtype: str | None = option(None, "Model dtype (default: float32 on CPU, the checkpoint's on CUDA)", panel=CONTROL)
+    batch_size: int = option(32, "Sequences per forward pass", minimum=1, compared=False, panel=CONTROL)
     sensitivity: bool = option(
         True, "Also measure how much each token's FFN output matters (a backward pass); routers and budgets use it"
     )
-    offload: bool = option(False, "Model larger than memory: let accelerate place and offload it", compared=False)
+    offload: bool = option(
+        False, "Model larger than memory: let accelerate place and offload it", compared=False, panel=CONTROL
+    )
 
 
 @dataclass(frozen=True)
@@ -90,8 +118,8 @@ class GraphConfig(Options):
 
     weights: Literal["sum", "count"] = option("sum", "Edge weight: sum of products of positive activations, or count")
     neighbours: int = option(64, "Strongest edges kept per neuron; 0 keeps all", minimum=0)
-    max_tokens: int | None = option(None, "Use at most this many of the collected tokens", minimum=1)
-    export_metis: str | None = option(None, "Also write plain METIS graph files here", compared=False)
+    max_tokens: int | None = option(None, "Use at most this many of the collected tokens", minimum=1, panel=INPUT)
+    export_metis: str | None = option(None, "Also write plain METIS graph files here", compared=False, panel=OUTPUT)
 
 
 @dataclass(frozen=True)
@@ -111,9 +139,11 @@ class SplitConfig(ModelConfig):
         "contribution", "activation: how much a neuron writes at each token, or whether it is among the top fifth there"
     )
     profile_tokens: int = option(4096, "activation: tokens that make up a neuron's profile", minimum=1)
-    from_partition: str | None = option(None, "Folder or file pattern of gpmetis .part.N files, one per layer")
+    from_partition: str | None = option(
+        None, "Folder or file pattern of gpmetis .part.N files, one per layer", panel=INPUT
+    )
     init: str | None = option(
-        None, "Warm start from the split of this run directory; the better of warm and cold stays"
+        None, "Warm start from the split of this run directory; the better of warm and cold stays", panel=INPUT
     )
 
 
@@ -132,15 +162,21 @@ class RouterConfig(Options):
     )
     calibration_tokens: int = option(4096, "Tokens behind each calibration curve, fitted and held out", minimum=64)
     epochs: int | None = option(None, "Passes over the tokens (default: 4; mlp may stop earlier)", minimum=1)
-    batch_size: int | None = option(None, "Tokens per training step (default: 1024, for mlp 2048)", minimum=1)
+    batch_size: int | None = option(
+        None, "Tokens per training step (default: 1024, for mlp 2048)", minimum=1, panel=CONTROL
+    )
     learning_rate: float | None = option(None, "Adam's step (default: by router)", minimum=0.0)
     patience: int = option(3, "Epochs without improvement before stopping", minimum=1)
     heldout_fraction: float = option(
         0.1, "Share of sequences held out to measure and to stop", minimum=0.01, maximum=0.9
     )
-    max_tokens: int | None = option(None, "Use at most this many of the collected tokens", minimum=1)
+    max_tokens: int | None = option(None, "Use at most this many of the collected tokens", minimum=1, panel=INPUT)
     fractions: tuple[float, ...] = option(
-        (0.05, 0.1, 0.2, 0.3, 0.5), "Active fractions the captured share is reported at", above=0, maximum=1
+        (0.05, 0.1, 0.2, 0.3, 0.5),
+        "Active fractions the captured share is reported at",
+        above=0,
+        maximum=1,
+        panel=OUTPUT,
     )
     recipe: Literal["default", "paper"] = option("default", "paper: the published training (30 epochs, batch 512)")
 
@@ -193,9 +229,10 @@ class ApplyConfig(Options):
         None,
         "Write what `finetune` made: RUN/finetuned/NAME, at its budget; options of the conversion are its own",
         compared=False,
+        panel=INPUT,
     )
     embed_code: bool = option(
-        False, "Write code into RUN/model: with trust_remote_code=True transformers loads the MoE"
+        False, "Write code into RUN/model: with trust_remote_code=True transformers loads the MoE", panel=OUTPUT
     )
 
 
@@ -208,6 +245,7 @@ class EvalConfig(TaskConfig, DataConfig):
         None,
         "Hub dataset or local file as in collect-activations; several: valid=valid.txt,other=other.txt",
         compared=False,
+        panel=INPUT,
     )
     selection: tuple[str, ...] | None = option(
         None,
@@ -218,17 +256,19 @@ class EvalConfig(TaskConfig, DataConfig):
     )
     seeds: int = option(1, "Rows of random selection, each with a seed of its own", minimum=1)
     fraction_of: Literal["flops", "neurons"] = option("flops", FRACTION_OF)
-    name: str = option("default", "Keeps several evaluations apart", compared=False)
-    backend: str = option("auto", "Backend of the MoE rows; `reference` masks a dense FFN")
+    name: str = option("default", "Keeps several evaluations apart", compared=False, panel=OUTPUT)
+    backend: str = option("auto", "Backend of the MoE rows; `reference` masks a dense FFN", panel=CONTROL)
     # Of the next three the content is compared, as an input of RUN/harness/NAME
     lm_eval: tuple[str, ...] | None = option(
         None,
         "Instead: dense and RUN/model on these tasks of lm-evaluation-harness, a comma list (needs lm-eval)",
         compared=False,
     )
-    include_path: str | None = option(None, "--lm-eval: folder with task files of your own", compared=False)
+    include_path: str | None = option(
+        None, "--lm-eval: folder with task files of your own", compared=False, panel=INPUT
+    )
     num_fewshot: int | None = option(
         None, "--lm-eval: examples in the prompt (default: the task's)", minimum=0, compared=False
     )
-    batch_size: int = option(32, "Sequences per forward pass", minimum=1)
-    dtype: str | None = option(None, "Model dtype (default: float32 on CPU, the checkpoint's on CUDA)")
+    batch_size: int = option(32, "Sequences per forward pass", minimum=1, panel=CONTROL)
+    dtype: str | None = option(None, "Model dtype (default: float32 on CPU, the checkpoint's on CUDA)", panel=CONTROL)

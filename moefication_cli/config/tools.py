@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from moefication_cli.config.option import Options, option
+from moefication_cli.config.option import CONTROL, INPUT, OUTPUT, Options, option
 from moefication_cli.config.stages import FormatName, TaskName
 
 Train = Literal["router", "ffn", "lora", "all"]
@@ -14,10 +14,12 @@ class RunConfig(Options):
     """run: what the whole pipeline takes besides the options of its stages."""
 
     eval_data: str | None = option(
-        None, "Data to evaluate on, one or several as in eval; without it the run ends with RUN/model"
+        None, "Data to evaluate on, one or several as in eval; without it the run ends with RUN/model", panel=INPUT
     )
-    eval_split: str | None = option(None, "Split of --eval-data")
-    eval_limit: int | None = option(None, "Evaluate on at most this many examples, sampled uniformly", minimum=1)
+    eval_split: str | None = option(None, "Split of --eval-data", panel=INPUT)
+    eval_limit: int | None = option(
+        None, "Evaluate on at most this many examples, sampled uniformly", minimum=1, panel=INPUT
+    )
     recipe: Literal["default", "paper"] = option("default", "paper: published split and router, defects mended")
     finetune: int | None = option(
         None, "Steps of `finetune` on the calibration data after the conversion (default: none)", minimum=0
@@ -29,7 +31,7 @@ class RunConfig(Options):
 class FinetuneConfig(Options):
     """finetune: train the converted model, its selection in the loop, against the original dense one."""
 
-    name: str = option("default", "Keeps several fine-tunings apart: RUN/finetuned/NAME", compared=False)
+    name: str = option("default", "Keeps several fine-tunings apart: RUN/finetuned/NAME", compared=False, panel=OUTPUT)
     train: Train = option(
         "ffn",
         "router: routers, thresholds and corrections alone; with them ffn: the FFNs' weights; lora: low-rank adapters of all "
@@ -55,9 +57,11 @@ class FinetuneConfig(Options):
         1.0, "Price of compute at the start, relative to the KL; then it follows what is spent", minimum=0.0
     )
     lora_rank: int = option(8, "lora: rank of each adapter", minimum=1)
-    autocast: Literal["none", "bfloat16"] = option("none", "Compute in bfloat16 where that is safe, weights in float32")
+    autocast: Literal["none", "bfloat16"] = option(
+        "none", "Compute in bfloat16 where that is safe, weights in float32", panel=CONTROL
+    )
     save_steps: int = option(
-        50, "Steps between checkpoints, from which a killed training goes on", minimum=1, compared=False
+        50, "Steps between checkpoints, from which a killed training goes on", minimum=1, compared=False, panel=CONTROL
     )
 
 
@@ -65,12 +69,14 @@ class FinetuneConfig(Options):
 class ExportConfig(Options):
     """export: a native MoE checkpoint of the converted model, or a file for llama.cpp."""
 
-    to: FormatName | None = option(None, "Native MoE format to write; gguf: a file for llama.cpp")
+    to: FormatName | None = option(None, "Native MoE format to write; gguf: a file for llama.cpp", panel=OUTPUT)
     out: str | None = option(
-        None, "Folder to write, which must be empty or not there; of gguf a file, or a folder that gets one"
+        None,
+        "Folder to write, which must be empty or not there; of gguf a file, or a folder that gets one",
+        panel=OUTPUT,
     )
     quantise: Literal["f32", "f16", "q8_0", "q4_k"] | None = option(
-        None, "gguf: how matrices are stored (default: f16; q4_k needs llama-cpp-python)"
+        None, "gguf: how matrices are stored (default: f16; q4_k needs llama-cpp-python)", panel=OUTPUT
     )
 
 
@@ -78,15 +84,17 @@ class ExportConfig(Options):
 class ReportConfig(Options):
     """report: one page about one run or several."""
 
-    out: str | None = option(None, "Folder to write (default: RUN/report; several runs need one)", compared=False)
+    out: str | None = option(
+        None, "Folder to write (default: RUN/report; several runs need one)", compared=False, panel=OUTPUT
+    )
 
 
 @dataclass(frozen=True)
 class StatusConfig(Options):
     """status: the state of every stage."""
 
-    exit_code: bool = option(False, "Exit with 0 all current, 3 stale or missing, 4 corrupt, 5 running")
-    watch: bool = option(False, "Show it again every few seconds until interrupted")
+    exit_code: bool = option(False, "Exit with 0 all current, 3 stale or missing, 4 corrupt, 5 running", panel=OUTPUT)
+    watch: bool = option(False, "Show it again every few seconds until interrupted", panel=OUTPUT)
 
 
 @dataclass(frozen=True)
@@ -122,9 +130,9 @@ class TuneConfig(Options):
     fractions: tuple[float, ...] = option(
         (0.1, 0.2, 0.3, 0.5), "What an FFN may compute, as shares of dense", above=0, maximum=1
     )
-    max_tokens: int = option(32768, "Tokens every router is trained on", minimum=1)
-    heldout_tokens: int = option(16384, "Tokens to judge on", minimum=64)
-    batch_size: int = option(32, "Sequences per forward pass", minimum=1)
+    max_tokens: int = option(32768, "Tokens every router is trained on", minimum=1, panel=INPUT)
+    heldout_tokens: int = option(16384, "Tokens to judge on", minimum=64, panel=INPUT)
+    batch_size: int = option(32, "Sequences per forward pass", minimum=1, panel=CONTROL)
 
 
 @dataclass(frozen=True)
@@ -132,10 +140,12 @@ class BenchConfig(Options):
     """bench: time of the MoE beside the dense model, and how fast it could be."""
 
     shape: Literal["t5-base", "bert-large", "opt-1.3b", "llama-7b-layer"] | None = option(
-        None, "Random weights of this architecture instead of MODEL_OR_RUN"
+        None, "Random weights of this architecture instead of MODEL_OR_RUN", panel=INPUT
     )
     experts: str | None = option(
-        None, "Instead of MODEL_OR_RUN: a stock MoE, timed under transformers' experts and under this package's kernels"
+        None,
+        "Instead of MODEL_OR_RUN: a stock MoE, timed under transformers' experts and under this package's kernels",
+        panel=INPUT,
     )
     mode: tuple[Literal["ffn", "prefill", "decode"], ...] | None = option(
         None, "Comma list of ffn, prefill, decode (default: all the model has)"
@@ -162,14 +172,20 @@ class BenchConfig(Options):
         0.15, "--shape: share of ReLU neurons that fire, by a bias of the random weights", minimum=0.001, maximum=1.0
     )
     activation: str | None = option(None, "--shape: another activation, e.g. gelu (default: relu; llama silu)")
-    backend: str = option("auto", "Backend of the MoE")
-    dtype: str | None = option(None, "float32 or bfloat16 (default: float32 on CPU, the checkpoint's on CUDA)")
-    threads: int | None = option(None, "CPU threads (default: what torch takes)", minimum=1)
-    clock: Literal["wall", "cpu"] = option(
-        "wall", "cpu: count what one thread computes, so that other programs disturb less (with --threads 1)"
+    backend: str = option("auto", "Backend of the MoE", panel=CONTROL)
+    dtype: str | None = option(
+        None, "float32 or bfloat16 (default: float32 on CPU, the checkpoint's on CUDA)", panel=CONTROL
     )
-    repeats: int = option(100, "Dense and MoE take turns at most so many times per row", minimum=1)
-    seconds: float = option(5.0, "Seconds per row, about; 5 turns at least", minimum=0.0)
-    revision: str | None = option(None, "Revision of a hub model")
-    ffn: str | None = option(None, 'FFN described by hand: "up=...,gate=...,down=..." with * for the layer number')
-    task: TaskName | None = option(None, "classification, text2text or lm; guessed from the architecture")
+    threads: int | None = option(None, "CPU threads (default: what torch takes)", minimum=1, panel=CONTROL)
+    clock: Literal["wall", "cpu"] = option(
+        "wall",
+        "cpu: count what one thread computes, so that other programs disturb less (with --threads 1)",
+        panel=CONTROL,
+    )
+    repeats: int = option(100, "Dense and MoE take turns at most so many times per row", minimum=1, panel=CONTROL)
+    seconds: float = option(5.0, "Seconds per row, about; 5 turns at least", minimum=0.0, panel=CONTROL)
+    revision: str | None = option(None, "Revision of a hub model", panel=INPUT)
+    ffn: str | None = option(
+        None, 'FFN described by hand: "up=...,gate=...,down=..." with * for the layer number', panel=INPUT
+    )
+    task: TaskName | None = option(None, "classification, text2text or lm; guessed from the architecture", panel=INPUT)

@@ -8,7 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from moefication_cli.errors import ConfigError
+from moefication_cli.config import RouterConfig
+from moefication_cli.config.option import option_types
+from moefication_cli.errors import ConfigError, did_you_mean
 from moefication_cli.ffn import Compensation
 from moefication_cli.models.sites import FFNSite
 from moefication_cli.routing.budget import allocate, best_within
@@ -104,6 +106,10 @@ def choose_router(run: RunDir, name: str | None) -> str:
     """The trained router to use. Raises ConfigError unless the choice is clear."""
     trained = run.names("router")
     if name is not None:
+        kinds = option_types(RouterConfig)["router"].choices
+        if name not in (*trained, *kinds):
+            hint = did_you_mean(name, (*trained, *kinds), f"there are {', '.join(trained or kinds)}")
+            raise ConfigError(f"--router {name}: there is no such router", hint)
         return name
     if not trained:
         run.require("router/regression")  # raises, naming the command to run

@@ -233,7 +233,9 @@ class WholeModel:
         outcome = refine(conversion, self.train, self.heldout, config.refine or 0, self.control)
         shares = settle(conversion, self.heldout)
         if not outcome.kept and conversion.layers:
-            self.control.say("refinement did not lower the KL on held-out calibration data: kept as planned")
+            self.control.say(
+                "refine: the plan made layer by layer is already as good on held-out data, and is what is written"
+            )
         return conversion.finished(shares), vars(outcome) | {"shape": shape}
 
     def _settled(self, config: ApplyConfig) -> tuple[Conversion, float, str]:

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from moefication_cli.errors import ConfigError, MoEficationError, first_line
 from moefication_cli.store import jsonio
-from moefication_cli.store.manifest import Manifest
-from moefication_cli.store.options import StageOptions
-from moefication_cli.store.rundir import RunDir
-from moefication_cli.store.writer import StageWriter
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # `--help` imports this module and needs none of them
     from torch.distributed import Store  # type: ignore[attr-defined]
+
+    from moefication_cli.store.manifest import Manifest
+    from moefication_cli.store.options import StageOptions
+    from moefication_cli.store.rundir import RunDir
+    from moefication_cli.store.writer import StageWriter
 
 TIMEOUT = timedelta(minutes=10)  # to join, and to begin or end a stage together; a dead rank is noticed at once
 _PATIENCE = 7 * 86400.0  # seconds to wait for a layer of another rank: a dead one's lock is free
@@ -39,7 +40,7 @@ class Ranks:
         self._steps = 0
 
     @contextmanager
-    def begin(self, run: RunDir, stage: str, options: StageOptions) -> Iterator[StageWriter]:
+    def begin(self, run: "RunDir", stage: str, options: "StageOptions") -> "Iterator[StageWriter]":
         """`RunDir.begin` for all ranks: the first prepares the work, the others join it.
 
         Raises ConfigError when the ranks were given different work, MoEficationError when one of them is gone.
@@ -60,7 +61,7 @@ class Ranks:
             work.timeout = _PATIENCE
             yield work
 
-    def finish(self, work: StageWriter, seconds: float | None = None) -> Manifest | None:
+    def finish(self, work: "StageWriter", seconds: float | None = None) -> "Manifest | None":
         """`StageWriter.finish` once every rank is done; no rank goes on before the stage is committed. `seconds`: of the first."""
         self.wait()
         if self.size == 1:
@@ -114,7 +115,7 @@ class Ranks:
         told = [self._store.get(f"{self._steps}/{rank}") for rank in range(self.size)]
         return [jsonio.parse(data, f"the message of rank {rank}")["value"] for rank, data in enumerate(told)]
 
-    def _agree(self, stage: str, options: StageOptions) -> None:
+    def _agree(self, stage: str, options: "StageOptions") -> None:
         work: dict[str, Any] = {"stage": stage, "size": self.size, **options.inputs, **options.config}
         work |= {"layers": options.layers, "only": options.only, "force": options.force}
         for rank, other in enumerate(self.exchange(work)):

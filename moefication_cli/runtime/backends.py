@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from moefication_cli.errors import UnavailableError
+from moefication_cli.errors import UnavailableError, did_you_mean
 from moefication_cli.ffn import ACTIVATIONS, ExpertWeights
 from moefication_cli.runtime import reference, torch_backends
 
@@ -111,7 +111,8 @@ BACKENDS: dict[str, Backend] = {
 def backend_of(name: str) -> Backend:
     """The backend of that name. Raises UnavailableError naming those there are."""
     if name not in BACKENDS:
-        raise UnavailableError(f"there is no backend {name!r}", f"use one of {', '.join(BACKENDS)}, or auto")
+        hint = did_you_mean(name, (*BACKENDS, "auto"), f"use one of {', '.join(BACKENDS)}, or auto")
+        raise UnavailableError(f"there is no backend {name!r}", hint)
     return BACKENDS[name]
 
 

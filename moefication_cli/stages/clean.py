@@ -1,11 +1,10 @@
 """clean: delete a stage of a run, what interrupted work has left, or what `tune` keeps. Imports no torch."""
 
-import difflib
 from pathlib import Path
 from typing import Any
 
 from moefication_cli.config import CleanConfig
-from moefication_cli.errors import ConfigError, MissingArtifactError
+from moefication_cli.errors import ConfigError, MissingArtifactError, did_you_mean
 from moefication_cli.runs.control import Control, Result
 from moefication_cli.store.artifact import leftovers_in, stages_in
 from moefication_cli.store.rundir import RunDir
@@ -27,8 +26,7 @@ def clean(run: RunDir, stage: str, config: CleanConfig, control: Control) -> Res
         there = [*stages, *(["--partial"] if leftovers else []), *(["--trials"] if trials else [])]
         raise ConfigError("nothing to delete was named", f"name a stage or an option; there are {', '.join(there)}")
     if stage and stage not in stages:
-        near = difflib.get_close_matches(stage, stages, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(stages)}"
+        hint = did_you_mean(stage, stages, f"there are {', '.join(stages)}")
         raise ConfigError(f"{run.root} has no stage {stage!r}", hint)
     rows: list[dict[str, Any]] = []
     if stage:

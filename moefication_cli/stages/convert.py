@@ -1,6 +1,5 @@
 """run: all stages in order, skipping what is up to date; and the same as a function, `convert`."""
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from moefication_cli.config import (
 )
 from moefication_cli.config.option import distribute, offered_options
 from moefication_cli.conversion.search import default_steps
-from moefication_cli.errors import ConfigError
+from moefication_cli.errors import ConfigError, did_you_mean
 from moefication_cli.export.gguf_shape import suitable_size
 from moefication_cli.models.heads import checked_task
 from moefication_cli.runs.control import Control, Result
@@ -42,6 +41,7 @@ from moefication_cli.stages.build_graph import build_graph
 from moefication_cli.stages.collect_activations import collect_activations
 from moefication_cli.stages.evaluate import evaluate as evaluate_stage
 from moefication_cli.stages.finetune import finetune
+from moefication_cli.stages.outcomes import told
 from moefication_cli.stages.split_neurons import split_neurons
 from moefication_cli.stages.train_router import train_router
 from moefication_cli.store import jsonio
@@ -101,8 +101,7 @@ def convert(
     """
     unknown = sorted(options.keys() - offered_options(CONFIGS).keys())
     if unknown:
-        near = difflib.get_close_matches(unknown[0], offered_options(CONFIGS), n=1)
-        raise ConfigError(f"convert has no option {unknown[0]!r}", f"did you mean {near[0]!r}?" if near else "")
+        raise ConfigError(f"convert has no option {unknown[0]!r}", did_you_mean(unknown[0], offered_options(CONFIGS)))
     run, source = RunDir(out), Path(out) / "source"
     if not isinstance(model, str | Path):
         if tokenizer is None:
@@ -146,11 +145,11 @@ def run_stages(run: RunDir, asked: Pipeline, control: Control) -> Result:
         return estimate_stages(run, replace(asked, split=split, router=router), control)
     done: list[Result] = []
     collect = _remembered(run, collect, control)
-    done.append(collect_activations(run, collect, control))
+    done.append(told(control, lambda: collect_activations(run, collect, control)))
     if split.method == "graph":
-        done.append(build_graph(run, GraphConfig(), control))
-    done.append(split_neurons(run, split, control))
-    done.append(train_router(run, router, control))
+        done.append(told(control, lambda: build_graph(run, GraphConfig(), control)))
+    done.append(told(control, lambda: split_neurons(run, split, control)))
+    done.append(told(control, lambda: train_router(run, router, control)))
     if control.ranks.rank > 0:
         return _last(done)  # the rest is not shared over ranks
     control = replace(control, ranks=Ranks())
@@ -160,13 +159,13 @@ def run_stages(run: RunDir, asked: Pipeline, control: Control) -> Result:
         apply = replace(apply, refine=default_steps(open_model(run, None, control), apply, sequences, control) or None)
     if extra.finetune:
         tuning = FinetuneConfig(steps=extra.finetune, train=extra.train)
-        done.append(finetune(run, tuning, control, conversion=apply))
+        done.append(told(control, lambda: finetune(run, tuning, control, conversion=apply)))
         apply = replace(apply, finetuned=tuning.name if done[-1].payload.get("kept") else None)
-    done.append(apply_experts(run, apply, control))
+    done.append(told(control, lambda: apply_experts(run, apply, control)))
     if extra.eval_data is None:
         control.say("no --eval-data: nothing was measured; moefication eval RUN --data ... does it")
         return _last(done)
-    done.append(evaluate_stage(run, asked.evaluation(apply.router), control))
+    done.append(told(control, lambda: evaluate_stage(run, asked.evaluation(apply.router), control)))
     return _last(done)
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from moefication_cli.config import EvalConfig
-from moefication_cli.errors import ConfigError
+from moefication_cli.errors import ConfigError, did_you_mean
 from moefication_cli.evaluation.measure import BASELINES, measure
 from moefication_cli.evaluation.plots import plot_quality
 from moefication_cli.evaluation.rows import by_data, lost_to
@@ -98,9 +98,8 @@ def _selections(config: EvalConfig, routers: dict[str, Artifact]) -> list[str]:
         return known
     for name in asked:
         if name not in known:
-            raise ConfigError(
-                f"--selection {name}: no such selection or trained router", f"there are all, {', '.join(sorted(known))}"
-            )
+            hint = did_you_mean(name, known, f"there are all, {', '.join(sorted(known))}")
+            raise ConfigError(f"--selection {name}: no such selection or trained router", hint)
     return list(dict.fromkeys([*always, *asked]))
 
 

@@ -1,13 +1,12 @@
 """config: the options of a run or of a command, as TOML that `--config` reads. Imports no torch."""
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
 
 from moefication_cli import config as configs
 from moefication_cli.config import options_of
-from moefication_cli.errors import ConfigError, MissingArtifactError
+from moefication_cli.errors import ConfigError, MissingArtifactError, did_you_mean
 from moefication_cli.runs.control import Result
 from moefication_cli.store.artifact import COMMANDS, StagePaths, stages_in
 from moefication_cli.store.rundir import RunDir
@@ -39,8 +38,7 @@ def show_config(target: str) -> Result:
         return _result({target: entries})
     root = Path(target)
     if not (root / "run.json").is_file():
-        near = difflib.get_close_matches(target, _OPTIONS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"commands are {', '.join(_OPTIONS)}"
+        hint = did_you_mean(target, _OPTIONS, f"commands are {', '.join(_OPTIONS)}")
         raise ConfigError(f"{target} is neither a run directory nor a command with options", hint)
     tables: dict[str, dict[str, tuple[Any, str]]] = {}
     info = RunDir(root).info
