@@ -2,6 +2,7 @@
 #   make demo    environment, install, the demo            make test    environment, install, lint, types, tests
 #   make bench   the full benchmark (long)                 make clean   remove the environment and caches
 #   make cuda    what a GPU is needed for, figures in cuda.json
+#   make soak    kills, damage and bad command lines at full size (long)
 #   make    kills, damage and bad command lines at full size (long)
 # The first of these that is 3.11 or newer and can make environments is used; make PYTHON=... names another.
 PYTHONS := python3.11 python3.12 python3.13 python3.14 python3 python
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 USABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: demo test lint bench cuda clean python venv
+.PHONY: demo test lint bench cuda soak clean python venv
 demo: $(VENV)/.installed
 	$(BIN)/moefication demo
 
@@ -26,6 +27,9 @@ bench: $(VENV)/.installed
 
 cuda: $(VENV)/.installed
 	$(BIN)/python tests/benchmarks/bench_cuda.py
+
+soak: $(VENV)/.installed
+	$(BIN)/python tests/benchmarks/soak.py
 
 MISSING := $(if $(PYTHON),$(PYTHON) is not,There is no) Python 3.11 or newer with venv and pip: install one \
 (Debian, Ubuntu: apt install python3-venv) or name one, make PYTHON=/path/to/python3
