@@ -1,7 +1,7 @@
 """Every error a user can meet: what was wrong, where, and the command to run next.
 
 The library raises these and never prints or exits; `cli` turns them into one message on stderr, the exit code
-of the class (DESIGN: 1 failure, 2 usage, 3 upstream missing or stale, 4 corrupt artifact, 5 locked) and, under
+of the class (DESIGN: 1 failure, 2 usage, 3 upstream missing or stale, 4 corrupt artifact, 5 locked, 75 run again) and, under
 `--json`, an object with `code`.
 """
 
@@ -72,6 +72,19 @@ class LockedError(MoEficationError):
 
     exit_code = 5
     code = "locked"
+
+
+class RunAgainError(MoEficationError):
+    """Somebody asked for an early end (SIGUSR1): what was finished is kept, the same command does the rest.
+
+    75 is EX_TEMPFAIL of sysexits.h: try again later.
+    """
+
+    exit_code = 75
+    code = "run_again"
+
+    def __init__(self, message: str = "stopped early, as SIGUSR1 asked", hint: str = "") -> None:
+        super().__init__(message, hint or "run the same command again: what is finished is kept")
 
 
 def first_line(error: BaseException) -> str:

@@ -136,20 +136,25 @@ def bad_file(rng: random.Random, path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_generated_mistakes_are_messages(
-    seed: int, run_cli: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def check_mistakes(run: Any, folder: Path, seed: int, count: int) -> None:
+    """Runs generated mistakes; `run` takes the words of a command line and returns an Outcome."""
     rng = random.Random(seed)
-    for number in range(100):
-        line = words(rng, tmp_path)
+    for number in range(count):
+        line = words(rng, folder)
         if number % 4 == 0:
             command = rng.choice(["split", "apply", "bench"])
-            line = [command, str(tmp_path / "run"), "--config", str(bad_file(rng, tmp_path / "c.toml"))]
-        outcome = run_cli(*line, "--dry-run", "--json")
+            line = [command, str(folder / "run"), "--config", str(bad_file(rng, folder / "c.toml"))]
+        outcome = run(*line, "--dry-run", "--json")
         assert "Traceback" not in outcome.err, (line, outcome.err)
         assert outcome.code in (0, 1, 2, 3, 4, 5), (line, outcome.code)
         assert outcome.json["ok"] is (outcome.code == 0), line
         if outcome.code:
             assert outcome.json["error"]["message"], line
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_generated_mistakes_are_messages(
+    seed: int, run_cli: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_mistakes(run_cli, tmp_path, seed, 100)

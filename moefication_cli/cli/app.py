@@ -12,6 +12,7 @@ import typer
 from moefication_cli.cli.care import add_commands
 from moefication_cli.cli.commands import app
 from moefication_cli.cli.console import Console
+from moefication_cli.cli.early_end import take_early_ends
 from moefication_cli.cli.options import ENV_PREFIX
 from moefication_cli.cli.threads import share_the_machine
 from moefication_cli.errors import MoEficationError, did_you_mean
@@ -57,6 +58,7 @@ def _stop_on_signals() -> None:
 def main() -> NoReturn:
     """Entry point: every error becomes one message on stderr and the documented exit code."""
     _stop_on_signals()
+    take_early_ends()
     arguments = sys.argv[1:]
     if "bench" not in arguments[:1]:  # which measures what a program gets that loads the model
         share_the_machine(os.environ)

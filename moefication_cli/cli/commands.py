@@ -8,6 +8,7 @@ import typer
 
 from moefication_cli import __version__
 from moefication_cli.cli.console import Console
+from moefication_cli.cli.early_end import early_end_asked
 from moefication_cli.cli.guide import GUIDE
 from moefication_cli.cli.options import Sources, check_tables, read_config, register
 from moefication_cli.config import (
@@ -26,7 +27,7 @@ from moefication_cli.config import (
     SplitConfig,
     TuneConfig,
 )
-from moefication_cli.runs.control import Control, Result
+from moefication_cli.runs.control import Control, Result, stopping
 from moefication_cli.runs.ranks import Ranks, local_device, open_ranks, rank_and_size
 
 app = typer.Typer(
@@ -89,7 +90,8 @@ def run_command(
                 trust_remote_code=control.trust_remote_code,
                 sources=sources,
                 say=console.say,
-                track=console.track,
+                track=stopping(console.track, early_end_asked),
+                stop=early_end_asked,
                 ranks=ranks,
             )
         )

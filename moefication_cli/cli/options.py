@@ -1,9 +1,7 @@
 """Turns the dataclasses of `config.py` into Typer options, so that a name or a default is written once."""
 
 import inspect
-import tomllib
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -22,6 +20,7 @@ from moefication_cli.config.option import (
     option_types,
     parse_list,
 )
+from moefication_cli.config.toml import read_tables
 from moefication_cli.errors import ConfigError, did_you_mean
 
 ENV_PREFIX = "MOEFICATION_"
@@ -161,27 +160,9 @@ def _config_file(command: str) -> inspect.Parameter:
 
 
 def read_config(path: str) -> dict[str, dict[str, Any]]:
-    """The tables of a TOML file, keys with dashes or underscores. Raises ConfigError."""
-    try:
-        if not Path(path).is_file() and Path(path).exists():  # reading a pipe or a device could wait for ever
-            raise ConfigError(f"--config {path} is not a file")
-        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"--config {path} is not UTF-8 text") from None
-    except ValueError as error:
-        if isinstance(error, tomllib.TOMLDecodeError):
-            raise ConfigError(f"--config {path} is not valid TOML: {error}") from None
-        raise ConfigError(f"--config {path!r} is not a path") from None
-    stray = [key for key, value in tables.items() if not isinstance(value, dict)]
-    if stray:
-        raise ConfigError(
-            f"--config {path}: `{stray[0]}` stands outside a table", "write one table per command: [split]"
-        )
-    return {
-        name: {key.replace("-", "_"): _as_text(value) for key, value in table.items()} for name, table in tables.items()
-    }
+    """The tables of a TOML file, values as the command line has them. Raises ConfigError."""
+    tables = read_tables(path, "--config")
+    return {name: {key: _as_text(value) for key, value in table.items()} for name, table in tables.items()}
 
 
 def _as_text(value: Any) -> Any:

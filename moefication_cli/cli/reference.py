@@ -18,7 +18,7 @@ Made by `python -m moefication_cli.cli.reference > artifacts/reference.md` from 
 
 An option's value is taken from the command line, else from `MOEFICATION_<OPTION>`, else from the command's table in the file of
 `--config`, else it is the default. Exit codes: 0 done or up to date, 1 failure, 2 usage, 3 upstream missing or stale, 4 corrupt
-artifact, 5 locked, 128 + signal when stopped.
+artifact, 5 locked, 75 run again (ended early by SIGUSR1), 128 + signal when stopped.
 
 With `--progress json` stderr has one JSON object per line, `{"event": "progress", "stage": ..., "done": ..., "total": ...,
 "seconds": ...}` at most once a second per loop (`total` is null where it is not known) and `{"event": "message", "text": ...}` for

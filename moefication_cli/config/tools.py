@@ -5,8 +5,10 @@ from typing import Literal
 
 from moefication_cli.config.option import CONTROL, INPUT, OUTPUT, Options, option
 from moefication_cli.config.stages import FormatName, TaskName
+from moefication_cli.errors import ConfigError
 
 Train = Literal["router", "ffn", "lora", "all"]
+_RECIPES = ("default", "paper")
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,31 @@ class RunConfig(Options):
     eval_limit: int | None = option(
         None, "Evaluate on at most this many examples, sampled uniformly", minimum=1, panel=INPUT
     )
-    recipe: Literal["default", "paper"] = option("default", "paper: published split and router, defects mended")
+    recipe: str = option(
+        "default",
+        "paper: published split and router, defects mended; or a file (.toml, or with a / in it) as --print-recipe writes it",
+    )
+    print_recipe: bool = option(
+        False,
+        "Print the recipe of RUN as it is: options, seeds and digests of all its stages; nothing is run",
+        panel=CONTROL,
+    )
     finetune: int | None = option(
         None, "Steps of `finetune` on the calibration data after the conversion (default: none)", minimum=0
     )
     train: Train = option("ffn", "--finetune: what is trained, as in `finetune`")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.recipe not in _RECIPES and not self.recipe_is_file:
+            raise ConfigError(
+                f"--recipe {self.recipe!r} is neither one of {', '.join(_RECIPES)} nor a file",
+                "the name of a file ends in .toml or has a / in it",
+            )
+
+    @property
+    def recipe_is_file(self) -> bool:
+        return self.recipe not in _RECIPES and (self.recipe.endswith(".toml") or "/" in self.recipe)
 
 
 @dataclass(frozen=True)

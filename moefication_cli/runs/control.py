@@ -4,12 +4,12 @@ A stage is a function `(RunDir, Config, Control) -> Result`. It raises, it never
 people (stderr), `track` wraps the loop over layers or batches so that the command line can show progress.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from moefication_cli.errors import ConfigError
+from moefication_cli.errors import ConfigError, RunAgainError
 from moefication_cli.runs.ranks import Ranks
 
 T = TypeVar("T")
@@ -29,6 +29,26 @@ def _untracked(items: Iterable[T], description: str, total: int | None = None) -
     return iter(items)
 
 
+def stopping(track: Track, stop: Callable[[], bool]) -> Track:
+    """`track` that raises RunAgainError in place of the next item once `stop` says so: what was begun is finished."""
+
+    def until_stopped(items: Iterable[T]) -> Iterator[T]:
+        for item in items:
+            if stop():
+                raise RunAgainError
+            yield item
+
+    def tracked(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+        count = len(items) if total is None and isinstance(items, Sized) else total
+        return track(until_stopped(items), description, count)
+
+    return tracked
+
+
+def _never() -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Control:
     """How to run, as opposed to what to compute; see `config.ControlConfig` for the meaning of each."""
@@ -42,6 +62,7 @@ class Control:
     sources: dict[type, dict[str, str]] = field(default_factory=dict)  # config class -> option -> where it came from
     say: Callable[[str], None] = _silent
     track: Track = _untracked
+    stop: Callable[[], bool] = _never  # whether somebody asks for an end after the present layer, shard or batch
     ranks: Ranks = field(default_factory=Ranks)  # the processes that share this stage
 
 

@@ -32,11 +32,16 @@ _REFINE_PASSES = 15  # over the held-out sequences: thresholds of three shapes, 
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes read or written beside the model's weights, floating point operations, and the peak of memory in bytes."""
+    """Bytes read or written beside the model's weights, floating point operations, and the peak of memory in bytes.
+
+    `written` are bytes that a stage leaves on disk at most, `certain` at least.
+    """
 
     num_bytes: float
     flops: float
     memory: float
+    written: float = 0.0
+    certain: float = 0.0
 
 
 def collect_cost(model: RunModel, config: CollectConfig) -> Cost:
@@ -46,7 +51,7 @@ def collect_cost(model: RunModel, config: CollectConfig) -> Cost:
     stored = tokens * width * getattr(torch, config.storage_dtype).itemsize
     memory = _FLOAT * (model_parameters(model) + GRADIENT_TOKENS * _STATES * width * config.sensitivity)
     work = forward_flops(model) * tokens * (_BACKWARD if config.sensitivity else 1.0)
-    return Cost(stored, work, memory + min(stored, SHARD_BYTES))
+    return Cost(stored, work, memory + min(stored, SHARD_BYTES), written=stored)
 
 
 def calibration_tokens(config: CollectConfig) -> int:
@@ -65,7 +70,8 @@ def graph_cost(model: RunModel, config: GraphConfig, tokens: int) -> Cost:
     tokens, neurons, layers = min(tokens, config.max_tokens or tokens), _most_neurons(model), len(model.sites)
     edges = neurons * (config.neighbours or neurons)
     work = total_ffn_flops(model, tokens) + layers * tokens * neurons**2
-    return Cost(8.0 * edges * layers, work, ffn_bytes(model) + 4.0 * neurons**2 + 16.0 * edges)
+    num_bytes = 8.0 * edges * layers
+    return Cost(num_bytes, work, ffn_bytes(model) + 4.0 * neurons**2 + 16.0 * edges, written=num_bytes)
 
 
 def split_cost(model: RunModel, config: SplitConfig) -> Cost:
@@ -73,7 +79,9 @@ def split_cost(model: RunModel, config: SplitConfig) -> Cost:
     neurons, layers = _most_neurons(model), len(model.sites)
     width = config.profile_tokens if config.method == "activation" else model.sites[0].d_model
     work = layers * neurons**2 * (2.0 * width + _SWAP_FLOPS * config.restarts)
-    return Cost(4.0 * neurons * layers, work, ffn_bytes(model) + 4.0 * neurons * (neurons + width))
+    certain = 4.0 * sum(site.num_neurons for site in model.sites)
+    memory = ffn_bytes(model) + 4.0 * neurons * (neurons + width)
+    return Cost(4.0 * neurons * layers, work, memory, certain, certain)
 
 
 def num_experts(model: RunModel, config: SplitConfig) -> int:
@@ -103,7 +111,7 @@ def apply_cost(model: RunModel, config: ApplyConfig, activations: bool) -> Cost:
     if config.refine:
         work += refine_flops(model) * config.refine + forward_flops(model) * HELDOUT_TOKENS * _REFINE_PASSES
         memory = max(memory, refine_memory(model))
-    return Cost(2 * size, work, memory)
+    return Cost(2 * size, work, memory, size, size)
 
 
 def refine_flops(model: RunModel) -> float:

@@ -27,6 +27,7 @@ from moefication_cli.runs.control import Control, Result
 from moefication_cli.runs.costs import apply_cost
 from moefication_cli.runs.estimate import estimate
 from moefication_cli.runs.inputs import RunModel, begin_options, layer_seed, open_model, read_tokens
+from moefication_cli.runs.room import check_room
 from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.files import atomic_write
 from moefication_cli.store.rundir import RunDir
@@ -66,10 +67,11 @@ def apply_experts(run: RunDir, config: ApplyConfig = ApplyConfig(), control: Con
     elif config.target_kl is not None and not control.dry_run:
         config = replace(config, fraction=fraction_for(inputs, config))
     check_budget(layers, activations, budget_of(config))
+    cost = apply_cost(model, config, activations is not None)
     if control.dry_run:
-        cost = apply_cost(model, config, activations is not None)
         return estimate("apply", model, run.path("model"), cost, {"split": split, "router": router})
     with run.begin("model", begin_options(config, control, model, stages)) as work:
+        check_room(work, model, cost, control, "--refine 0")
         manifest = work.manifest
         if not work.up_to_date:
             if tuned is None:

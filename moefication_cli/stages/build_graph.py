@@ -20,6 +20,7 @@ from moefication_cli.runs.inputs import (
     read_graph,
     read_tokens,
 )
+from moefication_cli.runs.room import check_room
 from moefication_cli.split.coactivation import coactivation_graph
 from moefication_cli.split.graph import to_metis_text
 from moefication_cli.store.rundir import RunDir
@@ -34,11 +35,11 @@ def build_graph(run: RunDir, config: GraphConfig = GraphConfig(), control: Contr
     """
     model = open_model(run, None, control)
     activations = run.require("activations")
+    cost = graph_cost(model, config, activations.metrics["layers"][0]["tokens"])
     if control.dry_run:
-        tokens = activations.metrics["layers"][0]["tokens"]
-        cost = graph_cost(model, config, tokens)
         return estimate("build-graph", model, run.path("graph"), cost, {"activations": activations})
     with control.ranks.begin(run, "graph", layer_options(config, control, model, {"activations": activations})) as work:
+        check_room(work, model, cost, control, "fewer --neighbours")
         for index in control.track(work.pending(), "build-graph", len(model.sites)):
             weights = model.read_ffn(index)
             x_TD = read_tokens(activations, index, config.max_tokens, layer_seed(control.seed, index)).x_TD

@@ -36,6 +36,7 @@ from moefication_cli.runs.inputs import (
     layered_result,
     open_model,
 )
+from moefication_cli.runs.room import check_room
 from moefication_cli.split.profiles import neuron_sums
 from moefication_cli.store.growing import GrowingLayer
 from moefication_cli.store.layerfile import read_layer, read_metadata, write_layer
@@ -63,11 +64,13 @@ def collect_activations(run: RunDir, config: CollectConfig, control: Control = C
     config = as_before(run, "activations", config)
     config = replace(config, data=absolute(config.data))
     checked_task(model.checkpoint.config, config.task or run.info.task, model.checkpoint.source.ref)
+    cost = collect_cost(model, config)
     if control.dry_run:
-        return estimate("collect-activations", model, run.path("activations"), collect_cost(model, config))
+        return estimate("collect-activations", model, run.path("activations"), cost)
     options = layer_options(config, control, model, {}, data_inputs(run, model, config))
     options = replace(options, only=None)
     with control.ranks.begin(run, "activations", options) as work:
+        check_room(work, model, cost, control, "--offload, --no-sensitivity or a smaller --max-tokens")
         seconds = None
         if not work.up_to_date:
             started = time.perf_counter()

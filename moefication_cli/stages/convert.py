@@ -8,6 +8,7 @@ from typing import Any
 from moefication_cli.config import (
     ApplyConfig,
     CollectConfig,
+    ControlConfig,
     DataConfig,
     EvalConfig,
     FinetuneConfig,
@@ -15,6 +16,8 @@ from moefication_cli.config import (
     RouterConfig,
     RunConfig,
     SplitConfig,
+    options_of,
+    same_option,
 )
 from moefication_cli.config.option import distribute, offered_options
 from moefication_cli.conversion.search import default_steps
@@ -42,6 +45,7 @@ from moefication_cli.stages.collect_activations import collect_activations
 from moefication_cli.stages.evaluate import evaluate as evaluate_stage
 from moefication_cli.stages.finetune import finetune
 from moefication_cli.stages.outcomes import told
+from moefication_cli.stages.recipe import Recipe, check_digests, print_recipe, read_recipe, said_options
 from moefication_cli.stages.split_neurons import split_neurons
 from moefication_cli.stages.train_router import train_router
 from moefication_cli.store import jsonio
@@ -62,18 +66,53 @@ class Pipeline:
     split: SplitConfig
     router: RouterConfig
     apply: ApplyConfig
+    graph: GraphConfig = GraphConfig()
+    tuning: FinetuneConfig | None = None
+    recipe: Recipe | None = None  # where the options come from that nobody said
 
     def evaluation(self, router: str | None) -> EvalConfig:
-        """What is evaluated: this router and every baseline, at the fraction of `apply` and those asked for."""
+        """What is evaluated: this router and every baseline, at the fraction of `apply` and those asked for.
+
+        A recipe that says what to evaluate means just that.
+        """
+        extra = self.extra
+        made = replace(self.evaluate, data=extra.eval_data, split=extra.eval_split, limit=extra.eval_limit)
+        if self.recipe is not None and "eval" in self.recipe.tables:
+            return made
         return replace(
-            self.evaluate,
-            data=self.extra.eval_data,
-            split=self.extra.eval_split,
-            limit=self.extra.eval_limit,
+            made,
             fractions=tuple(dict.fromkeys((*(self.evaluate.fractions or ()), self.apply.fraction))),
             selection=self.evaluate.selection or (*_MEASURED, str(router)),
             fraction_of=self.apply.fraction_of,
         )
+
+    def replayed(self, control: Control) -> "Pipeline":
+        """With the options of `--recipe FILE` wherever nobody said another. Raises ConfigError."""
+        recipe, extra = read_recipe(self.extra.recipe), self.extra
+        said, table = said_options(control, RunConfig), recipe.tables.get("eval", {})
+        for own, name in {"eval_data": "data", "eval_split": "split", "eval_limit": "limit"}.items():
+            if own not in said and table.get(name) is not None:
+                extra = replace(extra, **{own: table[name]})
+        tuning = FinetuneConfig(steps=extra.finetune, train=extra.train) if extra.finetune else None
+        if "finetune" in recipe.tables and extra.finetune != 0:
+            tuning = recipe.config("finetune", FinetuneConfig(), control)
+            tuning = replace(tuning, steps=extra.finetune or tuning.steps)
+            tuning = replace(tuning, train=extra.train if "train" in said else tuning.train)
+        return Pipeline(
+            replace(extra, recipe="default"),
+            recipe.config("collect-activations", self.collect, control),
+            recipe.config("eval", self.evaluate, control),
+            recipe.config("split", self.split, control),
+            recipe.config("train-router", self.router, control),
+            recipe.config("apply", self.apply, control),
+            recipe.config("build-graph", self.graph, control),
+            tuning,
+            recipe,
+        )
+
+    def control_of(self, command: str, control: Control) -> Control:
+        """The control of one stage: its seed may be the recipe's."""
+        return control if self.recipe is None else self.recipe.control(command, control)
 
 
 def convert(
@@ -118,7 +157,12 @@ def convert(
         atomic_write(data, b"".join(jsonio.canonical({"text": text}) + b"\n" for text in texts))
     values = {**options, "model": str(model), "data": None if data is None else str(data)}
     control = control or Control()
-    control = replace(control, trust_remote_code=trust_remote_code or control.trust_remote_code)
+    said: dict[type, dict[str, str]] = {ControlConfig: {"seed": "argument"} if control.seed else {}}
+    for config in CONFIGS:
+        own = [e.name for e in options_of(config) if same_option(e, offered_options(CONFIGS)[e.name])]
+        said[config] = {name: "argument" for name in own if values.get(name) is not None}
+    trust = trust_remote_code or control.trust_remote_code
+    control = replace(control, sources=said | control.sources, trust_remote_code=trust)
     return run_stages(run, Pipeline(*distribute(values, CONFIGS)), control)
 
 
@@ -127,6 +171,10 @@ def run_stages(run: RunDir, asked: Pipeline, control: Control) -> Result:
 
     Ranks share all but the last two.
     """
+    if asked.extra.print_recipe:
+        return print_recipe(run)
+    if asked.extra.recipe_is_file:
+        asked = asked.replayed(control)
     if asked.collect.data is None and run.manifest("activations") is None:
         raise ConfigError("run needs data to calibrate on", "name it with --data")
     extra, collect, split, router, apply = asked.extra, asked.collect, asked.split, asked.router, asked.apply
@@ -139,17 +187,20 @@ def run_stages(run: RunDir, asked: Pipeline, control: Control) -> Result:
         sites = open_model(run, collect, control).sites
         split = replace(split, expert_size=suitable_size([site.num_neurons for site in sites], apply.fraction))
         control.say(f"experts of {split.expert_size} neurons, which suit llama.cpp; --expert-size takes others")
+    if asked.recipe is not None:
+        check_digests(asked.recipe, run, collect, asked.evaluation(apply.router), control)
     if extra.eval_data is not None:  # now, and not when everything else is done
         check_evaluation_data(run, open_model(run, collect, control), asked.evaluation(apply.router), control)
     if control.dry_run:
         return estimate_stages(run, replace(asked, split=split, router=router), control)
     done: list[Result] = []
     collect = _remembered(run, collect, control)
-    done.append(told(control, lambda: collect_activations(run, collect, control)))
+    of = asked.control_of
+    done.append(told(control, lambda: collect_activations(run, collect, of("collect-activations", control))))
     if split.method == "graph":
-        done.append(told(control, lambda: build_graph(run, GraphConfig(), control)))
-    done.append(told(control, lambda: split_neurons(run, split, control)))
-    done.append(told(control, lambda: train_router(run, router, control)))
+        done.append(told(control, lambda: build_graph(run, asked.graph, of("build-graph", control))))
+    done.append(told(control, lambda: split_neurons(run, split, of("split", control))))
+    done.append(told(control, lambda: train_router(run, router, of("train-router", control))))
     if control.ranks.rank > 0:
         return _last(done)  # the rest is not shared over ranks
     control = replace(control, ranks=Ranks())
@@ -157,15 +208,17 @@ def run_stages(run: RunDir, asked: Pipeline, control: Control) -> Result:
     if apply.refine is None:
         sequences = run.read_stage("activations").metrics["layers"][0]["sequences"]
         apply = replace(apply, refine=default_steps(open_model(run, None, control), apply, sequences, control) or None)
-    if extra.finetune:
+    tuning = asked.tuning
+    if tuning is None and asked.recipe is None and extra.finetune:
         tuning = FinetuneConfig(steps=extra.finetune, train=extra.train)
-        done.append(told(control, lambda: finetune(run, tuning, control, conversion=apply)))
+    if tuning is not None:
+        done.append(told(control, lambda: finetune(run, tuning, of("finetune", control), conversion=apply)))
         apply = replace(apply, finetuned=tuning.name if done[-1].payload.get("kept") else None)
-    done.append(told(control, lambda: apply_experts(run, apply, control)))
+    done.append(told(control, lambda: apply_experts(run, apply, of("apply", control))))
     if extra.eval_data is None:
         control.say("no --eval-data: nothing was measured; moefication eval RUN --data ... does it")
         return _last(done)
-    done.append(told(control, lambda: evaluate_stage(run, asked.evaluation(apply.router), control)))
+    done.append(told(control, lambda: evaluate_stage(run, asked.evaluation(apply.router), of("eval", control))))
     return _last(done)
 
 
@@ -180,7 +233,7 @@ def estimate_stages(run: RunDir, asked: Pipeline, control: Control) -> Result:
         apply = replace(apply, refine=default_steps(model, apply, None, control) or None)
     costs = {"activations": collect_cost(model, collect)}
     if split.method == "graph":
-        costs["graph"] = graph_cost(model, GraphConfig(), tokens)
+        costs["graph"] = graph_cost(model, asked.graph, tokens)
     costs |= {
         "split": split_cost(model, split),
         f"router/{router.router}": router_cost(model, router, tokens, experts),

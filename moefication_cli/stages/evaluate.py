@@ -15,6 +15,7 @@ from moefication_cli.runs.costs import eval_cost
 from moefication_cli.runs.data import data_inputs
 from moefication_cli.runs.estimate import estimate
 from moefication_cli.runs.inputs import absolute, begin_options, open_model
+from moefication_cli.runs.room import check_room
 from moefication_cli.stages.harness import harness
 from moefication_cli.store import jsonio
 from moefication_cli.store.artifact import Artifact
@@ -57,8 +58,8 @@ def evaluate(run: RunDir, config: EvalConfig, control: Control = Control()) -> R
     if any(SELECTIONS[name].reads_activations for name in selections if name in SELECTIONS):
         activations = run.require("activations")
     stages = {"split": split, "activations": activations, "model": applied}
+    cost = eval_cost(model, config.data, config.limit, len(fractions) * len(selections))
     if control.dry_run:
-        cost = eval_cost(model, config.data, config.limit, len(fractions) * len(selections))
         return estimate("eval", model, run.path(f"eval/{config.name}"), cost, stages)
     used = {f"router/{name}": stage for name, stage in routers.items() if name in selections}
     data = {name: str(absolute(path)) for name, path in named_data(config.data).items()}
@@ -69,6 +70,7 @@ def evaluate(run: RunDir, config: EvalConfig, control: Control = Control()) -> R
     config = replace(config, data=",".join(f"{name}={path}" if name else path for name, path in data.items()))
     options = begin_options(config, control, model, {**stages, **used}, digests)
     with run.begin(f"eval/{config.name}", options) as work:
+        check_room(work, model, cost, control, "--dtype bfloat16 or a smaller --batch-size")
         if work.up_to_date:
             metrics = jsonio.read_object(run.path(f"eval/{config.name}") / "metrics.json")
         else:

@@ -17,6 +17,7 @@ from moefication_cli.runs.costs import finetune_cost
 from moefication_cli.runs.data import calibration_data
 from moefication_cli.runs.estimate import estimate
 from moefication_cli.runs.inputs import begin_options, open_model
+from moefication_cli.runs.room import check_room
 from moefication_cli.store import jsonio
 from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.rundir import RunDir
@@ -51,9 +52,9 @@ def finetune(
     inputs = PlanInputs(run, model, routed_layers(model, split, router, tokens), stages, control)
     require_calibrated(inputs, like, "finetune")
     calibration_data(run, model, activations)  # raises where it changed
+    cost = finetune_cost(model, config)
     if control.dry_run:
-        writes, cost = run.path(f"finetuned/{config.name}"), finetune_cost(model, config)
-        return estimate("finetune", model, writes, cost, stages)
+        return estimate("finetune", model, run.path(f"finetuned/{config.name}"), cost, stages)
     if conversion is not None and like.target_kl is not None:
         like = replace(like, fraction=fraction_for(inputs, like))
     check_budget(inputs.layers, activations, budget_of(like))
@@ -63,6 +64,7 @@ def finetune(
         stages = stages | {refined_stage(like): run.read_stage(refined_stage(like))}
     digests = {"conversion": jsonio.digest(jsonio.plain(compared_values(like)))}
     with run.begin(f"finetuned/{config.name}", begin_options(config, control, model, stages, digests)) as work:
+        check_room(work, model, cost, control, "--train router or fewer --tokens")
         manifest = work.manifest
         if not work.up_to_date:
             from moefication_cli.training.finetune import finetune_model

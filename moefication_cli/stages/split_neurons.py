@@ -21,6 +21,7 @@ from moefication_cli.runs.inputs import (
     read_partition,
     read_tokens,
 )
+from moefication_cli.runs.room import check_room
 from moefication_cli.split.methods import expert_counts, split_layer, split_method
 from moefication_cli.split.metis import repair_balance
 from moefication_cli.split.partition import Partition, check_divides, parse_metis_partition
@@ -49,9 +50,11 @@ def split_neurons(run: RunDir, config: SplitConfig = SplitConfig(), control: Con
     profiled = (method.reads_activations or config.shared_fraction > 0) and not config.from_partition
     activations = run.require("activations") if profiled else None
     inputs = {"graph": graph, "activations": activations}
+    cost = split_cost(model, config)
     if control.dry_run:
-        return estimate("split", model, run.path("split"), split_cost(model, config), inputs)
+        return estimate("split", model, run.path("split"), cost, inputs)
     with control.ranks.begin(run, "split", layer_options(config, control, model, inputs)) as work:
+        check_room(work, model, cost, control, "fewer --profile-tokens")
         for index in control.track(work.pending(), "split", len(model.sites)):
             partition, metrics = _split_index(model, activations, graph, index, config, control)
             work.save(index, {"expert_F": partition.expert_F.to(torch.int32)}, metrics=metrics)

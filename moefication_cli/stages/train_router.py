@@ -16,6 +16,7 @@ from moefication_cli.runs.inputs import (
     read_partition,
     training_tokens,
 )
+from moefication_cli.runs.room import check_room
 from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.rundir import RunDir
 
@@ -29,14 +30,15 @@ def train_router(run: RunDir, config: RouterConfig = RouterConfig(), control: Co
     """
     model = open_model(run, None, control)
     activations, split = run.require("activations"), run.require("split")
+    experts = max(layer["num_experts"] for layer in split.metrics["layers"])
+    collected = max(layer["tokens"] for layer in activations.metrics["layers"])
+    cost = router_cost(model, config, collected, experts)
     if control.dry_run:
-        experts = max(layer["num_experts"] for layer in split.metrics["layers"])
-        collected = max(layer["tokens"] for layer in activations.metrics["layers"])
-        cost = router_cost(model, config, collected, experts)
         reads = {"activations": activations, "split": split}
         return estimate("train-router", model, run.path(f"router/{config.router}"), cost, reads)
     options = layer_options(config, control, model, {"activations": activations, "split": split})
     with control.ranks.begin(run, f"router/{config.router}", options) as work:
+        check_room(work, model, cost, control, "fewer --max-tokens")
         for index in control.track(work.pending(), "train-router", len(model.sites)):
             record = _train_index(model, activations, split, index, config, control)
             work.save(index, record.tensors, record.settings, metrics=record.metrics)

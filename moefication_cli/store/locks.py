@@ -3,10 +3,12 @@
 `filelock.FileLock` (flock) and not an existence file: the kernel lets go when the holder dies, however it dies, also
 on NFS (Linux turns flock into byte-range locks on the server) and Lustre (mounted with `flock`). An existence file
 left by a dead machine would block everybody until a person removes it. Where the file system has no flock at all,
-filelock itself falls back to an existence file that holds process and host.
+filelock itself falls back to an existence file that holds process and host, and a warning says so once per process; where
+locks are there but out of order (NFS without its lock service) nothing is done.
 Lock files hold the holder's process and host for messages and stay in place: unlinking one would split its waiters.
 """
 
+import errno
 import fcntl
 import os
 import socket
@@ -17,25 +19,47 @@ from pathlib import Path
 
 from filelock import FileLock, SoftFileLock, Timeout
 
-from moefication_cli.errors import LockedError
+from moefication_cli.errors import LockedError, MoEficationError
 from moefication_cli.store.files import make_dirs, writing
+
+_OUT_OF_ORDER = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
+_HINT = "mount it with locks (NFS: `lockd` running, no `nolock`), or choose a run directory on another disk"
+
+
+def lock_trouble(code: int, folder: Path) -> str:
+    """Why locks in a folder cannot be trusted, as a sentence, from the error that `flock` gave."""
+    why = os.strerror(code)
+    if code in _OUT_OF_ORDER:
+        return (
+            f"{folder}: the locks of this file system do not work ({why}): two commands could spoil each other's work"
+        )
+    return (
+        f"{folder}: this file system has no locks ({why}): existence files take "
+        "their place, which a machine that dies leaves behind; delete them then (moefication names the file)"
+    )
 
 
 def try_acquire(path: Path, timeout: float = 0.0) -> FileLock | None:
     """Take the lock at `path` within `timeout` seconds, or None if somebody else keeps it.
 
-    Raises `MoEficationError` if the lock file cannot be created.
+    Raises `MoEficationError` if the lock file cannot be created, or the file system's locks are out of order.
     """
     make_dirs(path.parent)
     # thread_local=False: a layer may be claimed in one thread and released in another.
     lock = FileLock(path, thread_local=False)
     with writing(path), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the fall-back to an existence file is as documented above
+        warnings.simplefilter("ignore")  # in place of filelock's own words on existence files: `lock_trouble`
         try:
             lock.acquire(timeout=timeout, poll_interval=0.05)
         except Timeout:  # an OSError, so caught within
             return None
-    if not isinstance(lock, SoftFileLock):  # an existence file already holds process and host
+        except OSError as error:
+            if error.errno in _OUT_OF_ORDER:
+                raise MoEficationError(lock_trouble(error.errno, path.parent), _HINT) from None
+            raise
+    if isinstance(lock, SoftFileLock):  # an existence file already holds process and host
+        warnings.warn(lock_trouble(errno.ENOSYS, path.parent), RuntimeWarning, stacklevel=2)
+    else:
         with writing(path):
             path.write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
     return lock

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from moefication_cli.config import FinetuneConfig
-from moefication_cli.errors import NonFiniteError
+from moefication_cli.errors import NonFiniteError, RunAgainError
 from moefication_cli.runs.control import Control
 from moefication_cli.store import files
 from moefication_cli.tasks.examples import Batch
@@ -40,7 +40,8 @@ def train(
     """Train `module`, whose forward takes `batch=` and returns {"loss": ...}; returns the step it went on from, 0 for none.
 
     `groups` are the optimizer's, each tensor with its learning rate. Batches are taken in random order, again and again.
-    Raises NonFiniteError where loss or gradients stop being finite; `folder` then holds the last good checkpoint.
+    Raises RunAgainError at a checkpoint made early because `control.stop` asked, NonFiniteError where loss or gradients stop
+    being finite; `folder` then holds the last good checkpoint.
     """
     steps = config.steps
     arguments = {
@@ -87,6 +88,8 @@ def train(
             raise NonFiniteError(f"step {at} of {steps}: {error.message}", error.hint) from None
         finally:
             watch.close()
+        if trainer.state.global_step < steps:
+            raise RunAgainError
     return 0 if last is None else _number(last)
 
 
@@ -127,7 +130,10 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
             raise NonFiniteError("gradients are not finite", SMALLER)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        next(self._progress, None)
+        if self._control.stop() and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+        else:
+            next(self._progress, None)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = self._folder / f"checkpoint-{state.global_step}"

@@ -1,0 +1,232 @@
+"""Kills, damage and bad command lines at full size, on tiny models; the quick part of each is in the suite.
+
+    python tests/benchmarks/soak.py [--minutes N] [--seed N]
+
+kills      SIGKILL at a random moment of a random command, fine-tuning, export and report included: the same command run
+           again completes, leaves nothing over and writes the same bytes; 100 of them, or as many as fit the minutes
+damage     one flipped bit in each file of a run and of its model folder, and 20 truncations: `verify` finds each
+mistakes   1,000 generated bad command lines and configuration files: no traceback, documented exit codes, JSON parses
+status     of a run with 96 layers, warm: under a second
+
+Prints one line each; exit code 1 if anything was missed.
+"""
+
+import argparse
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+
+import transformers  # noqa: E402
+from cli_runner import Outcome  # noqa: E402
+from test_config import check_mistakes  # noqa: E402
+from test_interruption import contents  # noqa: E402
+from test_status import flip  # noqa: E402
+from tiny_models import VOCAB, D, save_tiny, tiny_tokenizer  # noqa: E402
+
+from moefication_cli.cli.app import exit_code  # noqa: E402
+from moefication_cli.cli.console import Console  # noqa: E402
+
+KILLS, TRUNCATIONS, MISTAKES, LAYERS = 100, 20, 1000, 96
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def here(*words: object) -> Outcome:
+    """A command in this process."""
+    out, err = StringIO(), StringIO()
+    line = [str(word) for word in words]
+    with redirect_stdout(out), redirect_stderr(err):
+        code = exit_code(Console(json_mode="--json" in line), line)
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def start(words: list[object]) -> "subprocess.Popen[str]":
+    """The same in a process of its own."""
+    command = [sys.executable, "-m", "moefication_cli", *map(str, words)]
+    kinds = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, **kinds)
+
+
+def write_lines(path: Path, seed: int, count: int) -> Path:
+    rng = random.Random(seed)
+    path.write_text("".join(" ".join(f"w{rng.randrange(40)}" for _ in range(12)) + "\n" for _ in range(count)))
+    return path
+
+
+def commands(folder: Path) -> list[tuple[list[object], str]]:
+    """(command, what it writes, seen from `folder`) in order, of a tiny Llama."""
+    run, lines = folder / "run", ["--documents", "line"]
+    return [
+        (["collect-activations", run, "--model", folder / "model", "--data", folder / "train.txt", *lines,
+          "--max-length", 16], "run/activations"),
+        (["build-graph", run], "run/graph"),
+        (["split", run, "--num-experts", 6], "run/split"),
+        (["train-router", run, "--router", "native"], "run/router/native"),
+        (["train-router", run, "--router", "mlp", "--epochs", 2], "run/router/mlp"),
+        (["apply", run, "--router", "native", "--for", "mixtral", "--fraction", 0.6], "run/model"),
+        (["export", run, "--to", "mixtral", "--out", folder / "out"], "out"),
+        (["train-router", run, "--router", "regression", "--epochs", 2], "run/router/regression"),
+        (["apply", run, "--router", "regression", "--fraction", 0.6, "--refine", 20], "run/model"),
+        (["finetune", run, "--steps", 12, "--tokens", 64, "--save-steps", 3, "--train", "all"], "run/finetuned/default"),
+        (["eval", run, "--data", folder / "test.txt", *lines, "--selection", "regression,neuron"], "run/eval/default"),
+        (["report", run], "run/report"),
+    ]  # fmt: skip
+
+
+def deterministic(path: Path) -> dict[str, bytes]:
+    """What must come out the same: evaluations and reports have times in them, and so have cards of exported models."""
+    apart = ("report", "quality.png", "README.md")
+    return {name: data for name, data in contents(path).items() if not name.startswith(apart)}
+
+
+def leftovers(folder: Path) -> list[str]:
+    names = [path.name for path in folder.rglob("*") if not {".cache", ".locks"} & set(path.parts)]
+    return [name for name in names if name.endswith((".tmp", ".partial", ".old")) or name == ".work"]
+
+
+def kills(folder: Path, rng: random.Random, until: float) -> str:
+    """Raises AssertionError naming the command and the moment."""
+    save_tiny("llama", folder / "model")
+    write_lines(folder / "train.txt", 3, 300)
+    write_lines(folder / "test.txt", 4, 40)
+    line, seconds = commands(folder), []
+    for number, (words, _) in enumerate(line):
+        shutil.copytree(folder, folder.with_name(f"before-{number}"))
+        started = time.monotonic()
+        process = start(words)
+        _, err = process.communicate()
+        assert process.returncode == 0, (words, err)
+        seconds.append(time.monotonic() - started)
+        shutil.copytree(folder, folder.with_name(f"after-{number}"))
+    done = killed = 0
+    while done < KILLS and (time.monotonic() < until or done == 0):
+        number = rng.randrange(len(line))
+        words, writes = line[number]
+        shutil.rmtree(folder)
+        shutil.copytree(folder.with_name(f"before-{number}"), folder)
+        # Half of them in the last fifth, where things are written: the first seconds are imports
+        moment = seconds[number] * (rng.random() if rng.random() < 0.5 else rng.uniform(0.8, 1.0))
+        process = start(words)
+        time.sleep(moment)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        killed += process.returncode == -signal.SIGKILL
+        case = (f"{words[0]} killed after {moment:.2f} of {seconds[number]:.2f} s", "")
+        if not (
+            writes == "out" and (folder / writes).exists()
+        ):  # a folder that export has finished it does not write again
+            again = start(words)
+            _, err = again.communicate()
+            case = (case[0], err)
+            assert again.returncode == 0, case
+        assert not leftovers(folder), (case, leftovers(folder))
+        whole = folder.with_name(f"after-{number}") / writes
+        assert contents(folder / writes).keys() == contents(whole).keys(), case
+        assert deterministic(folder / writes) == deterministic(whole), case
+        done += 1
+    return f"{done} commands, {killed} killed before their end; all completed, nothing left over, the same bytes"
+
+
+def damage(folder: Path, rng: random.Random) -> str:
+    """On the run that `kills` has left complete. Raises AssertionError naming the file."""
+    whole = folder.with_name(f"after-{len(commands(folder)) - 1}")
+    shutil.rmtree(folder)
+    shutil.copytree(whole, folder)
+    run = folder / "run"
+    assert here("verify", run).code == 0 and here("verify", run / "model").code == 0
+    files = [p for p in sorted(run.rglob("*")) if p.is_file() and not {".cache", ".locks"} & set(p.parts)]
+    found = 0
+    for path in files:
+        before = path.read_bytes()
+        flip(path, rng.random())
+        assert here("verify", run).code == 4, path
+        if path.is_relative_to(run / "model") and path.name != "manifest.json":
+            assert here("verify", run / "model").code == 4, path
+        path.write_bytes(before)
+        found += 1
+    for path in rng.choices([path for path in files if path.stat().st_size > 1], k=TRUNCATIONS):
+        before = path.read_bytes()
+        os.truncate(path, rng.randrange(len(before)))
+        assert here("verify", run).code == 4, path
+        path.write_bytes(before)
+    assert here("verify", run).code == 0
+    return f"{found} flipped bits and {TRUNCATIONS} truncations, all found by verify"
+
+
+def status(folder: Path) -> str:
+    """Raises AssertionError where it takes a second or more."""
+    model, run = folder / "deep", folder / "deep-run"
+    shape = {"vocab_size": VOCAB, "hidden_size": D, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
+    config = transformers.OPTConfig(**shape, ffn_dim=48, max_position_embeddings=64, word_embed_proj_dim=D)
+    transformers.OPTForCausalLM(config).save_pretrained(model)
+    tiny_tokenizer(model)
+    data = write_lines(folder / "deep.txt", 5, 60)
+    options = ["--documents", "line", "--max-length", 16]
+    for words in (
+        ["collect-activations", run, "--model", model, "--data", data, *options],
+        ["split", run, "--method", "random", "--num-experts", 6],
+        ["train-router", run, "--router", "similarity"],
+        ["apply", run, "--fraction", 0.5, "--fraction-of", "neurons"],
+    ):
+        outcome = here(*words)
+        assert outcome.code == 0, outcome.err
+    took, worked = [], []
+    for _ in range(5):
+        started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        process = start(["status", run, "--json"])
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        took.append(time.monotonic() - started)
+        worked.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    said = f"{min(worked):.2f} s of a CPU, {min(took):.2f} s on the clock, for {LAYERS} layers, warm, imports included"
+    assert min(worked) < 1.0, said  # the clock also counts what other programs do
+    return said
+
+
+def mistakes(folder: Path, seed: int) -> str:
+    """Raises AssertionError naming the command line."""
+    with chdir(folder):
+        check_mistakes(here, folder, seed, MISTAKES)
+    return f"{MISTAKES} command lines and files: no traceback, documented codes, JSON parses"
+
+
+def main() -> int:
+    """Run all parts; what one misses does not keep the others from running."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=120.0, help="for the kills; the rest takes a few")
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    rng, missed = random.Random(asked.seed), 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "work"
+        folder.mkdir()
+        parts = {
+            "mistakes": lambda: mistakes(Path(name), asked.seed),
+            "status": lambda: status(Path(name)),
+            "kills": lambda: kills(folder, rng, time.monotonic() + 60 * asked.minutes),
+            "damage": lambda: damage(folder, rng),
+        }
+        for part, check in parts.items():
+            started = time.monotonic()
+            try:
+                said = check()
+            except AssertionError as error:
+                said, missed = f"MISSED: {error}", missed + 1
+            print(f"{part:9} {said} ({time.monotonic() - started:.0f} s)", flush=True)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
