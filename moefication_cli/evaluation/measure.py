@@ -1,7 +1,7 @@
-"""Measure every row of `eval` in one pass over the data.
+"""Measure the rows of `eval`: those of one fraction in one pass over the data.
 
 Every batch goes through the stock dense model and then, in turn, through every row's layers, so that all rows see the
-same examples and share the machine's faster and slower moments.
+same examples and those of one fraction share the machine's faster and slower moments.
 """
 
 import time
@@ -15,7 +15,7 @@ from torch import Tensor
 from moefication_cli.config import EvalConfig
 from moefication_cli.evaluation.rows import compare_with, row_of
 from moefication_cli.evaluation.selections import SelectionRow, count_selections
-from moefication_cli.evaluation.table import EvalInputs, all_rows, ground_of
+from moefication_cli.evaluation.table import EvalInputs, ground_of, rows_by_fraction
 from moefication_cli.models.loading import LoadedModel
 from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.surgery import install
@@ -45,24 +45,27 @@ def measure(
     run, model = inputs.run, inputs.model
     dense, converted = (load_whole(run, model, config.task, config.dtype) for _ in range(2))
     opened = {name: open_examples(run, dense, replace(config, data=path), control) for name, path in data.items()}
-    rows = all_rows(ground_of(inputs, converted.model, config, control), selections, fractions)
+    ground = ground_of(inputs, converted.model, config, control)
     mask = TokenMask(converted.model)
     measured: dict[str, dict[str, Any]] = {}
-    entries: list[dict[str, Any]] = []
-    for name, examples in opened.items():
-        for row in rows:
-            row.seconds, row.measured = 0.0, []
-        summary, seconds, tokens = _run_all(dense, converted, model, examples, rows, mask, config, control)
-        reference = {
-            "metric": summary.metric,
-            "value": summary.value,
-            "stderr": summary.stderr,
-            "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-        }
-        found = _entries(rows, reference, tokens, _dense_macs(model, rows), control.seed)
-        entries += [{"data": name} | entry for entry in found] if name else found
-        measured[name] = {"data": data[name], "examples": summary.num_examples, "tokens": tokens, "dense": reference}
+    entries: dict[str, list[dict[str, Any]]] = {name: [] for name in opened}
+    for rows in rows_by_fraction(ground, selections, fractions):
+        for name, examples in opened.items():
+            for row in rows:
+                row.seconds, row.measured = 0.0, []
+            summary, seconds, tokens = _run_all(dense, converted, model, examples, rows, mask, config, control)
+            reference = {
+                "metric": summary.metric,
+                "value": summary.value,
+                "stderr": summary.stderr,
+                "seconds": seconds,
+                "tokens_per_second": tokens / seconds,
+            }
+            found = _entries(rows, reference, tokens, _dense_macs(model, rows), control.seed)
+            entries[name] += [{"data": name} | entry for entry in found] if name else found
+            said = {"data": data[name], "examples": summary.num_examples, "tokens": tokens, "dense": reference}
+            measured.setdefault(name, said)
+        rows.clear()  # before those of the next fraction are made
     first = next(iter(measured.values()))
     return {
         "schema": "moefication/metrics@1",
@@ -75,7 +78,7 @@ def measure(
         "fraction_is": "a bound on the mean over calibration data; ffn_flops_fraction is what this data took",
         "dense": first["dense"],
         **({} if "" in measured else {"datasets": measured}),
-        "rows": entries,
+        "rows": [entry for found in entries.values() for entry in found],
     }
 
 

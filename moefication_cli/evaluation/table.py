@@ -3,7 +3,7 @@
 A new one is a function `(Ground, fraction) -> [SelectionRow]` in a file of its own and a line in `SELECTIONS`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -160,20 +160,25 @@ SELECTIONS: dict[str, Selection] = {
 }
 
 
-def all_rows(ground: Ground, selections: list[str], fractions: list[float]) -> list[SelectionRow]:
-    """The rows of every selection at every fraction, and of RUN/model where its fraction is not among them."""
-    rows: list[SelectionRow] = []
-    for fraction in fractions:
+def rows_by_fraction(ground: Ground, selections: list[str], fractions: list[float]) -> Iterator[list[SelectionRow]]:
+    """The rows of every selection, one fraction after the other; of RUN/model too where its fraction is not among them.
+
+    Static pruning and peers hold weights of their own: those of one fraction can go before the next are made.
+    """
+    applied = ground.inputs.applied is None
+    for number, fraction in enumerate(fractions):
+        rows: list[SelectionRow] = []
         for name in selections:
             rows += SELECTIONS[name].rows(ground, fraction) if name in SELECTIONS else [_routed(ground, name, fraction)]
-    if ground.inputs.applied is not None and not any(row.applied for row in rows):
-        rows.append(_applied(ground))
-    tuned = next((row.own for row in rows if row.own is not None), None)
-    if tuned is not None:
-        layers: list[Any] = [DenseFFN(live_weights(tuned.loaded.model, site)) for site in ground.inputs.model.sites]
-        meta = {"finetuned": ground.like.finetuned}
-        rows.append(SelectionRow("dense-finetuned", "baseline", 1.0, layers, meta=meta, own=tuned))
-    return rows
+        applied = applied or any(row.applied for row in rows)
+        if not applied and number == len(fractions) - 1:
+            rows.append(_applied(ground))
+        tuned = next((row.own for row in rows if row.own is not None), None)
+        if tuned is not None:
+            layers: list[Any] = [DenseFFN(live_weights(tuned.loaded.model, site)) for site in ground.inputs.model.sites]
+            meta = {"finetuned": ground.like.finetuned}
+            rows.append(SelectionRow("dense-finetuned", "baseline", 1.0, layers, meta=meta, own=tuned))
+        yield rows
 
 
 def _applied(ground: Ground) -> SelectionRow:
