@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli_runner import Runner
 
 from moefication_cli.evaluation.selections import SelectionRow
 from moefication_cli.evaluation.table import SELECTIONS, Ground, Selection
+from moefication_cli.models.loading import load_model
+from moefication_cli.models.sites import find_sites
+from moefication_cli.models.surgery import ffn_twin, permute_in_place
 
 
 def test_layers_of_one_fraction_are_gone_before_the_next_are_made(
@@ -37,3 +41,24 @@ def test_layers_of_one_fraction_are_gone_before_the_next_are_made(
     assert [row["fraction"] for row in rows if row["selection"] == "probe"] == [0.3, 0.5, 1.0]
     losses = [row["kl"] for row in rows if row["selection"] == "probe"]
     assert losses[0] > losses[1] > losses[2] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_the_second_model_of_eval_has_only_ffns_of_its_own(calibrated_run: tuple[Path, Path]) -> None:
+    model = load_model(calibrated_run[1]).model
+    sites = find_sites(model)
+    twin = ffn_twin(model, sites)
+    own = {part.parameter for site in sites for part in site.slices()}
+    before, theirs = dict(model.named_parameters()), dict(twin.named_parameters())
+    assert own and own < set(before)
+    for name, tensor in before.items():
+        assert torch.equal(tensor, theirs[name]) and (tensor is theirs[name]) == (name not in own)
+    tokens = torch.arange(12).view(1, -1)
+    expected = model(input_ids=tokens).logits
+    for site in sites:
+        permute_in_place(twin, site, torch.arange(site.num_neurons).flip(0))
+    assert torch.equal(model(input_ids=tokens).logits, expected)
+    assert torch.allclose(twin(input_ids=tokens).logits, expected, atol=1e-5)
+    with torch.no_grad():
+        twin.get_parameter(f"{sites[0].down}.weight").zero_()
+    assert torch.equal(model(input_ids=tokens).logits, expected)
+    assert not torch.allclose(twin(input_ids=tokens).logits, expected, atol=1e-3)

@@ -18,7 +18,7 @@ from moefication_cli.evaluation.selections import SelectionRow, count_selections
 from moefication_cli.evaluation.table import EvalInputs, ground_of, rows_by_fraction
 from moefication_cli.models.loading import LoadedModel
 from moefication_cli.models.masking import TokenMask
-from moefication_cli.models.surgery import install
+from moefication_cli.models.surgery import ffn_twin, install
 from moefication_cli.runs.control import Control
 from moefication_cli.runs.data import load_whole, open_examples
 from moefication_cli.runs.inputs import RunModel
@@ -43,7 +43,8 @@ def measure(
     cannot be met).
     """
     run, model = inputs.run, inputs.model
-    dense, converted = (load_whole(run, model, config.task, config.dtype) for _ in range(2))
+    dense = load_whole(run, model, config.task, config.dtype)
+    converted = replace(dense, model=ffn_twin(dense.model, model.sites))
     opened = {name: open_examples(run, dense, replace(config, data=path), control) for name, path in data.items()}
     ground = ground_of(inputs, converted.model, config, control)
     mask = TokenMask(converted.model)

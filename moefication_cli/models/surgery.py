@@ -11,6 +11,7 @@ the FFN's output instead; evaluation is unaffected.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, Protocol
@@ -56,6 +57,13 @@ def permute_in_place(model: nn.Module, site: FFNSite, order_F: Tensor) -> None:
         for name, (axis, order) in site.parameter_orders(order_F).items():
             parameter = model.get_parameter(name)
             parameter.copy_(parameter.index_select(axis, order.to(parameter.device)))
+
+
+def ffn_twin(model: nn.Module, sites: Sequence[FFNSite]) -> nn.Module:
+    """A copy of the model that has FFN weights of its own and shares every other tensor with it."""
+    own = {part.parameter for site in sites for part in site.slices()}
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return copy.deepcopy(model, {id(tensor): tensor for name, tensor in tensors.items() if name not in own})
 
 
 def install(model: nn.Module, site: FFNSite, layer: FFNLayer, token_mask: TokenMask | None = None) -> None:
