@@ -27,6 +27,9 @@ def test_a_new_run_is_estimated_stage_by_stage(run_cli: Runner, bert: Path, data
     less = run_cli.ok("run", run, *options, "--refine", 0, "--dry-run")["rows"]
     assert [row["stage"] for row in less] == ["activations", "split", "router", "model", "total"]
     assert less[3]["seconds"] < found["rows"][3]["seconds"]  # refinement is in the estimate
+    more = run_cli.ok("run", run, *options, "--refine", 0, "--finetune", 100, "--dry-run")["rows"]
+    assert [row["stage"] for row in more] == ["activations", "split", "router", "finetuned", "model", "total"]
+    assert more[-1]["seconds"] == pytest.approx(less[-1]["seconds"] + more[3]["seconds"]) and more[3]["seconds"] > 0
     assert run_cli("run", run, *options, "--expert-size", 5, "--dry-run").code == 2  # does not divide the FFNs
     assert run_cli("run", run, "--model", bert, "--dry-run").code == 2  # no data
 

@@ -30,6 +30,7 @@ from moefication_cli.runs.costs import (
     calibration_tokens,
     collect_cost,
     eval_cost,
+    finetune_cost,
     graph_cost,
     num_experts,
     router_cost,
@@ -69,6 +70,12 @@ class Pipeline:
     graph: GraphConfig = GraphConfig()
     tuning: FinetuneConfig | None = None
     recipe: Recipe | None = None  # where the options come from that nobody said
+
+    def training(self) -> FinetuneConfig | None:
+        """How the converted model is fine-tuned: as the recipe says, or for the steps of `--finetune`."""
+        if self.recipe is None and self.extra.finetune:
+            return self.tuning or FinetuneConfig(steps=self.extra.finetune, train=self.extra.train)
+        return self.tuning
 
     def evaluation(self, router: str | None) -> EvalConfig:
         """What is evaluated: this router and every baseline, at the fraction of `apply` and those asked for.
@@ -208,9 +215,7 @@ def run_stages(run: RunDir, asked: Pipeline, control: Control) -> Result:
     if apply.refine is None:
         sequences = run.read_stage("activations").metrics["layers"][0]["sequences"]
         apply = replace(apply, refine=default_steps(open_model(run, None, control), apply, sequences, control) or None)
-    tuning = asked.tuning
-    if tuning is None and asked.recipe is None and extra.finetune:
-        tuning = FinetuneConfig(steps=extra.finetune, train=extra.train)
+    tuning = asked.training()
     if tuning is not None:
         done.append(told(control, lambda: finetune(run, tuning, of("finetune", control), conversion=apply)))
         apply = replace(apply, finetuned=tuning.name if done[-1].payload.get("kept") else None)
@@ -237,8 +242,10 @@ def estimate_stages(run: RunDir, asked: Pipeline, control: Control) -> Result:
     costs |= {
         "split": split_cost(model, split),
         f"router/{router.router}": router_cost(model, router, tokens, experts),
-        "model": apply_cost(model, apply, activations=True),
     }
+    if (tuning := asked.training()) is not None:
+        costs[f"finetuned/{tuning.name}"] = finetune_cost(model, tuning)
+    costs["model"] = apply_cost(model, apply, activations=True)
     if asked.extra.eval_data is not None:
         config = asked.evaluation(apply.router)
         measured = len(config.selection or ()) * len(config.fractions or ())
