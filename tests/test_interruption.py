@@ -25,8 +25,9 @@ for part in path:
     owner = getattr(owner, part)
 whole = getattr(owner, name)
 def last_breath(*args, **kwargs):
-    whole(*args, **kwargs)
+    result = whole(*args, **kwargs)
     os.kill(os.getpid(), signal.SIGKILL)
+    return result
 setattr(owner, name, last_breath)
 if module.endswith("collect_activations"):
     owner.SHARD_BYTES = 20_000

@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def converted_card(run: RunDir, config: ApplyConfig, layers: Iterable[Mapping[st
         manifest = run.manifest(stage)
         if manifest is not None:
             commands.append(_command(command, kind.recorded(manifest.values), info))
-    commands.append(_command("apply", config, info))
+    # No steps of refinement are none, whichever way it was said: a recipe says 0 where `apply` by itself says nothing
+    commands.append(_command("apply", replace(config, refine=config.refine or None), info))
     dense = "neurons permuted, same function" if config.finetuned is None else "fine-tuned with its experts"
     embedded = [
         "",

@@ -1,6 +1,5 @@
 """Recipes: a whole run as one file, options and seeds of every stage and digests of what it was made from."""
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -9,7 +8,7 @@ from moefication_cli import __version__
 from moefication_cli import config as configs
 from moefication_cli.config import CollectConfig, ControlConfig, EvalConfig, options_of
 from moefication_cli.config.toml import read_tables
-from moefication_cli.errors import ConfigError, MissingArtifactError
+from moefication_cli.errors import ConfigError, MissingArtifactError, did_you_mean
 from moefication_cli.runs.control import Control, Result
 from moefication_cli.runs.data import data_inputs
 from moefication_cli.runs.inputs import open_model
@@ -81,21 +80,20 @@ def read_recipe(path: str) -> Recipe:
         raise ConfigError(f"--recipe {path}: its schema is {head['schema']!r}, not {SCHEMA}", "update this program")
     for command, table in tables.items():
         if command not in _CLASSES:
-            raise ConfigError(f"--recipe {path}: [{command}] is no stage of run", _near(command, [*_CLASSES, *_APART]))
+            raise ConfigError(
+                f"--recipe {path}: [{command}] is no stage of run", did_you_mean(command, [*_CLASSES, *_APART])
+            )
         known = [e.name for e in options_of(_CLASSES[command])] + ["seed"]
         if unknown := sorted(table.keys() - set(known)):
-            raise ConfigError(f"--recipe {path}: `{unknown[0]}` is no option of {command}", _near(unknown[0], known))
+            raise ConfigError(
+                f"--recipe {path}: `{unknown[0]}` is no option of {command}", did_you_mean(unknown[0], known)
+            )
         ControlConfig(**{name: value for name, value in table.items() if name == "seed"})
     digests = {name.replace("eval_data", "eval-data", 1): value for name, value in digests.items()}
     for name, value in digests.items():
         if name.partition("/")[0] not in _SAYS or not isinstance(value, str):
             raise ConfigError(f"--recipe {path}: [digests] {name} is not the digest of {', '.join(_SAYS)}")
     return Recipe(path, tables, digests)
-
-
-def _near(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
 
 
 def check_digests(recipe: Recipe, run: RunDir, collect: CollectConfig, evaluate: EvalConfig, control: Control) -> None:
