@@ -103,7 +103,8 @@ def test_changed_files_are_refused_by_name(by_hand: tuple[Path, Path], run_cli: 
     refused = run_cli("run", tmp_path / "b", "--recipe", recipe, "--json")
     assert refused.code == 2 and "evaluation data" in refused.json["error"]["message"]
     dev.write_text(before)
-    moved = tmp_path / "moved"
+    moved = tmp_path / "elsewhere" / model.name
+    moved.parent.mkdir()
     shutil.move(model, moved)  # the same files elsewhere are the same model
     assert run_cli("run", tmp_path / "c", "--recipe", recipe, "--dry-run").code == 2
     save_tiny("bert-bare", model)

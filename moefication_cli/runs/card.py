@@ -53,13 +53,13 @@ def converted_card(run: RunDir, config: ApplyConfig, layers: Iterable[Mapping[st
         ("collect-activations", "activations", CollectConfig), ("split", "split", SplitConfig),
         ("train-router", f"router/{config.router}", RouterConfig),
     ]  # fmt: skip
-    commands = []
+    commands: list[str] = []
     for command, stage, kind in made:
         manifest = run.manifest(stage)
         if manifest is not None:
-            commands.append(_command(command, kind.recorded(manifest.values), info))
+            commands.append(_command(command, kind.recorded(manifest.values), info.options() if not commands else {}))
     # No steps of refinement are none, whichever way it was said: a recipe says 0 where `apply` by itself says nothing
-    commands.append(_command("apply", replace(config, refine=config.refine or None), info))
+    commands.append(_command("apply", replace(config, refine=config.refine or None), {}))
     dense = "neurons permuted, same function" if config.finetuned is None else "fine-tuned with its experts"
     embedded = [
         "",
@@ -119,13 +119,15 @@ def quality_rows(metrics: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _command(name: str, config: Options, info: RunInfo) -> str:
-    """The command with every option that is not at its default; of paths only their last part."""
+def _command(name: str, config: Options, known: Mapping[str, Any]) -> str:
+    """The command with every option that is not at its default, or is `known` from elsewhere; of paths only their last part."""
     words = ["moefication", name, "RUN"]
     for entry in options_of(config):
         value = getattr(config, entry.name)
-        if entry.name == "model" and value is None and name == "collect-activations":
-            value = base_model(info)
+        if entry.name == "model" and not known:  # a run's model is named once
+            continue
+        if value is None:
+            value = known.get(entry.name)
         if value == entry.default or value is None:
             continue
         if isinstance(value, bool):

@@ -166,9 +166,7 @@ def _stages(run: RunDir) -> list[str]:
 
 def _complete(run: RunDir, tables: Tables) -> None:
     """What run.json knows goes to the first stage, the model to it alone; what `run` would choose is as it was."""
-    info, first = run.info, next(iter(tables))
-    known: dict[str, Any] = {"model": info.model, "revision": info.revision, "ffn": info.ffn, "task": info.task}
-    known |= {"prompt": info.prompt, "label_words": info.label_words, **(info.fields or {})}
+    known, first = run.info.options(), next(iter(tables))
     for name, (value, _) in tables[first].items():
         if value is None and known.get(name) is not None:
             text: Any = known[name]

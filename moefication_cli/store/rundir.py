@@ -60,6 +60,11 @@ class RunInfo:
     fields: Mapping[str, Any] | None = None  # text and label fields of the data
     ffn: str | None = None  # FFN described by hand, `--ffn`
 
+    def options(self) -> dict[str, Any]:
+        """Options of the first command by name, as they are known now: said then, or found."""
+        names = ("model", "revision", "ffn", "task", "prompt", "label_words")
+        return {name: getattr(self, name) for name in names} | dict(self.fields or {})
+
 
 class RunDir:
     """One run directory; it need not exist yet. `lock_timeout`: seconds to wait for other processes."""
