@@ -202,8 +202,25 @@ print(model.generate(ids, max_new_tokens=20, do_sample=False)[0].tolist())
     theirs = json.loads(done.stdout)
     expected = ours.generate(torch.tensor([theirs[:3]]), max_new_tokens=20, do_sample=False)[0].tolist()
     assert sum(a == b for a, b in zip(theirs, expected, strict=True)) >= 0.95 * len(theirs)
-    again = run_cli("export", llama_run, "--to", "mixtral", "--out", out, "--json")
-    assert again.code == 2 and "not an empty folder" in again.json["error"]["message"]
+    # The same again is up to date; another format, another model and an edited file are not this export
+    times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert run_cli.ok("export", llama_run, "--to", "mixtral", "--out", out)["up_to_date"]
+    assert times == {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    (out / "README.md").write_text("words of my own")
+    assert run_cli("verify", out).code == 0
+    other = run_cli("export", llama_run, "--to", "granitemoeshared", "--out", out, "--json")
+    assert other.code == 2 and "holds another export" in other.json["error"]["message"]
+    config = out / "config.json"
+    config.write_text(config.read_text().replace('"vocab_size"', '"Vocab_size"'))
+    edited = run_cli("export", llama_run, "--to", "mixtral", "--out", out, "--json")
+    assert edited.code == 2 and "edited since: config.json" in edited.json["error"]["message"]
+    damaged = run_cli("verify", out, "--json")
+    assert damaged.code == 4 and [row["damage"] for row in damaged.json["rows"]] == [
+        f"{config} is not as it was written"
+    ]
+    (out / "moefication_export.json").unlink()
+    full = run_cli("export", llama_run, "--to", "mixtral", "--out", out, "--json")
+    assert full.code == 2 and "not an empty folder" in full.json["error"]["message"]
 
 
 def test_what_cannot_be_exported_leaves_nothing(llama_run: Path, run_cli: Runner, tmp_path: Path) -> None:

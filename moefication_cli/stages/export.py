@@ -6,6 +6,7 @@ from moefication_cli.config import ExportConfig
 from moefication_cli.errors import ConfigError
 from moefication_cli.export.card import model_card
 from moefication_cli.export.check import compare
+from moefication_cli.export.record import made_before, write_record
 from moefication_cli.export.write import write_native
 from moefication_cli.runs.control import Control, Result
 from moefication_cli.stages.export_gguf import export_gguf
@@ -17,6 +18,7 @@ from moefication_cli.store.rundir import RunDir
 def export(run: RunDir, config: ExportConfig, control: Control = Control()) -> Result:
     """Write RUN/model in the format `to` to the folder `out`, run both on calibration text, and keep it if they agree.
 
+    A folder that holds this very export is up to date.
     Raises ConfigError (a model or plan that the format cannot hold, a folder with files in it), MissingArtifactError,
     CorruptArtifactError, MoEficationError where the exported model does not do what the converted one does.
     """
@@ -29,9 +31,10 @@ def export(run: RunDir, config: ExportConfig, control: Control = Control()) -> R
             f"{config.to} has no --quantise", "--to gguf has; or quantise what is written with another tool"
         )
     out = Path(config.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out {out} is there and not an empty folder", "name another folder")
     source = open_converted(run, config.to, control)
+    notes = [f"{out} loads with AutoModelForCausalLM.from_pretrained, without this package"]
+    if made_before(out, config.to, source.made.digest):
+        return Result("export", [], {"path": str(out)}, up_to_date=True, notes=notes)
     partial = out.with_name(f".{out.name}.partial")
     files.remove(partial)
     try:
@@ -41,6 +44,7 @@ def export(run: RunDir, config: ExportConfig, control: Control = Control()) -> R
         refuse_unless_forced(found.faults(is_half(source.checkpoint)), control)
         card = model_card(run, source.made, config.to, found)
         files.atomic_write(partial / "README.md", card.encode())
+        write_record(partial, config.to, source.made.digest)
         if out.exists():
             out.rmdir()
         with files.writing(out):
@@ -50,5 +54,4 @@ def export(run: RunDir, config: ExportConfig, control: Control = Control()) -> R
         raise
     size = sum((out / path.name).stat().st_size for path in written)
     row = {"format": config.to, "megabytes": size / 1e6, **found.row()}
-    notes = [f"{out} loads with AutoModelForCausalLM.from_pretrained, without this package"]
     return Result("export", [row], {"path": str(out)}, notes=notes)

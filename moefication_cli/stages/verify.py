@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from moefication_cli.errors import CorruptArtifactError, MissingArtifactError, MoEficationError
+from moefication_cli.export.record import RECORD, altered_files
 from moefication_cli.models.folder.moe_folder import FOLDER, SETTINGS, read_moe_folder
 from moefication_cli.models.folder.seal import altered_others
 from moefication_cli.models.loading import check_weights
@@ -15,13 +16,17 @@ from moefication_cli.store.rundir import RunDir
 
 
 def verify(target: str, control: Control) -> Result:
-    """One row per damaged file of a run directory or of a folder that `apply` wrote; exit code 4 if there is one.
+    """One row per damaged file of a run directory or of a folder that `apply` or `export` wrote; exit code 4 if there is one.
 
     Raises MissingArtifactError where `target` is neither.
     """
     root = Path(target)
     if (root / FOLDER / SETTINGS).is_file():
         rows = _folder(root)
+        checked = 1
+    elif (root / RECORD).is_file():
+        command = "moefication export RUN --to FORMAT --out DIR"
+        rows = [_row("export", f"{root / name} is not as it was written", command) for name in altered_files(root)]
         checked = 1
     elif (root / "run.json").is_file():
         run = RunDir(root)
@@ -32,8 +37,8 @@ def verify(target: str, control: Control) -> Result:
         checked = len(stages)
     else:
         raise MissingArtifactError(
-            f"{target} is neither a run directory nor a converted model",
-            f"it has no run.json and no {FOLDER}/{SETTINGS}",
+            f"{target} is neither a run directory nor a converted or exported model",
+            f"it has no run.json, no {FOLDER}/{SETTINGS} and no {RECORD}",
         )
     what = "nothing is damaged" if not rows else f"{len(rows)} of them damaged"
     notes = [f"{checked} {'stages' if checked != 1 else 'folder'} read in full: {what}"]

@@ -122,14 +122,10 @@ def kills(folder: Path, rng: random.Random, until: float) -> str:
         process.send_signal(signal.SIGKILL)
         process.communicate()
         killed += process.returncode == -signal.SIGKILL
-        case = (f"{words[0]} killed after {moment:.2f} of {seconds[number]:.2f} s", "")
-        if not (
-            writes == "out" and (folder / writes).exists()
-        ):  # a folder that export has finished it does not write again
-            again = start(words)
-            _, err = again.communicate()
-            case = (case[0], err)
-            assert again.returncode == 0, case
+        again = start(words)
+        _, err = again.communicate()
+        case = (f"{words[0]} killed after {moment:.2f} of {seconds[number]:.2f} s", err)
+        assert again.returncode == 0, case
         assert not leftovers(folder), (case, leftovers(folder))
         whole = folder.with_name(f"after-{number}") / writes
         assert contents(folder / writes).keys() == contents(whole).keys(), case

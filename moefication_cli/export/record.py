@@ -1,0 +1,67 @@
+"""What an exported folder was made from and what its files hold, kept beside them as JSON.
+
+The same export again is then up to date, and a file that was edited since is found.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from moefication_cli.errors import ConfigError, CorruptArtifactError
+from moefication_cli.store import files, jsonio
+
+RECORD = "moefication_export.json"
+_SCHEMA = "moefication/export@1"
+
+
+def write_record(folder: Path, to: str, model: str) -> None:
+    """Record the files of a finished folder; `model` is the digest of the RUN/model it was made from.
+
+    The card is left out: people write in it before they publish.
+    """
+    found = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "README.md"
+    }
+    jsonio.write(folder / RECORD, {"schema": _SCHEMA, "format": to, "model": model, "files": found})
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Raises CorruptArtifactError for a record that cannot be read or is of another schema."""
+    record = jsonio.read_object(folder / RECORD)
+    if record.get("schema") != _SCHEMA or not isinstance(record.get("files"), dict):
+        raise CorruptArtifactError(
+            f"{folder / RECORD} is not a record of this version", "export again to another folder"
+        )
+    return record
+
+
+def altered_files(folder: Path) -> list[str]:
+    """Names of the files that are gone or do not hold what was written. Raises CorruptArtifactError."""
+    return [
+        name
+        for name, said in read_record(folder)["files"].items()
+        if not (path := folder / name).is_file()
+        or path.stat().st_size != said["bytes"]
+        or files.sha256(path) != said["sha256"]
+    ]
+
+
+def made_before(folder: Path, to: str, model: str) -> bool:
+    """Whether `folder` holds this export already; False where nothing is in it.
+
+    Raises ConfigError for a folder with other files in it, one of another export, and one that was edited since.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    if not (folder / RECORD).is_file():
+        raise ConfigError(f"--out {folder} is there and not an empty folder", "name another folder")
+    record = read_record(folder)
+    if (record.get("format"), record.get("model")) != (to, model):
+        raise ConfigError(f"--out {folder} holds another export", "name another folder, or delete this one")
+    if altered := altered_files(folder):
+        raise ConfigError(
+            f"--out {folder} holds this export, but was edited since: {', '.join(altered)}",
+            "name another folder, or delete this one",
+        )
+    return True
