@@ -22,6 +22,7 @@ from moefication_cli.config import (
     FinetuneConfig,
     GraphConfig,
     ModelConfig,
+    RelufyConfig,
     RouterConfig,
     RunConfig,
     SplitConfig,
@@ -198,6 +199,17 @@ def _finetune(run: str, config: FinetuneConfig, control: ControlConfig, sources:
     run_command(control, sources, lambda c: finetune(RunDir(run), config, c), target=run)
 
 
+def _relufy(out: str, config: RelufyConfig, control: ControlConfig, sources: Sources) -> None:
+    """Put ReLU in place of a model's activation and train it until it works again: sparse, so that `run` loses little.
+
+    OUT becomes an ordinary Hugging Face folder; OUT/relufy.json says what was done and what it did. A killed training
+    goes on at its last checkpoint.
+    """
+    from moefication_cli.stages.relufy import relufy
+
+    run_command(control, sources, lambda c: relufy(out, config, c), target=out)
+
+
 def _demo(run: str, config: DemoConfig, control: ControlConfig, sources: Sources) -> None:
     """Convert the demo model that ships with the package and show what is kept at which cost."""
     from moefication_cli.stages.demo import demo
@@ -251,6 +263,15 @@ register(
 )
 register(app, "tune", [TuneConfig], _tune, without=("layers",))
 register(app, "finetune", [FinetuneConfig], _finetune, without=("layers",))
+register(
+    app,
+    "relufy",
+    [RelufyConfig],
+    _relufy,
+    argument="out",
+    argument_help="Folder to write the ReLU model to",
+    without=("layers",),
+)
 register(app, "demo", [DemoConfig], _demo, argument_default="artifacts/demo-run", without=("layers",))
 register(
     app,

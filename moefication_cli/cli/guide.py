@@ -18,6 +18,9 @@ GUIDE = {
     "run": Guide(_WHOLE, "run RUN --model MODEL --data calibration.txt --eval-data test.txt --fraction 0.2"),
     "demo": Guide(_WHOLE, "demo artifacts/demo-run"),
     "tune": Guide(_WHOLE, "tune RUN --expert-sizes 4,16,32 --fractions 0.1,0.2,0.3", "apply {0} --fraction 0.2"),
+    "relufy": Guide(
+        _WHOLE, "relufy OUT --model MODEL --data train.tsv --eval-data dev.tsv", "run RUN --model {0} --data DATA"
+    ),
     "inspect": Guide(_WHOLE, "inspect MODEL", "run RUN --model {0} --data DATA"),
     "collect-activations": Guide(
         _STAGES, "collect-activations RUN --model MODEL --data train.tsv", "split {0} --expert-size 4"

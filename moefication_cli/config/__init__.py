@@ -14,6 +14,7 @@ from moefication_cli.config.option import (
     recorded_values,
     same_option,
 )
+from moefication_cli.config.relufy import RelufyConfig
 from moefication_cli.config.stages import (
     ApplyConfig,
     CollectConfig,
@@ -43,7 +44,7 @@ from moefication_cli.config.tools import (
 
 __all__ = [
     "LAYERS", "ApplyConfig", "BenchConfig", "CleanConfig", "CollectConfig", "ControlConfig", "DataConfig", "DemoConfig",
-    "EvalConfig", "ExportConfig", "FinetuneConfig", "FormatName", "GraphConfig", "ModelConfig", "Options", "ReportConfig",
-    "RouterConfig", "RunConfig", "Score", "SplitConfig", "StatusConfig", "TaskConfig", "TaskName",
+    "EvalConfig", "ExportConfig", "FinetuneConfig", "FormatName", "GraphConfig", "ModelConfig", "Options", "RelufyConfig",
+    "ReportConfig", "RouterConfig", "RunConfig", "Score", "SplitConfig", "StatusConfig", "TaskConfig", "TaskName",
     "TuneConfig", "compared_values", "option", "options_of", "recorded_values", "same_option",
 ]  # fmt: skip

@@ -109,7 +109,7 @@ def load_model(
     if device_map is not None:
         options |= {"device_map": device_map, "offload_folder": offload_folder}
     try:
-        with _progress(not quiet):
+        with progress_bars(not quiet):
             model, info = _model_class(config, task).from_pretrained(source.folder, **options)
     except LOAD_ERRORS as error:
         hint = "check the folder, the task and that the files are complete"
@@ -234,7 +234,7 @@ def _model_class(config: Any, task: str | None) -> Any:
 
 
 @contextmanager
-def _progress(wanted: bool) -> Iterator[None]:
+def progress_bars(wanted: bool) -> Iterator[None]:
     """The progress bars of transformers, off where they are not wanted, and as they were afterwards."""
     settings = transformers.utils.logging
     before = settings.is_progress_bar_enabled()

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import torch
 
-from moefication_cli.config import ApplyConfig, CollectConfig, FinetuneConfig, GraphConfig, RouterConfig, SplitConfig
+from moefication_cli.config import (
+    ApplyConfig,
+    CollectConfig,
+    FinetuneConfig,
+    GraphConfig,
+    RelufyConfig,
+    RouterConfig,
+    SplitConfig,
+)
 from moefication_cli.routing.routers import router_kind
 from moefication_cli.runs.inputs import RunModel, tokens_in_memory
 from moefication_cli.split.methods import expert_counts
@@ -129,6 +137,27 @@ def finetune_cost(model: RunModel, config: FinetuneConfig) -> Cost:
     tokens = config.steps * config.accumulate * config.tokens
     work = 4.0 * forward_flops(model) * tokens + forward_flops(model) * HELDOUT_TOKENS * _REFINE_PASSES
     return Cost(_FLOAT * model_parameters(model), work, 5.0 * _FLOAT * model_parameters(model))
+
+
+def relufy_cost(model: RunModel, config: RelufyConfig, batch_tokens: int | None = None) -> Cost:
+    """relufy: training of every weight, the teacher's outputs, and three looks at the data to measure on.
+
+    `batch_tokens` of the largest batch, padding included, where the data has been read.
+    """
+    size, forward = model_parameters(model), forward_flops(model)
+    length = min(config.max_length or _LENGTH, _LENGTH)
+    rows = _SEQUENCES * length if config.limit is None else config.limit * length
+    tokens = config.epochs * min(_text_tokens(config.data) or rows, config.limit * length if config.limit else 1 << 60)
+    if config.steps is not None:
+        tokens = config.steps * config.accumulate * config.batch_size * length
+    kept = (batch_tokens or config.batch_size * length) * _STATES * sum(site.d_model for site in model.sites)
+    work = (3.0 + (config.teacher is not None)) * forward * tokens + 3.0 * forward * _SEQUENCES * length
+    return Cost(_FLOAT * size, work, relufy_fixed_memory(model, config) + _FLOAT * kept, written=5.0 * _FLOAT * size)
+
+
+def relufy_fixed_memory(model: RunModel, config: RelufyConfig) -> float:
+    """Bytes whatever the batch: weights, gradients and the optimiser's two states, and the teacher's weights."""
+    return (4.0 + (config.teacher is not None)) * _FLOAT * model_parameters(model)
 
 
 def eval_cost(model: RunModel, data: str | None, limit: int | None, rows: int) -> Cost:

@@ -23,6 +23,7 @@ OPTIONS: dict[str, type] = {
     "run": configs.RunConfig,
     "tune": configs.TuneConfig,
     "finetune": configs.FinetuneConfig,
+    "relufy": configs.RelufyConfig,
     "export": configs.ExportConfig,
     "bench": configs.BenchConfig,
     "demo": configs.DemoConfig,

@@ -61,7 +61,7 @@ class ClassificationExamples:
         return self._batches(limited(self._rows.num_rows, self._options), batch_size)
 
     def calibration(self, max_tokens: int | None, seed: int, batch_size: int = 32) -> Iterator[Batch]:
-        indices = sample_rows(self._rows.num_rows, self._encode, max_tokens, seed, self._options.limit)
+        indices = sample_rows(self._rows.num_rows, self._encode, max_tokens, seed, self._options)
         return self._batches(indices, batch_size)
 
     def targets(self, batch: Batch) -> Tensor:

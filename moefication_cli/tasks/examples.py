@@ -7,7 +7,7 @@ windows of text), C classes, T tokens, V vocabulary, R rows of a batch's tensors
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -31,13 +31,17 @@ _OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "roberta-prelayernor
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """How text becomes model input. `label_words`: a comma list in label order. `limit` examples, by `seed`."""
+    """How text becomes model input. `label_words`: a comma list in label order. `limit` examples, by `seed`.
+
+    `rows`: only these rows of the data, ascending; not of text in windows.
+    """
 
     max_length: int | None = None
     prompt: str | None = None
     label_words: str | None = None
     limit: int | None = None
     seed: int = 0
+    rows: Indices | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -250,13 +254,14 @@ def sorted_blocks(
 
 
 def sample_rows(
-    num_rows: int, encode: Callable[[Indices], list[Encoded]], max_tokens: int | None, seed: int, limit: int | None
+    num_rows: int, encode: Callable[[Indices], list[Encoded]], max_tokens: int | None, seed: int, options: TaskOptions
 ) -> Indices:
     """Rows in random order, at most `limit`, whose input tokens add up to at most `max_tokens` (one row at least).
 
     Tokenises only those.
     """
-    order = np.random.default_rng(seed).permutation(num_rows).astype(np.int64)[:limit]
+    every = _chosen(num_rows, options)
+    order = every[np.random.default_rng(seed).permutation(len(every))[: options.limit]]
     if max_tokens is None:
         return order
     total = taken = 0
@@ -271,10 +276,15 @@ def sample_rows(
 
 def limited(num_rows: int, options: TaskOptions) -> Indices:
     """All rows, or `limit` of them sampled uniformly, ascending."""
-    if options.limit is None or options.limit >= num_rows:
-        return np.arange(num_rows)
-    chosen = np.random.default_rng(options.seed).choice(num_rows, options.limit, replace=False)
-    return np.sort(chosen).astype(np.int64)
+    every = _chosen(num_rows, options)
+    if options.limit is None or options.limit >= len(every):
+        return every
+    chosen = np.random.default_rng(options.seed).choice(len(every), options.limit, replace=False)
+    return every[np.sort(chosen)]
+
+
+def _chosen(num_rows: int, options: TaskOptions) -> Indices:
+    return np.arange(num_rows, dtype=np.int64) if options.rows is None else options.rows
 
 
 def encode_texts(

@@ -146,7 +146,7 @@ class Text2TextExamples:
 
     def calibration(self, max_tokens: int | None, seed: int, batch_size: int = 32) -> Iterator[Batch]:
         """The decoder reads the start token and the label's word, as in training; without labels the start token."""
-        indices = sample_rows(self._rows.num_rows, self._encode, max_tokens, seed, self._options.limit)
+        indices = sample_rows(self._rows.num_rows, self._encode, max_tokens, seed, self._options)
         for example_B, encoded in sorted_blocks(indices, self._encode, checked_batch_size(batch_size)):
             rows = [row | _decoder(self._target(int(i))) for i, row in zip(example_B, encoded, strict=True)]
             inputs = pad_batch(rows, self._pad)

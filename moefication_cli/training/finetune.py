@@ -22,7 +22,7 @@ from moefication_cli.errors import ConfigError, NonFiniteError
 from moefication_cli.runs.data import load_whole
 from moefication_cli.training.lora import Adapters
 from moefication_cli.training.trained import Learner, rates, selection_tensors, weight_tensors
-from moefication_cli.training.trainer import train
+from moefication_cli.training.trainer import Schedule, train
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,10 @@ def finetune_model(
     trained = selection_tensors(conversion, rate.selection) | weights
     target = like.fraction * SPEND[1]
     learner = Learner(conversion, trained, whole.examples, config, target, config.price * max(before, 1e-6) / target)
-    groups = [entry.group() for entry in trained.values()]
-    resumed = train(learner, groups, whole.train, config, scratch / "trainer", model.device, control)
+    optimizer = torch.optim.Adam([entry.group() for entry in trained.values()], betas=(0.9, 0.98))
+    schedule = Schedule(config.steps, config.accumulate, config.warmup, config.save_steps, config.autocast)
+    batches = [whole.train[number % len(whole.train)] for number in range(wanted)]  # one epoch
+    resumed = train(learner, optimizer, batches, schedule, scratch / "trainer", model.device, control)
     if resumed:
         control.say(f"went on from step {resumed}")
 

@@ -8,14 +8,15 @@ through weights_only loading; nothing of that gets into a result.
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from moefication_cli.config import FinetuneConfig
 from moefication_cli.errors import NonFiniteError, RunAgainError
 from moefication_cli.runs.control import Control
 from moefication_cli.store import files
@@ -28,59 +29,74 @@ _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MAST
 _MOST_GRADIENT = 1.0
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """How a training runs: `warmup` is a share of the steps, after which the rate falls to a twentieth or to zero."""
+
+    steps: int
+    accumulate: int
+    warmup: float
+    save_steps: int
+    autocast: Literal["none", "bfloat16"] = "none"
+    decay: Literal["cosine", "linear"] = "cosine"
+    name: str = "finetune"  # of the progress
+
+
 def train(
     module: nn.Module,
-    groups: Sequence[dict[str, Any]],
+    optimizer: torch.optim.Optimizer,
     batches: Sequence[Batch],
-    config: FinetuneConfig,
+    schedule: Schedule,
     folder: Path,
     device: torch.device,
     control: Control,
 ) -> int:
     """Train `module`, whose forward takes `batch=` and returns {"loss": ...}; returns the step it went on from, 0 for none.
 
-    `groups` are the optimizer's, each tensor with its learning rate. Batches are taken in random order, again and again.
-    Raises RunAgainError at a checkpoint made early because `control.stop` asked, NonFiniteError where loss or gradients stop
-    being finite; `folder` then holds the last good checkpoint.
+    All batches are taken in random order, then again in another one. Raises RunAgainError at a checkpoint made early because
+    `control.stop` asked, NonFiniteError where loss or gradients stop being finite; `folder` then holds the last good
+    checkpoint.
     """
-    steps = config.steps
-    arguments = {
+    steps = schedule.steps
+    cosine = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": _LEAST_RATE}}
+    arguments: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": steps,
         "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": config.accumulate,
-        "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr_rate": _LEAST_RATE},
-        "warmup_steps": round(config.warmup * steps),
+        "gradient_accumulation_steps": schedule.accumulate,
+        **(cosine if schedule.decay == "cosine" else {"lr_scheduler_type": "linear"}),
+        "warmup_steps": round(schedule.warmup * steps),
         "max_grad_norm": _MOST_GRADIENT,
         "logging_strategy": "no",
         "save_strategy": "steps",
-        "save_steps": config.save_steps,
+        "save_steps": schedule.save_steps,
         "save_total_limit": 2,
         "report_to": "none",
         "disable_tqdm": True,
         "seed": control.seed,
         "data_seed": control.seed,
         "use_cpu": device.type == "cpu",
-        "bf16": config.autocast == "bfloat16",
+        "bf16": schedule.autocast == "bfloat16",
         "remove_unused_columns": False,
         "dataloader_pin_memory": False,
     }
-    watch = _Watch(module, folder, control)
-    wanted = steps * config.accumulate
+    last = last_checkpoint(folder)
+    if last is not None and _number(last) >= steps:  # killed after the last step: Trainer would make another one
+        module.load_state_dict(load_file(last / "model.safetensors"))
+        return _number(last)
+    watch = _Watch(module, folder, schedule.name, control)
     with _alone(), torch.random.fork_rng(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        made = TrainingArguments(**arguments)  # type: ignore[arg-type]
+        made = TrainingArguments(**arguments)
         made._n_gpu = min(made.n_gpu, 1)  # one device, also where there are several
         trainer = Trainer(
             model=module,
             args=made,
             data_collator=_one,
-            train_dataset=[batches[number % len(batches)] for number in range(wanted)],  # type: ignore[arg-type]
-            optimizers=(torch.optim.Adam(groups, betas=(0.9, 0.98)), None),
+            train_dataset=list(batches),  # type: ignore[arg-type]
+            optimizers=(optimizer, None),
             callbacks=[watch],
         )
         trainer.remove_callback(PrinterCallback)  # standard output is for results
-        last = last_checkpoint(folder)
         try:
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         except NonFiniteError as error:
@@ -115,13 +131,13 @@ def _one(items: Sequence[Batch]) -> dict[str, Batch]:
 class _Watch(TrainerCallback):  # type: ignore[misc]
     """Shows progress, refuses gradients that are not finite, marks checkpoints as complete."""
 
-    def __init__(self, module: nn.Module, folder: Path, control: Control) -> None:
-        self._module, self._folder, self._control = module, folder, control
+    def __init__(self, module: nn.Module, folder: Path, name: str, control: Control) -> None:
+        self._module, self._folder, self._name, self._control = module, folder, name, control
         self._progress: Iterator[int] = iter(())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         left = range(state.global_step, state.max_steps)
-        self._progress = iter(self._control.track(left, "finetune", len(left)))
+        self._progress = iter(self._control.track(left, self._name, len(left)))
         next(self._progress, None)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
