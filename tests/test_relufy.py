@@ -12,9 +12,9 @@ import pytest
 import torch
 import transformers
 from cli_runner import Runner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_interruption import KILLER
-from tiny_models import TINY, save_tiny, tiny_inputs, tiny_model
+from tiny_models import TINY, save_tiny, tiny_inputs, tiny_model, tiny_tokenizer
 from torch.nn import functional
 
 from moefication_cli.errors import UnsupportedModelError
@@ -128,6 +128,29 @@ def test_the_folder_is_an_ordinary_one_and_run_converts_it(
     assert run_cli.ok(*words)["up_to_date"]
     run = ["--max-tokens", 400, "--expert-size", 4, "--epochs", 1, "--refine", 0, "--fraction", 0.8]
     assert Path(run_cli.ok("run", tmp_path / "run", "--model", out, "--data", data, *run)["path"]).is_dir()
+
+
+def test_a_pre_trained_model_gets_a_classifier(data: Path, tmp_path: Path, run_cli: Runner) -> None:
+    """The published BERT recipe from a checkpoint as pre-training leaves it: no classifier, perhaps no pooler."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**TINY["bert"][1]().to_dict() | {"hidden_act": "gelu"})
+    pretrained = transformers.BertForMaskedLM(config)
+    pretrained.save_pretrained(tmp_path / "mlm")
+    tiny_tokenizer(tmp_path / "mlm")
+    words = ["--model", tmp_path / "mlm", "--data", data, *SHORT, "--no-intermediate-bias", "--task", "classification"]
+    made = [run_cli.ok("relufy", tmp_path / f"out{i}", *words, "--classes", "0,1")["metrics"] for i in range(2)]
+    assert made[0] == made[1]  # the new head is that of the seed
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out0")
+    assert type(model).__name__ == "BertForSequenceClassification" and model.config.id2label == {0: "0", 1: "1"}
+    run_cli.ok("collect-activations", tmp_path / "run", "--model", tmp_path / "out0", "--data", data)
+    for wrong, said in ((["--classes", "a"], "two or more"), (["--classes", "0,1", "--teacher", "original"], "teach"),
+                        ([], "--classes")):  # fmt: skip
+        code, text = message(run_cli("relufy", tmp_path / "no", *words, *wrong, "--json"))
+        assert code == 2 and said in text
+    damaged = weights(tmp_path / "mlm")
+    save_file({n: t for n, t in damaged.items() if "layer.1.output" not in n}, tmp_path / "mlm/model.safetensors")
+    code, text = message(run_cli("relufy", tmp_path / "no", *words, "--classes", "0,1", "--json"))
+    assert code == 2 and "lacks 4 tensors" in text and "layer.1.output" in text
 
 
 def test_half_precision_is_measured_as_written(data: Path, tmp_path: Path, run_cli: Runner) -> None:

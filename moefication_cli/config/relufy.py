@@ -19,6 +19,11 @@ class RelufyConfig(ModelConfig, TaskConfig, DataConfig):
     eval_limit: int | None = option(
         None, "Measure on at most this many examples of --eval-data, sampled uniformly", minimum=1, panel=INPUT
     )
+    classes: tuple[str, ...] | None = option(
+        None,
+        "For a pre-trained model without a classifier: names of the classes of a new one, in label order",
+        panel=INPUT,
+    )
     intermediate_bias: bool = option(
         True, "Keep the biases before the activation; the published BERT recipe trains without: they are zero then"
     )

@@ -5,6 +5,8 @@ lm can convert a model where the task's auto class loads the very class that con
 `architectures`. Reads configurations only, no weights.
 """
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import transformers
@@ -48,6 +50,23 @@ def why_no_task(config: Any) -> str:
     if reads != "input_ids":
         return f"it reads {reads}, and calibration and evaluation run text"
     return f"{architecture} has no head for any of {', '.join(TASK_AUTO)}"
+
+
+def with_classifier(config: Any, names: Sequence[str]) -> Any:
+    """A copy of a configuration that names the classification architecture of its kind, with these classes.
+
+    Raises UnsupportedModelError where there is none, ConfigError for fewer than two names or one twice.
+    """
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise ConfigError("a classifier needs two or more different classes", "--classes negative,positive")
+    classes = _classes(TASK_AUTO["classification"], type(config))
+    if not classes:
+        raise UnsupportedModelError(f"transformers has no classifier for {config.model_type} models")
+    changed = copy.deepcopy(config)
+    changed.architectures = classes[:1]
+    changed.id2label = dict(enumerate(names))
+    changed.label2id = {name: number for number, name in enumerate(names)}
+    return changed
 
 
 def checked_task(config: Any, asked: str | None, where: str) -> str:

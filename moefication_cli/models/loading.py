@@ -90,13 +90,15 @@ def load_model(
     quiet: bool = False,
     device_map: str | dict[str, Any] | None = None,
     offload_folder: Path | None = None,
+    new_head: bool = False,
     **model_options: Any,
 ) -> LoadedModel:
     """The dense model of a hub id or local folder, in evaluation mode, with its tokenizer.
 
     `task` chooses the head (`classification`, `text2text`, `lm`); None takes the architecture the checkpoint names.
     `device_map="auto"` and `offload_folder` are accelerate's, for models larger than memory; `model_options` go to
-    `from_pretrained` as they are. `quiet` silences progress.
+    `from_pretrained` as they are. `quiet` silences progress. With `new_head` a head that the files lack is initialised
+    anew, with torch's random numbers.
     Raises ConfigError (not found, no such head, tokenizer missing), UnavailableError (device), UnsupportedModelError
     (quantised).
     """
@@ -114,7 +116,7 @@ def load_model(
     except LOAD_ERRORS as error:
         hint = "check the folder, the task and that the files are complete"
         raise ConfigError(f"{source.ref} cannot be loaded: {first_line(error)}", hint) from error
-    missing = sorted(info["missing_keys"])
+    missing = sorted(name for name in info["missing_keys"] if not (new_head and _in_head(model, name)))
     if missing:
         kind = type(model).__name__
         raise ConfigError(
@@ -126,6 +128,12 @@ def load_model(
         model.to(target)
     words = load_tokenizer(source, trust_remote_code) if tokenizer else None
     return LoadedModel(model, words, model.config, target, model.dtype, source)
+
+
+def _in_head(model: Any, name: str) -> bool:
+    """Whether a parameter is beyond the model's body; the pooler, which only heads read, is."""
+    prefix = f"{model.base_model_prefix}."
+    return not name.startswith(prefix) or name.startswith(f"{prefix}pooler.")
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool = False) -> Any:

@@ -13,7 +13,7 @@ from moefication_cli.errors import ConfigError, CorruptArtifactError, MoEficatio
 from moefication_cli.models.folder.checkpoint import Checkpoint
 from moefication_cli.models.folder.contents import tokenizer_digest
 from moefication_cli.models.folder.permuted import copy_side_files
-from moefication_cli.models.heads import checked_task
+from moefication_cli.models.heads import checked_task, task_of, with_classifier
 from moefication_cli.models.loading import LoadedModel, load_model, load_tokenizer, resolve_device
 from moefication_cli.models.memory import total_memory
 from moefication_cli.models.relu import SPARSE, relu_config, save_model, zero_intermediate_biases
@@ -55,7 +55,7 @@ def relufy(out: str | Path, config: RelufyConfig, control: Control = Control()) 
     UnsupportedModelError (an activation that cannot be changed), NonFiniteError, MoEficationError (memory).
     """
     model, config = _opened(config, control)
-    relu = relu_config(model.checkpoint.config, config.ffn, control.trust_remote_code)
+    relu = relu_config(_headed(model, config), config.ffn, control.trust_remote_code)
     if control.dry_run:
         return estimate("relufy", model, Path(out), relufy_cost(model, config))
     options = StageOptions(
@@ -84,9 +84,21 @@ def _opened(config: RelufyConfig, control: Control) -> tuple[RunModel, RelufyCon
     if config.teacher is None and not config.task_weight:
         raise ConfigError("--task-weight 0 leaves nothing to learn", "name a --teacher")
     checkpoint = Checkpoint(config.model, config.revision, config.ffn, control.trust_remote_code)
-    task = checked_task(checkpoint.config, config.task, checkpoint.source.ref)
+    if config.task == "classification" and config.classes is None and task_of(checkpoint.config) != config.task:
+        raise ConfigError(
+            f"{checkpoint.source.ref} has no classifier", "name the classes of a new one: --classes negative,positive"
+        )
     model = RunModel(checkpoint, checkpoint.fingerprint(), resolve_device(control.device))
+    task = checked_task(_headed(model, config), config.task, checkpoint.source.ref)
+    if config.classes is not None and config.teacher == "original":
+        raise ConfigError("--teacher original: with new --classes the model has nothing to teach", "name another one")
     return model, replace(config, task=task)  # type: ignore[arg-type]
+
+
+def _headed(model: RunModel, config: RelufyConfig) -> Any:
+    """The model's configuration, with a new classifier where `--classes` names its classes."""
+    own = model.checkpoint.config
+    return own if config.classes is None else with_classifier(own, config.classes)
 
 
 def _inputs(model: RunModel, config: RelufyConfig) -> dict[str, str]:
@@ -122,7 +134,7 @@ def _make(work: Output, model: RunModel, relu: Any, config: RelufyConfig, contro
     trained = train_relu(loaded, sites, data.train, batches, teacher, config, work.scratch / "trainer", control)
     if trained.resumed:
         control.say(f"went on from step {trained.resumed}")
-    dtype = model.checkpoint.stored_dtype(f"{sites[0].up}.weight")
+    dtype = model.checkpoint.stored_dtype(f"{model.sites[0].up}.weight")
     _round(loaded.model, dtype)
     after = measure(loaded, sites, data.judge, config.batch_size, control, "after")
     _write(work.folder, loaded.model.to(dtype), model, config, control)
@@ -162,11 +174,12 @@ def _read(tokenizer: Any, model: RunModel, config: RelufyConfig, control: Contro
         learn, judge = (rows, options), (others, replace(options, limit=config.eval_limit))
 
     def examples(part: Any, labelled: bool) -> Examples:
-        made = prepare(task, tokenizer, model.checkpoint.config, *part, require_labels=labelled)  # type: ignore[arg-type]
+        made = prepare(task, tokenizer, headed, *part, require_labels=labelled)  # type: ignore[arg-type]
         said.update(dict.fromkeys([*part[0].notes, *made.notes]))
         return made
 
     said: dict[str, None] = {}
+    headed = _headed(model, config)
     found = Data(examples(learn, config.task_weight > 0), examples(judge, True))
     for note in said:
         control.say(note)
@@ -191,11 +204,13 @@ def _check_memory(model: RunModel, config: RelufyConfig, batches: Sequence[Batch
 
 def _load(model: RunModel, config: RelufyConfig, control: Control, changed: Any = None) -> LoadedModel:
     """In float32, whatever the files hold: small steps would be lost in less."""
-    options = {} if changed is None else {"config": changed}
-    return load_model(
-        model.checkpoint.folder, task=config.task, device=model.device, dtype="float32", tokenizer=False, quiet=True,
-        trust_remote_code=control.trust_remote_code, **options,
-    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(control.seed)  # of a new head
+        return load_model(
+            model.checkpoint.folder, task=config.task, device=model.device, dtype="float32", tokenizer=False,
+            quiet=True, trust_remote_code=control.trust_remote_code, new_head=config.classes is not None,
+            config=changed or _headed(model, config),
+        )  # fmt: skip
 
 
 def _teacher(original: LoadedModel, tokenizer: Any, config: RelufyConfig, control: Control) -> LoadedModel | None:
