@@ -398,6 +398,8 @@ def test_llama_cpp_quantises(tmp_path: Path) -> None:
     write_random(tmp_path / "native", 256, 1024, 1, Shape(4, 256, 0, 2))
     write_gguf(tmp_path / "native", "f32", tmp_path / "whole.gguf", "tiny")
     call_engine("quantise", source=str(tmp_path / "whole.gguf"), target=str(tmp_path / "small.gguf"))
+    with pytest.raises(MoEficationError, match="llama_model_quantize gave"):
+        call_engine("quantise", source=str(tmp_path / "none.gguf"), target=str(tmp_path / "other.gguf"))
     values, kinds, _ = read_back(tmp_path / "small.gguf")
     assert kinds["blk.0.ffn_up_exps.weight"] == "Q4_K" and kinds["blk.0.ffn_gate_inp.weight"] == "F32"
     expected = weights_of(tmp_path / "native")["model.layers.0.block_sparse_moe.experts.3.w3.weight"]

@@ -35,8 +35,10 @@ def quantise(source: str, target: str) -> dict[str, Any]:
 
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
-    failed = llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(settings))
-    return {"failed": failed}
+    code = llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(settings))
+    if code != 0:
+        raise RuntimeError(f"llama_model_quantize gave {code}")
+    return {}
 
 
 def main() -> None:
