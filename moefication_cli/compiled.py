@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
+
+Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
 
 @lru_cache
@@ -42,14 +44,14 @@ def cache_folder(folder: Path) -> Path:
     return parent / f"kernels-{source_key(folder)}"
 
 
-def cached_njit(folder: Path, *signature: str, **options: Any) -> Callable[[Any], Any]:
+def cached_njit(folder: Path, *signature: str, **options: Any) -> Callable[[Kernel], Kernel]:
     """`numba.njit(*signature, **options)` for a function of a file in `folder`, its compiled code in `cache_folder`."""
 
-    def decorate(function: Any) -> Any:
+    def decorate(function: Kernel) -> Kernel:
         import numba
 
         with _caching_in(cache_folder(folder)):
-            return numba.njit(*signature, cache=True, **options)(function)
+            return cast(Kernel, numba.njit(*signature, cache=True, **options)(function))
 
     return decorate
 

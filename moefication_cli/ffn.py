@@ -80,6 +80,19 @@ class FFNWeights:
         }
         return replace(self, **tensors)
 
+    def rows(self, begin: int, end: int) -> "FFNWeights":
+        """The neurons [begin, end) as an FFN of views, without the output bias."""
+        cut = slice(begin, end)
+        return replace(
+            self,
+            w_up_FD=self.w_up_FD[cut],
+            w_down_FD=self.w_down_FD[cut],
+            w_gate_FD=None if self.w_gate_FD is None else self.w_gate_FD[cut],
+            b_up_F=None if self.b_up_F is None else self.b_up_F[cut],
+            b_gate_F=None if self.b_gate_F is None else self.b_gate_F[cut],
+            b_down_D=None,
+        )
+
     def permute(self, order_F: Tensor) -> "FFNWeights":
         """The same function with its neurons in another order."""
         pick = lambda t: None if t is None else t[order_F]  # noqa: E731

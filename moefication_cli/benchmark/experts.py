@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moefication_cli.benchmark.calls import Decoder, prefill_call, random_ids
 from moefication_cli.benchmark.subjects import Setting
-from moefication_cli.benchmark.timing import Call, alternate
+from moefication_cli.benchmark.timing import Call, Paired, alternate
 from moefication_cli.errors import ConfigError
 from moefication_cli.models.loading import load_model
 from moefication_cli.models.stock_experts import EAGER, NAME, experts_modules, register_experts
@@ -95,9 +95,8 @@ def _row(state: Setting, model: Any, make: Callable[[], Call]) -> dict[str, Any]
     seconds = {name: statistics.median(by_name[name]) if name in by_name else None for name in (*OTHERS, NAME)}
     speedup = {}
     for name in set(OTHERS) & set(by_name):
-        ratios = [other / ours for other, ours in zip(by_name[name], by_name[NAME], strict=True)]
-        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-        speedup[name] = {"median": statistics.median(ratios), "quartiles": [low, high]}
+        paired = Paired(by_name[name], by_name[NAME]).summary()
+        speedup[name] = {"median": paired["speedup"], "quartiles": paired["quartiles"]}
     return {
         "seconds": seconds, "failed": failed,
         "speedup": {name: speedup[name] for name in OTHERS if name in speedup}, "repeats": len(taken[0]),

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from moefication_cli.ffn import Compensation, ExpertWeights, FFNWeights
 from moefication_cli.routing.router import Router
-from moefication_cli.runtime.torch_backends import rows
 
 _TEMPERATURE = 0.3
 _NEAR = 0.25  # |z| of the scores that tell how fast the active share moves with the threshold
@@ -60,7 +59,7 @@ class StraightThroughMoEFFN:
     def _compute(self, x_TD: Tensor) -> Tensor:
         ffn, kept = self.weights.ffn if self.adapted is None else self.adapted(), self.weights.num_shared
         if self.form is None:
-            head = rows(ffn, 0, kept)
+            head = ffn.rows(0, kept)
             y_TD = head.hidden(x_TD) @ head.w_down_FD
         else:
             gates_TE = self._gates(x_TD)

@@ -18,11 +18,7 @@ def write_record(folder: Path, to: str, model: str) -> None:
 
     The card is left out: people write in it before they publish.
     """
-    found = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "README.md"
-    }
+    found = {name: entry for name, entry in files.described_folder(folder).items() if Path(name).name != "README.md"}
     jsonio.write(folder / RECORD, {"schema": _SCHEMA, "format": to, "model": model, "files": found})
 
 
@@ -38,13 +34,8 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def altered_files(folder: Path) -> list[str]:
     """Names of the files that are gone or do not hold what was written. Raises CorruptArtifactError."""
-    return [
-        name
-        for name, said in read_record(folder)["files"].items()
-        if not (path := folder / name).is_file()
-        or path.stat().st_size != said["bytes"]
-        or files.sha256(path) != said["sha256"]
-    ]
+    listed = read_record(folder)["files"]
+    return [name for name, entry in listed.items() if not files.is_as_described(folder / name, entry)]
 
 
 def made_before(folder: Path, to: str, model: str) -> bool:

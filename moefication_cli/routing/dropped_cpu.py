@@ -6,10 +6,9 @@ fire are skipped: most of those of a ReLU model that a router leaves out.
 Axes: T tokens, D model width, F neurons, E experts.
 """
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,19 +16,12 @@ from torch import Tensor
 
 from moefication_cli.compiled import cached_njit
 
-Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 Array = np.ndarray[Any, Any]
 
 _TILE_BYTES = 128 * 2**10  # of the output, and twice as many of W_down: together within a core's second-level cache
 
 
-def _compiled(function: Kernel) -> Kernel:
-    return cast(
-        Kernel, cached_njit(Path(__file__).parent, nogil=True, fastmath={"contract", "reassoc", "nsz"})(function)
-    )
-
-
-@_compiled
+@cached_njit(Path(__file__).parent, nogil=True, fastmath={"contract", "reassoc", "nsz"})
 def _add(
     drop_TE: Array, h_TF: Array, w_down_FD: Array, out_TD: Array, num_shared: int, tile_tokens: int, tile_experts: int
 ) -> None:

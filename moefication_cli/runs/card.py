@@ -45,6 +45,11 @@ def base_model(info: RunInfo) -> str:
     return name if info.revision is not None else Path(name).name
 
 
+def base_line(info: RunInfo) -> str:
+    """The line of a card that names the base model."""
+    return f"- base model: `{base_model(info)}`" + (f", revision `{info.revision}`" if info.revision else "")
+
+
 def converted_card(run: RunDir, config: ApplyConfig, layers: Iterable[Mapping[str, Any]]) -> str:
     """README.md of RUN/model; `layers` are the rows of `apply`, of which `ffn_flops_fraction` is read."""
     info, shares = run.info, [float(row["ffn_flops_fraction"]) for row in layers]
@@ -70,7 +75,7 @@ def converted_card(run: RunDir, config: ApplyConfig, layers: Iterable[Mapping[st
         f"# {name.rpartition('/')[2]} as a mixture of experts", "",
         "The feed-forward layers of a trained dense model, split into experts by MoEfication",
         "([arXiv 2110.01786](https://arxiv.org/abs/2110.01786)).", "",
-        f"- base model: `{name}`" + (f", revision `{info.revision}`" if info.revision else ""),
+        base_line(info),
         f"- multiply-adds of the FFNs, router and corrections included, of the dense ones: {sum(shares) / len(shares):.3f} planned"
         f" (per layer {min(shares):.3f} to {max(shares):.3f})",
         f"- made with moefication {__version__}, torch {version('torch')}, transformers {version('transformers')}", "",

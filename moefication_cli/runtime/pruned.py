@@ -13,8 +13,7 @@ from torch import Tensor
 from moefication_cli.errors import UnavailableError
 from moefication_cli.ffn import ExpertWeights
 from moefication_cli.runtime.backends import available
-from moefication_cli.runtime.reference import sum_dtype
-from moefication_cli.runtime.torch_backends import rows
+from moefication_cli.runtime.reference import unrouted
 
 if TYPE_CHECKING:
     from moefication_cli.runtime.cpu.numba_backend import CompiledLayer
@@ -51,14 +50,7 @@ class PrunedFFN:
             self.last_backend = "numba"
             return compiled(x, None, None if token_mask is None else token_mask.reshape(-1).contiguous())
         self.last_backend = "torch"
-        ffn, extra, kept = self.weights.ffn, self.weights.compensation, self.weights.num_shared
-        head = rows(ffn, 0, kept)
-        y = head.hidden(x).to(head.w_down_FD.dtype) @ head.w_down_FD
-        y = y.to(sum_dtype(y.dtype))
-        if extra is not None:
-            wide = x.to(y.dtype)
-            y = y + extra.to(wide).output(wide)
-        return (y if ffn.b_down_D is None else y + ffn.b_down_D).to(x.dtype)
+        return unrouted(x, self.weights)
 
     def _compiled(self, x: Tensor) -> "CompiledLayer | None":
         if self._prepared is None or self._prepared[0] is not self.weights:
@@ -82,5 +74,5 @@ class PrunedFFN:
         from moefication_cli.runtime.cpu.numba_backend import CompiledLayer
 
         # The neurons that never run are no experts to walk over: one expert of no neurons stands for them, off
-        head = replace(rows(ffn, 0, weights.num_shared), b_down_D=ffn.b_down_D)
+        head = replace(ffn.rows(0, weights.num_shared), b_down_D=ffn.b_down_D)
         return CompiledLayer(ExpertWeights(head, 1, weights.num_shared, weights.compensation))

@@ -64,6 +64,18 @@ def compensation(x_TD: Tensor, mask_TE: Tensor, weights: ExpertWeights) -> Tenso
     return y_TD.masked_fill(mask_TE.all(dim=1, keepdim=True), 0.0)
 
 
+def unrouted(x: Tensor, weights: ExpertWeights) -> Tensor:
+    """y of the shape of x [..., D] of an FFN without a router: its shared neurons, and what stands in for the others."""
+    ffn, extra = weights.ffn, weights.compensation
+    head = ffn.rows(0, weights.num_shared)
+    y = head.hidden(x).to(head.w_down_FD.dtype) @ head.w_down_FD
+    y = y.to(sum_dtype(y.dtype))
+    if extra is not None:
+        wide = x.to(y.dtype)
+        y = y + extra.to(wide).output(wide)
+    return (y if ffn.b_down_D is None else y + ffn.b_down_D).to(x.dtype)
+
+
 def masked(x_TD: Tensor, selected: Tensor, weights: ExpertWeights) -> Tensor:
     """y_TD of the dense FFN whose neurons in unselected experts are zeroed. Raises ConfigError for a bad selection."""
     ffn = weights.ffn

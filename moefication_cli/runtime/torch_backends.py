@@ -6,14 +6,13 @@ Shapes and meaning of `selected`: `runtime.reference`. Source of the grouped for
 """
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from moefication_cli.errors import UnavailableError
-from moefication_cli.ffn import ACTIVATIONS, ExpertWeights, FFNWeights
+from moefication_cli.ffn import ACTIVATIONS, ExpertWeights
 from moefication_cli.runtime.reference import compensation, selection_mask, sum_dtype
 
 GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,20 +26,6 @@ def dense(x_TD: Tensor, selected: Tensor | None, weights: ExpertWeights) -> Tens
     return functional.linear(h_TF, ffn.w_down_FD.t(), ffn.b_down_D).to(x_TD.dtype)
 
 
-def rows(ffn: FFNWeights, begin: int, end: int) -> FFNWeights:
-    """The neurons [begin, end) as an FFN of views, without the output bias."""
-    cut = slice(begin, end)
-    return replace(
-        ffn,
-        w_up_FD=ffn.w_up_FD[cut],
-        w_down_FD=ffn.w_down_FD[cut],
-        w_gate_FD=None if ffn.w_gate_FD is None else ffn.w_gate_FD[cut],
-        b_up_F=None if ffn.b_up_F is None else ffn.b_up_F[cut],
-        b_gate_F=None if ffn.b_gate_F is None else ffn.b_gate_F[cut],
-        b_down_D=None,
-    )
-
-
 def always_on(x_TD: Tensor, mask_TE: Tensor, weights: ExpertWeights) -> Tensor:
     """y_TD of the parts that no selection touches: bias, shared neurons, compensation; float32 for half-precision weights."""
     ffn = weights.ffn
@@ -48,7 +33,7 @@ def always_on(x_TD: Tensor, mask_TE: Tensor, weights: ExpertWeights) -> Tensor:
     if ffn.b_down_D is not None:
         y_TD = y_TD + ffn.b_down_D
     if weights.num_shared:
-        shared = rows(ffn, 0, weights.num_shared)
+        shared = ffn.rows(0, weights.num_shared)
         y_TD = y_TD + shared.hidden(x_TD).to(shared.w_down_FD.dtype) @ shared.w_down_FD
     extra_TD = compensation(x_TD, mask_TE, weights)
     return y_TD if extra_TD is None else y_TD + extra_TD
@@ -67,7 +52,7 @@ def by_expert(x_TD: Tensor, selected: Tensor, weights: ExpertWeights) -> Tensor:
         tokens_P = token_P[begin : begin + count]
         begin += count
         first = weights.num_shared + expert * size
-        own = rows(ffn, first, first + size)
+        own = ffn.rows(first, first + size)
         h_PN = own.hidden(x_TD[tokens_P]).to(own.w_down_FD.dtype)
         y_TD.index_add_(0, tokens_P, (h_PN @ own.w_down_FD).to(y_TD.dtype))
     return y_TD.to(x_TD.dtype)

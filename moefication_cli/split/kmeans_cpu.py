@@ -18,15 +18,13 @@ Shapes: gram_FF float32 contiguous, expert_F int32, order_F int64 (the order row
 lock (nogil) and share nothing, so restarts run in threads and give the same result for any number of them.
 """
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
 
-from moefication_cli.compiled import cached_njit
+from moefication_cli.compiled import Kernel, cached_njit
 
-Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 Array = np.ndarray[Any, Any]
 
 _REFRESH_SWEEPS = 8  # sums are recomputed from the Gram matrix after so many sweeps: rounding must not accumulate
@@ -35,7 +33,7 @@ _LOWEST = np.float32(-3e38)
 
 def compiled(function: Kernel) -> Kernel:
     """`function` compiled at its first call, kept in numba's cache, running without the interpreter's lock."""
-    return cast(Kernel, cached_njit(Path(__file__).parent, nogil=True)(function))
+    return cached_njit(Path(__file__).parent, nogil=True)(function)
 
 
 @compiled

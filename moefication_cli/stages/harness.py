@@ -48,21 +48,20 @@ def harness(run: RunDir, config: EvalConfig, control: Control = Control()) -> Re
     table = [{name: row[name] for name in shown} for row in metrics["rows"]]
     payload = metrics | {"table": table, "metrics_path": str(place / "metrics.json")}
     notes = [f"lm-eval {metrics['lm_eval']}; moe is RUN/model; numbers: {place / 'metrics.json'}"]
-    return Result("eval", metrics["rows"] if not table else table, payload, work.reason is None, notes)
+    return Result("eval", table, payload, work.reason is None, notes)
 
 
 def _measure(
     model: RunModel, converted: Artifact, task: str | None, config: EvalConfig, control: Control
 ) -> dict[str, Any]:
-    assert config.lm_eval is not None
-    manager = find_tasks(config.lm_eval, absolute(config.include_path))
+    tasks = config.lm_eval or ()
+    manager = find_tasks(tasks, absolute(config.include_path))
     options: dict[str, Any] = {"task": task, "device": model.device, "dtype": config.dtype}
     options["trust_remote_code"] = control.trust_remote_code
 
     def results(net: Any) -> dict[tuple[str, str], dict[str, Any]]:
-        assert config.lm_eval is not None
         return run_tasks(
-            net, words, config.lm_eval, manager, num_fewshot=config.num_fewshot, limit=config.limit,
+            net, words, tasks, manager, num_fewshot=config.num_fewshot, limit=config.limit,
             batch_size=config.batch_size, seed=control.seed,
         )  # fmt: skip
 
@@ -84,7 +83,7 @@ def _measure(
     return {
         "schema": "moefication/harness@1",
         "model": str(model.checkpoint.source.ref),
-        "tasks": list(config.lm_eval),
+        "tasks": list(tasks),
         "num_fewshot": config.num_fewshot,
         "device": str(model.device),
         "lm_eval": version("lm-eval"),

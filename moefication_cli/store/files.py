@@ -8,9 +8,10 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from moefication_cli.errors import MoEficationError
 
@@ -97,6 +98,22 @@ def sha256(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def described(path: Path, digest: Callable[[Path], str] = sha256) -> dict[str, Any]:
+    """What records keep of a file: {sha256, bytes}; `digest` may be that of a `HashCache`."""
+    return {"sha256": digest(path), "bytes": path.stat().st_size}
+
+
+def described_folder(folder: Path) -> dict[str, dict[str, Any]]:
+    """`described` of every file below a folder, by its path in it."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): described(path) for path in found}
+
+
+def is_as_described(path: Path, entry: Mapping[str, Any]) -> bool:
+    """Whether the file is there and holds what `described` said of it; every byte is read where the size is right."""
+    return path.is_file() and path.stat().st_size == entry["bytes"] and sha256(path) == entry["sha256"]
 
 
 def identity(path: Path) -> tuple[int, int, int, int]:

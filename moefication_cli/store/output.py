@@ -40,17 +40,12 @@ class Output:
 
     def finish(self, metrics: Mapping[str, Any]) -> Manifest:
         """Write the record and put the folder in place of what was there."""
-        listed = {
-            path.relative_to(self.folder).as_posix(): {"sha256": files.sha256(path), "bytes": path.stat().st_size}
-            for path in sorted(self.folder.rglob("*"))
-            if path.is_file()
-        }
         manifest = Manifest.make(
             stage=self.kind,
             config=self.options.described(),
             inputs=dict(self.options.inputs),
             layers=(),
-            files=listed,
+            files=files.described_folder(self.folder),
             metrics=jsonio.plain(metrics),
             seconds=time.perf_counter() - self._begun,
             environment=environment(self.options.device),
@@ -91,7 +86,7 @@ class Output:
             raise ConfigError(f"{self.path} was made with other options: {reason}", again)
         for name, entry in manifest.files.items():
             path = self.path / name
-            if not path.is_file() or files.sha256(path) != entry["sha256"]:
+            if not files.is_as_described(path, entry):
                 raise ConfigError(f"{path} was changed or removed since {self.kind} wrote it", again)
         self.manifest = manifest
 

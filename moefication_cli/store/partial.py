@@ -133,10 +133,7 @@ class Partial:
         """(files, metrics per layer) for the manifest. `CorruptArtifactError` if a layer is not as it was saved."""
         for left in self.folder.glob(".*.tmp"):  # by a writer that was killed
             files.remove(left)
-        listed = {}
-        for name in self.list_files():
-            path = self.folder / name
-            listed[name] = {"sha256": self.hashes.sha256(path), "bytes": path.stat().st_size}
+        listed = {name: files.described(self.folder / name, self.hashes.sha256) for name in self.list_files()}
         per_layer = []
         self._seen.clear()  # another process may have redone a layer since we looked
         for index in range(self.num_layers):

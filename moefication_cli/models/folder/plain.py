@@ -7,7 +7,6 @@ Axes as in `ffn`.
 
 import hashlib
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from moefication_cli.models.sites import FFNSite, find_sites
 from moefication_cli.models.surgery import install, live_weights, pack
 from moefication_cli.routing.router import TwoLayerRouter
 from moefication_cli.routing.rules import Rule, read_rule
-from moefication_cli.runtime.reference import masked, sum_dtype
+from moefication_cli.runtime.reference import masked, unrouted
 
 _SCHEMAS = ("moefication/model@1", "moefication/model@2")
 _STORED_AS = {"constant_D": "constant_D", "w_in_RD": "corr_in_RD", "w_out_RD": "corr_out_RD"}
@@ -39,7 +38,7 @@ class PlainFFN:
         """y of the shape of x [..., D]; of a routed layer 0 where `token_mask` [...] is False."""
         x_TD = x.reshape(-1, x.shape[-1])
         if self.router is None:
-            return self._shared(x_TD).view(x.shape)
+            return unrouted(x_TD, self.weights).view(x.shape)
         real_T = None if token_mask is None else token_mask.reshape(-1)
         if real_T is None or bool(real_T.all()):
             return self._routed(self.router, x_TD).view(x.shape)
@@ -49,17 +48,6 @@ class PlainFFN:
 
     def _routed(self, router: TwoLayerRouter, x_TD: Tensor) -> Tensor:
         return masked(x_TD, self.rule.select(router.scores(x_TD)), self.weights)
-
-    def _shared(self, x_TD: Tensor) -> Tensor:
-        ffn, extra, kept = self.weights.ffn, self.weights.compensation, slice(self.weights.num_shared)
-        neurons = {name: w[kept] for name, w in vars(ffn).items() if isinstance(w, Tensor) and name != "b_down_D"}
-        head = replace(ffn, **neurons)  # type: ignore[arg-type]
-        y_TD = head.hidden(x_TD).to(head.w_down_FD.dtype) @ head.w_down_FD
-        y_TD = y_TD.to(sum_dtype(y_TD.dtype))
-        if extra is not None:
-            wide_TD = x_TD.to(y_TD.dtype)
-            y_TD = y_TD + extra.to(wide_TD).output(wide_TD)
-        return (y_TD if ffn.b_down_D is None else y_TD + ffn.b_down_D).to(x_TD.dtype)
 
 
 def attach_plain(model: Any, folder: str | Path, revision: str | None = None) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from moefication_cli.errors import CorruptArtifactError
 from moefication_cli.models.folder.checkpoint import Checkpoint
+from moefication_cli.store.files import described as file_described
 from moefication_cli.store.files import sha256 as file_sha256
 from moefication_cli.store.header import Header, read_header
 
@@ -37,7 +38,7 @@ def sealed(checkpoint: Checkpoint, sha256: Callable[[Path], str] = file_sha256) 
     folder = checkpoint.folder
 
     def described(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-        return {name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in names}
+        return {name: file_described(folder / name, sha256) for name in names}
 
     others = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name not in names)
     return {"files": described(names), "others": described(others), "ffns": ffns}
