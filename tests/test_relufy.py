@@ -264,7 +264,9 @@ DIES = {  # right after the first checkpoint is complete, with the first one hal
 
 def killed_at(where: str, words: list[Any]) -> None:
     command = [sys.executable, "-c", KILLER, where, *map(str, words)]
-    found = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, check=False)
+    # As many threads as here: with others sums are rounded otherwise
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    found = subprocess.run(command, env=os.environ | threads, capture_output=True, check=False)
     assert found.returncode == -signal.SIGKILL, found.stderr.decode()
 
 
