@@ -1,5 +1,6 @@
 """What every test may use. Real models and data lie beside the checkout; tests that need them skip without."""
 
+import os
 import random
 from pathlib import Path
 
@@ -8,6 +9,12 @@ from cli_runner import Runner
 from tiny_models import save_tiny
 
 SENTENCES = ["sentence\tlabel", *(f"w{i % 30} w{(i * 7) % 30} w{(i * 3) % 30} w5\t{i % 2}" for i in range(60))]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Without `-m cuda` the suite is about the CPU, also on a machine with a GPU: the same paths on every machine."""
+    if "cuda" not in (config.option.markexpr or ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from moefication_cli.benchmark.layers import (
 )
 from moefication_cli.benchmark.rows import measured
 from moefication_cli.benchmark.shapes import find_shape, set_firing, shape_model, share, without_ffns
-from moefication_cli.benchmark.timing import Call, Paired, alternate
+from moefication_cli.benchmark.timing import READ_BYTES, Call, Paired, alternate
 from moefication_cli.config import BenchConfig
 from moefication_cli.errors import ConfigError
 from moefication_cli.ffn import ExpertWeights, FFNWeights
@@ -66,7 +66,7 @@ FIELDS = {
 def small_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moefication_cli.benchmark.subjects.COLD_BYTES", 1 << 15)
     monkeypatch.setattr("moefication_cli.benchmark.subjects.CACHES", 0)
-    monkeypatch.setattr("moefication_cli.benchmark.timing.READ_BYTES", 1 << 20)
+    monkeypatch.setitem(READ_BYTES, "cpu", 1 << 20)
 
 
 def saved(name: str, folder: Path) -> Path:

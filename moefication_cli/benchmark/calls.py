@@ -28,6 +28,35 @@ def ffn_call(modules: Sequence[nn.Module], inputs_TD: Sequence[Tensor], tokens: 
     return Call(run)
 
 
+def rotation_call(
+    modules: Sequence[nn.Module], inputs_TD: Sequence[Tensor], tokens: int, start: int, graph: bool
+) -> Call:
+    """Each call runs every layer once on a GPU, from layer `start` on, one launch after another or replayed as one CUDA graph.
+
+    A graph leaves out the time that Python and the driver take between launches, as engines and compiled models do.
+    The layers must have run before, and must not wait for the GPU.
+    """
+    once = ffn_call(modules, inputs_TD, tokens, start)
+
+    def run() -> None:
+        for _ in modules:
+            once.run()
+
+    if not graph:
+        return Call(run)
+    beside = torch.cuda.Stream(
+        inputs_TD[0].device
+    )  # what is captured must have run on another stream than the default one
+    beside.wait_stream(torch.cuda.current_stream(beside.device))
+    with torch.cuda.stream(beside):
+        run()
+    torch.cuda.current_stream(beside.device).wait_stream(beside)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        run()
+    return Call(captured.replay)
+
+
 def _rows(x_TD: Tensor, tokens: int) -> Tensor:
     times = -(-tokens // len(x_TD))
     return x_TD.repeat(times, 1)[:tokens].contiguous()

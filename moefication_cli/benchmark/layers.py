@@ -73,7 +73,7 @@ def random_setup(site: FFNSite, config: BenchConfig, expert_size: int, x_TD: Ten
     check_divides(site.num_neurons, num_experts)
     width = max(16, site.d_model // _WIDTH_SHARE) if config.router_width is None else config.router_width
     router = _random_router(site.d_model, num_experts, width, x_TD.float().cpu(), seed)
-    return LayerSetup(num_experts, 0, router.to(x_TD.device).to(x_TD.dtype), TopK(1))
+    return LayerSetup(num_experts, 0, router.to(x_TD.device), TopK(1))  # float32, as trained ones
 
 
 def _nearest_divisor(num_neurons: int, wanted: int) -> int:

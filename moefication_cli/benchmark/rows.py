@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from moefication_cli.benchmark.bounds import FFNCost, ffn_bound, whole_bound
-from moefication_cli.benchmark.calls import Decoder, ffn_call, prefill_call, random_ids
+from moefication_cli.benchmark.calls import Decoder, ffn_call, prefill_call, random_ids, rotation_call
 from moefication_cli.benchmark.layers import (
     Layers,
     Recorder,
@@ -26,6 +26,7 @@ from moefication_cli.benchmark.shapes import without_ffns
 from moefication_cli.benchmark.subjects import BenchCase, Setting, cold_bytes
 from moefication_cli.benchmark.timing import Call, Paired, alternate
 from moefication_cli.models.sites import find_sites
+from moefication_cli.runtime.backends import NEVER_WAITING
 from moefication_cli.runtime.layer import MoEFFN
 from moefication_cli.runtime.pruned import PrunedFFN
 
@@ -84,13 +85,22 @@ def _ffn_row(state: Setting, layers: Layers, tokens: int) -> dict[str, Any]:
         assert layer.router is not None and layer.rule is not None
         x_TD = x_TD.repeat(-(-tokens // len(x_TD)), 1)[:tokens]
         costs.append(cost_of(layer, layer.rule.select(layer.router.scores(x_TD))))
-    calls = [
-        ffn_call(layers.dense, layers.inputs_TD, tokens, 0),
-        ffn_call(layers.moe, layers.inputs_TD, tokens, count // 2),
-    ]
-    dense, moe = _alternate(state, calls, warmup=count)
+    launch, at = None, ((layers.dense, 0), (layers.moe, count // 2))
+    calls = [ffn_call(modules, layers.inputs_TD, tokens, start) for modules, start in at]
+    if state.device.type == "cuda":
+        for call in calls:
+            for _ in range(count):
+                call.run()
+        graph = {layer.last_backend for layer in layers.experts} <= NEVER_WAITING
+        launch = "graph" if graph else "eager"
+        calls = [rotation_call(modules, layers.inputs_TD, tokens, start, graph) for modules, start in at]
+        taken = _alternate(state, calls, warmup=2)
+        dense, moe = ([seconds / count for seconds in times] for times in taken)
+    else:
+        dense, moe = _alternate(state, calls, warmup=count)
     names = {layer.last_backend for layer in layers.experts}
     row = {"mode": "ffn", "tokens": tokens, "batch": None, "seq": None, "layers": count, "other_seconds": None}
+    row["launch"] = launch
     return row | measured(costs, [], names) | Paired(dense, moe).summary() | {"bound": ffn_bound(costs, state.rates)}
 
 

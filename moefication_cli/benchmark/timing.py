@@ -21,7 +21,7 @@ from moefication_cli.benchmark.bounds import Rates
 
 MIN_ROUNDS = 5
 _CACHE_UNKNOWN = 32 << 20
-READ_BYTES = 256 << 20  # more than a cache
+READ_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}  # more than a cache, and long beside the start of a call
 _PROBES = 5
 
 
@@ -121,7 +121,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype, clock: str = "wall")
     """The best of a few large matrix products (P) and of a few reads of uncached weights by a vector (W)."""
     width = 1024 if device.type == "cpu" else 8192
     x, w = (torch.ones(width, width, device=device, dtype=dtype) for _ in range(2))
-    rows = READ_BYTES // (1024 * dtype.itemsize)
+    rows = READ_BYTES[device.type] // (1024 * dtype.itemsize)
     vector = torch.ones(1, 1024, device=device, dtype=dtype)
     matrix = torch.ones(rows, 1024, device=device, dtype=dtype)
     multiply, read = Call(lambda: functional.linear(x, w)), Call(lambda: functional.linear(vector, matrix))

@@ -125,6 +125,8 @@ def _run_all(
                 (row.own.loaded if row.own else converted).model(**inputs)
                 count_selections(row)
             warm = True
+        elif dense.device.type == "cuda":
+            dense.model(**inputs)  # a batch of another shape takes longer once, for whatever runs it first
         logits, spent = timed_logits(dense, inputs)
         seconds += spent
         tokens += batch.num_tokens

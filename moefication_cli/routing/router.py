@@ -95,7 +95,7 @@ class TwoLayerRouter:
     activation: str = "identity"
     normalise: bool = False
     form: ClassVar[str] = "two_layer"
-    fused_by: ClassVar[frozenset[str]] = frozenset({"numba"})
+    fused_by: ClassVar[frozenset[str]] = frozenset({"numba", "triton"})
 
     @property
     def num_experts(self) -> int:

@@ -58,7 +58,7 @@ class TopK:
 
     top_k: int
     name: ClassVar[str] = "top_k"
-    fused_by: ClassVar[frozenset[str]] = frozenset({"numba"})
+    fused_by: ClassVar[frozenset[str]] = frozenset({"numba", "triton"})
     needs_calibrated: ClassVar[bool] = False
     refinable: ClassVar[bool] = False
 
@@ -87,7 +87,7 @@ class Threshold:
 
     threshold: float
     name: ClassVar[str] = "threshold"
-    fused_by: ClassVar[frozenset[str]] = frozenset({"numba"})
+    fused_by: ClassVar[frozenset[str]] = frozenset({"numba", "triton"})
     needs_calibrated: ClassVar[bool] = True
     refinable: ClassVar[bool] = True
 

@@ -20,10 +20,18 @@ from moefication_cli.runtime import reference, torch_backends
 
 log = logging.getLogger(__name__)
 ALL_ON_TOKENS = 96  # below, the compiled kernel is faster than torch's matmuls even when every neuron runs
-# On CUDA nothing has been measured yet. By arithmetic alone: a grouped product of fewer than 32 neurons leaves most of a
-# tensor core's tile empty, and above half of the neurons its bookkeeping costs what the skipped half would.
-CUDA_LEAST_EXPERT, CUDA_MOST_ACTIVE = 32, 0.5
-CUDA_FEW_TOKENS = 32  # up to here the Triton kernels, which read each selected row once per token, are meant for
+# On CUDA (H200, tests/benchmarks/cuda.md) the Triton kernels read an eighth-billion weights in half the dense time for one
+# token and are level at 16, and their launches from Python take 0.35 ms where nothing replays them as a CUDA graph: as long as
+# it takes to read 1 GiB. Many tokens through `grouped` were slower than dense for every size of experts.
+CUDA_FEW_TOKENS, CUDA_LEAST_BYTES = 8, 1 << 30
+# The backends that do not wait for the GPU on CUDA: their calls fit in a CUDA graph
+NEVER_WAITING = {"dense", "triton"}
+
+
+@cache
+def installed(package: str) -> bool:
+    """Whether that package is there; asked in every call under `auto`, so it is looked up once."""
+    return importlib.util.find_spec(package) is not None
 
 
 def _numba(x_TD: Tensor, selected: Tensor, weights: ExpertWeights) -> Tensor:
@@ -33,7 +41,7 @@ def _numba(x_TD: Tensor, selected: Tensor, weights: ExpertWeights) -> Tensor:
 
 
 def _triton(x_TD: Tensor, selected: Tensor, weights: ExpertWeights) -> Tensor:
-    from moefication_cli.runtime.cuda.triton_kernels import compute
+    from moefication_cli.runtime.cuda.triton_layer import compute
 
     return compute(x_TD, selected, weights)
 
@@ -90,7 +98,7 @@ class Backend:
         """Why it cannot run there (on these weights), or None."""
         if self.device is not None and device.type != self.device:
             return f"it runs on {self.device}, the tensors are on {device.type}"
-        if self.package is not None and importlib.util.find_spec(self.package) is None:
+        if self.package is not None and not installed(self.package):
             return f"the package {self.package} is not installed"
         if self.dtypes is not None and dtype not in self.dtypes:
             return f"it computes in {', '.join(str(d).removeprefix('torch.') for d in self.dtypes)}, not {dtype}"
@@ -154,9 +162,13 @@ def choose(
     if needs_grad:
         return "torch"
     if device.type == "cuda":
-        if num_tokens <= CUDA_FEW_TOKENS and can("triton"):
+        ffn = weights.ffn
+        num_bytes = ffn.w_up_FD.numel() * ffn.w_up_FD.element_size() * (3 if ffn.gated else 2)
+        if num_tokens <= CUDA_FEW_TOKENS and num_bytes >= CUDA_LEAST_BYTES and can("triton"):
             return "triton"
-        if weights.expert_size < CUDA_LEAST_EXPERT or active_fraction > CUDA_MOST_ACTIVE:
-            return "dense"
-        return "grouped" if can("grouped") else "torch"
+        _warn_once(
+            "FFNs on the GPU are computed dense where that is faster: all but those of 1 GiB and more at up to 8 tokens. "
+            'In a CUDA graph, one token through smaller ones can gain by load(..., backend="triton")'
+        )
+        return "dense"
     return "numba" if can("numba") else "torch"

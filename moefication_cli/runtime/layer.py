@@ -19,6 +19,7 @@ from moefication_cli.runtime.backends import ALL_ON_TOKENS, BACKENDS, CUDA_FEW_T
 
 if TYPE_CHECKING:
     from moefication_cli.runtime.cpu.numba_backend import CompiledLayer
+    from moefication_cli.runtime.cuda.triton_layer import TritonLayer
 
 Selection = Callable[[Tensor, ExpertWeights], Tensor]
 _SETTINGS = frozenset({"weights", "router", "rule", "select", "backend", "may_go_dense"})
@@ -67,7 +68,8 @@ class MoEFFN:
         if name in _SETTINGS:
             self._prepared: CompiledLayer | None = None
             self._layout: tuple[str, Callable[[Tensor, Tensor], Tensor]] | None = None  # of a backend that prepares
-            self._fast: CompiledLayer | None = None  # set where calls without gradients are one compiled call
+            self._launched: TritonLayer | None = None
+            self._fast: CompiledLayer | TritonLayer | None = None  # set where calls without gradients need no choice
             self._fast_below = sys.maxsize  # ... of inputs with fewer elements than this
 
     def count_selections(self, on: bool = True) -> None:
@@ -107,7 +109,7 @@ class MoEFFN:
                     f"padding mask {tuple(token_mask.shape)} {token_mask.dtype} for input {tuple(x.shape)}",
                     "pass bools",
                 )
-        if fast is not None:
+        if fast is not None and fast is self._prepared:
             return self._run_compiled(fast, x, real_T)
         return self._tokens(x.reshape(-1, D), real_T).view(x.shape)
 
@@ -119,7 +121,15 @@ class MoEFFN:
             if self.counts_E is not None:
                 self._count(None, x_TD if real_T is None else x_TD[real_T])
             return BACKENDS[name].compute(x_TD, x_TD, self.weights)
-        if name == "numba" and self._fused:
+        if name == "triton" and self.counts_E is None and not self._all_on and self._fused_by(name):
+            launched = self._launch()
+            if self.backend == "triton" or len(x_TD) <= CUDA_FEW_TOKENS:
+                self._fast = launched
+                self._fast_below = sys.maxsize if self.backend == "triton" else (CUDA_FEW_TOKENS + 1) * launched.width
+            # Leaving padding out would wait for the GPU in every layer; computing it costs less
+            y_TD = launched(x_TD)
+            return y_TD if real_T is None else y_TD.masked_fill(~real_T.unsqueeze(1), 0)
+        if name == "numba" and (self._all_on or self._fused_by(name)):
             compiled = self._compile()
             y_TD = self._run_compiled(compiled, x_TD, real_T)
             self._fast = compiled
@@ -135,12 +145,11 @@ class MoEFFN:
             return y_TD
         return self._selected(name, x_TD)
 
-    @property
-    def _fused(self) -> bool:
-        """Whether the compiled kernel computes the scores and selects; else torch does, and the kernel is given the selection."""
+    def _fused_by(self, name: str) -> bool:
+        """Whether that backend's kernels compute the scores and select; else torch does, and they are given the selection."""
         if self.select is not None or self.router is None or self.rule is None:
             return False
-        return self._all_on or "numba" in self.router.fused_by & self.rule.fused_by
+        return name in self.router.fused_by & self.rule.fused_by
 
     @property
     def _top_k(self) -> int | None:
@@ -158,11 +167,18 @@ class MoEFFN:
             if self._all_on:  # no selection to make, no experts to keep apart: every neuron is a shared one
                 ffn = self.weights.ffn
                 self._prepared = CompiledLayer(ExpertWeights(ffn, 1, num_shared=ffn.num_neurons))
-            elif self._fused:
+            elif self._fused_by("numba"):
                 self._prepared = CompiledLayer(self.weights, self.router, self.rule)
             else:
                 self._prepared = CompiledLayer(self.weights)
         return self._prepared
+
+    def _launch(self) -> "TritonLayer":
+        if self._launched is None:
+            from moefication_cli.runtime.cuda.triton_layer import TritonLayer
+
+            self._launched = TritonLayer(self.weights, self.router, self.rule)
+        return self._launched
 
     def _run_compiled(self, compiled: "CompiledLayer", x: Tensor, real_T: Tensor | None) -> Tensor:
         if self.counts_E is None:

@@ -156,7 +156,8 @@ def _experts_per_token(plan: LayerPlan, activations: Artifact | None, seed: int)
     """Mean and 10 % and 90 % quantiles of the experts that calibration tokens select, where their number varies."""
     if activations is None or plan.router is None or plan.rule is None or isinstance(plan.rule, TopK):
         return {}
-    x_TD = read_tokens(activations, plan.layer.index, _COUNTED_TOKENS, seed).x_TD
+    device = next(iter(plan.router.tensors().values())).device
+    x_TD = read_tokens(activations, plan.layer.index, _COUNTED_TOKENS, seed).x_TD.to(device)
     count_T = plan.rule.select(plan.router.scores(x_TD)).sum(1).float()
     low, high = count_T.quantile(torch.tensor([0.1, 0.9]).to(count_T)).tolist()
     return {"experts_mean": float(count_T.mean()), "experts_p10": low, "experts_p90": high}

@@ -4,6 +4,7 @@ import dataclasses
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from experts import error, float32, ids, judge, make, some, tokens
@@ -11,34 +12,107 @@ from torch import Tensor, nn
 
 from moefication_cli.errors import UnavailableError
 from moefication_cli.ffn import Compensation, ExpertWeights, FFNWeights
+from moefication_cli.routing.router import TwoLayerRouter
+from moefication_cli.routing.rules import Cumulative, Threshold, TopK
 from moefication_cli.runtime import reference
 from moefication_cli.runtime.backends import BACKENDS, available
 from moefication_cli.runtime.reference import masked
 
 
-def _triton(monkeypatch: pytest.MonkeyPatch) -> object:
-    """The triton backend on the CPU, by Triton's interpreter; skips where triton is not installed."""
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where Triton's kernels run: on the GPU, or without one on the CPU in Triton's interpreter, if triton is installed."""
+    if torch.cuda.is_available():
+        return "cuda"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     pytest.importorskip("triton", reason="triton is not installed (it comes with CUDA builds of torch)")
-    from moefication_cli.runtime.cuda import triton_kernels
+    try:
+        int(np.array([1]))
+    except TypeError:  # numpy 2.4 and later
+        pytest.skip("Triton's interpreter (3.6) turns arrays into numbers as numpy before 2.4 allowed")
+    return "cpu"
 
-    return triton_kernels.compute
+
+def moved(w: ExpertWeights, device: str) -> ExpertWeights:
+    return dataclasses.replace(
+        w, ffn=w.ffn.to(device), compensation=None if w.compensation is None else w.compensation.to(device)
+    )
 
 
-def test_triton_kernels_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(BACKENDS, "triton", _triton(monkeypatch))  # type: ignore[arg-type]
+@pytest.mark.cuda
+def test_triton_kernels_equal_the_reference(device: str) -> None:
     for gated, act, S, d in (
         (False, "relu", 0, 32),
         (True, "silu", 8, 200),
         (False, "gelu", 0, 36),
         (False, "tanh", 4, 64),
     ):
-        w = make(d=d, gated=gated, act=act, S=S, N=6, fix=bool(S))
-        for T in (0, 1, 3):
-            judge("triton", w, tokens(T, w), ids(T, 12, 5)) if T else None
-        judge("triton", w, tokens(4, w), some(4, 12))
-        judge("triton", w, tokens(2, w), torch.tensor([[3, 3, 7], [1, 2, 1]]))
-        judge("triton", w, tokens(2, w), torch.zeros(2, 12, dtype=torch.bool))
+        w = moved(make(d=d, gated=gated, act=act, S=S, N=6, fix=bool(S)), device)
+        for T in (1, 3, 17):
+            judge("triton", w, tokens(T, w).to(device), ids(T, 12, 5).to(device))
+        judge("triton", w, tokens(4, w).to(device), some(4, 12).to(device))
+        judge("triton", w, tokens(2, w).to(device), torch.tensor([[3, 3, 7], [1, 2, 1]], device=device))
+        judge("triton", w, tokens(2, w).to(device), torch.zeros(2, 12, dtype=torch.bool, device=device))
+        judge("triton", w, tokens(2, w).to(device), torch.ones(2, 12, dtype=torch.bool, device=device))
+        assert BACKENDS["triton"].compute(tokens(0, w).to(device), ids(0, 12, 5).to(device), w).shape == (0, d)
+
+
+def router_of(kind: str, D: int, E: int, device: str) -> TwoLayerRouter:
+    g = torch.Generator().manual_seed(3)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g).to(device)
+
+    if kind == "linear":
+        return TwoLayerRouter(rand(E, D))
+    if kind == "similarity":
+        return TwoLayerRouter(rand(E, D), rand(E), normalise=True)
+    activation = {"mlp": "tanh", "regression": "relu", "quadratic": "square"}[kind]
+    biases = (rand(7), rand(E)) if kind != "mlp" else (None, None)
+    return TwoLayerRouter(rand(7, D), biases[0], rand(E, 7), biases[1], activation, normalise=kind == "mlp")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", ["linear", "similarity", "mlp", "regression", "quadratic"])
+def test_triton_selects_as_the_router_and_its_rule(device: str, kind: str) -> None:
+    from moefication_cli.runtime.cuda.triton_layer import TritonLayer
+
+    for gated, S, N, d, E in ((False, 0, 4, 40, 33), (True, 5, 20, 300, 12)):
+        w = moved(make(d=d, E=E, N=N, S=S, gated=gated, act="silu" if gated else "relu", fix=gated), device)
+        router = router_of(kind, d, E, device)
+        for T in (1, 5, 18):
+            x = tokens(T, w).to(device)
+            scores_TE = router.scores(x)
+            for rule in (TopK(1), TopK(5), Threshold(float(scores_TE.flatten().sort().values[-T * 4]) - 1e-3)):
+                chosen = rule.select(scores_TE)
+                other = TopK(7).select(-scores_TE)
+                with torch.inference_mode():
+                    y = TritonLayer(w, router, rule)(x)
+                assert error(y, masked(x, chosen, w)) < 1e-5
+                assert error(y, masked(x, other, w)) > 5e-2
+
+
+@pytest.mark.cuda
+def test_triton_says_what_it_cannot_select_by(device: str) -> None:
+    from moefication_cli.runtime.cuda.triton_layer import TritonLayer
+
+    with pytest.raises(UnavailableError, match="cumulative"):
+        TritonLayer(make(), router_of("linear", 32, 12, "cpu"), Cumulative(0.5))
+
+
+@pytest.mark.cuda
+def test_triton_breaks_ties_and_orders_negative_scores(device: str) -> None:
+    from moefication_cli.runtime.cuda import triton_kernels as kernels
+
+    scores_TE = torch.tensor([[0.0, -1.0, 0.0, 0.0, -0.5], [-3.0, -1.0, -2.0, float("inf"), -1e-30]], device=device)
+    mask_TE, list_E = (
+        torch.empty(2, 5, dtype=torch.int8, device=device),
+        torch.zeros(5, dtype=torch.int32, device=device),
+    )
+    counts = torch.zeros(4, dtype=torch.int32, device=device)
+    kernels.select[(2,)](scores_TE, mask_TE, list_E, counts, 2, 5, 2, 5, 0.0, 0, RULE="top_k", BLOCK=8)
+    assert mask_TE.tolist() == [[1, 0, 1, 0, 0], [0, 0, 0, 1, 1]]
+    assert counts.tolist() == [2, 2, 2, 4] and list_E.tolist()[:4] == [0, 2, 3, 4]
 
 
 class _StubOfFourFunctions:
@@ -83,6 +157,12 @@ class TestFastMoEAdapter:
             judge("fastmoe", w, tokens(7, w), some(7, 12))
             judge("fastmoe", w, tokens(7, w), torch.zeros(7, 12, dtype=torch.bool))
 
+    def test_adds_up_in_float32_and_answers_in_the_dtype_of_the_input(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.use(monkeypatch, _StubOfFourFunctions)
+        w = make(dtype=torch.bfloat16, S=8)
+        judge("fastmoe", w, tokens(7, w), ids(7, 12, 4))
+        judge("fastmoe", w, tokens(7, w), torch.zeros(7, 12, dtype=torch.bool))
+
     def test_a_wrong_answer_fails_the_self_check(self, monkeypatch: pytest.MonkeyPatch) -> None:
         class Zero(_StubOfFourFunctions):
             @staticmethod
@@ -97,6 +177,7 @@ class TestFastMoEAdapter:
         with pytest.raises(UnavailableError, match="cuda"):
             BACKENDS["fastmoe"].compute(tokens(3, make()), ids(3, 12, 2), make())
         monkeypatch.setattr(Tensor, "is_cuda", property(lambda self: True))
+        monkeypatch.setitem(sys.modules, "fmoe", None)  # importing it fails, also where it is installed
         with pytest.raises(UnavailableError, match="fmoe"):
             BACKENDS["fastmoe"].compute(tokens(3, make()), ids(3, 12, 2), make())
 

@@ -2,8 +2,9 @@
 
 Source: laekov/fastmoe, version 1.1 (`fmoe/functions.py`, `fmoe/linear.py`): `expert_count` and `assign_pos` sort (token, expert) pairs,
 `linear_forward` is its fused linear layer of all experts. A gate with unit scores is a plain sum, so none of its modules is
-needed. It is used only if `import fmoe` works, the tensors are on CUDA and a self-check against the reference passes; it
-has been tested against a stub of those functions and never on a GPU. Its linear layer wants [E, out, in]: the experts'
+needed. It is used only if `import fmoe` works, the tensors are on CUDA and a self-check against the reference passes. Built
+from its source without NCCL (torch 2.11, CUDA 13, H200) it equals the reference in float32; in bfloat16 it has been tested
+on a stub of those functions alone. Its linear layer wants [E, out, in]: the experts'
 down-projection is therefore kept a second time, transposed, which no other backend does. No gradients.
 """
 
@@ -79,7 +80,7 @@ class FastMoELayer:
         y_TD = always_on(x_TD, mask_TE, weights)
         token_P, expert_P = mask_TE.nonzero().unbind(1)
         if token_P.numel() == 0:
-            return y_TD
+            return y_TD.to(x_TD.dtype)
         count_E = torch.zeros(weights.num_experts, dtype=torch.int32, device=x_TD.device)
         expert_P = expert_P.contiguous()
         fmoe.expert_count(expert_P, count_E)
@@ -92,7 +93,8 @@ class FastMoELayer:
         up_PN = fmoe.linear_forward(x_PD, on_host_E, *self._up)
         act = ACTIVATIONS[weights.ffn.activation]
         h_PN = act(up_PN) if self._gate is None else act(fmoe.linear_forward(x_PD, on_host_E, *self._gate)) * up_PN
-        return y_TD.index_add(0, tokens_P, fmoe.linear_forward(h_PN.contiguous(), on_host_E, self._down_EDN, None))
+        out_PD = fmoe.linear_forward(h_PN.contiguous(), on_host_E, self._down_EDN, None)
+        return y_TD.index_add(0, tokens_P, out_PD.to(y_TD.dtype)).to(x_TD.dtype)
 
 
 def compute(x_TD: Tensor, selected: Tensor, weights: ExpertWeights) -> Tensor:

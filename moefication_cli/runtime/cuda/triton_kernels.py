@@ -1,27 +1,19 @@
-"""The `triton` backend: CUDA gather kernels for decode, a handful of tokens that each read only their own experts' weights.
+"""The kernels of the `triton` backend: what a handful of tokens needs of a layer, each weight row read once for all of them.
 
-Two launches: h[t, k, n] = act(x_t . w_up) for the neurons of the token's k-th expert, then y_t += sum over k, n of h w_down, split over
-experts so that one token fills the card, added in float32. Shared neurons, bias and compensation are plain torch matmuls.
-Block sizes are fixed, not tuned: written without a GPU at hand, checked with Triton's interpreter only. For many tokens
-`grouped` is the better backend: here a weight is read once per token that wants it. Shapes: `runtime.reference`.
+    project   a router's first layer (and, by the same kernel, its second), beside it the inner side of the compensation
+    select    each token's experts by threshold, as the best k or as given; then the list of those that any token wants
+    hidden    the activations of the listed experts, zero where a token did not select them
+    output    adds up what the activations write; the last program of a tile sums the parts in order, so that the same
+              call gives the same bytes, and adds bias and compensation
+
+Axes: T tokens (in tiles of TOKENS), D model width, F neurons (S shared ones first, then E experts of N), R router width,
+C rank of the compensation; P the neurons that run: the shared ones, then those of the listed experts. Sums are float32.
+A tile of one token is computed element by element: tensor cores multiply 16 tokens at least, and one row of weights a time
+is bound by memory.
 """
 
-from contextlib import nullcontext
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from torch.nn.functional import pad
-
-from moefication_cli.errors import ConfigError
-from moefication_cli.ffn import ExpertWeights
-from moefication_cli.runtime.reference import check_selection
-from moefication_cli.runtime.torch_backends import always_on
-
-BLOCK_D = 128  # columns of a weight row per step
-ROWS = 32  # neurons per program of the first launch
-EXPERTS = 4  # experts per program of the second
 
 
 @triton.jit
@@ -41,103 +33,221 @@ def _activate(x, ACT: tl.constexpr):
         return x * tl.sigmoid(1.702 * x)
     elif ACT == "tanh":
         return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+    elif ACT == "square":
+        return x * x
     else:
         return x
 
 
 @triton.jit
-def _hidden(
-    x_ptr, ids_ptr, up_ptr, gate_ptr, b_up_ptr, b_gate_ptr, h_ptr, D, N, S, K,
-    ACT: tl.constexpr, GATED: tl.constexpr, BIAS_UP: tl.constexpr, BIAS_GATE: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr,
+def project(
+    x_ptr, w_ptr, b_ptr, c_ptr, z_ptr, counts_ptr, D, R, C, x_stride, z_stride, num_locks,
+    ACT: tl.constexpr, NORMALISE: tl.constexpr, BIAS: tl.constexpr, EXTRA: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, LOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Program (t * K + k, block of neurons): h of one expert's neurons for one token; zero for the id -1."""
-    pair = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    expert = tl.load(ids_ptr + pair)
-    n = tl.where(expert >= 0, n, N)  # out of range: nothing is read, zero is written below
-    live = n < N
-    row = S + expert * N + n
-    up = tl.zeros((ROWS,), tl.float32)
-    gate = tl.zeros((ROWS,), tl.float32)
+    """Program (block of rows, token): z = act(x . w + b) of the router's rows, x . c of the compensation's behind them.
+
+    On the way the counts [tokens] and the locks behind them, which the later launches add to, are set to zero.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = tl.program_id(1).to(tl.int64)
+    routes = row < R
+    total = tl.zeros((ROWS,), tl.float32)
+    squared = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, D, BLOCK):
         d = start + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + (pair // K) * D + d, mask=d < D, other=0.0).to(tl.float32)
-        at = row[:, None] * D + d[None, :]
-        inside = live[:, None] & (d < D)[None, :]
-        up += tl.sum(tl.load(up_ptr + at, mask=inside, other=0.0).to(tl.float32) * x[None, :], axis=1)
-        if GATED:
-            gate += tl.sum(tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32) * x[None, :], axis=1)
-    if BIAS_UP:
-        up += tl.load(b_up_ptr + row, mask=live, other=0.0).to(tl.float32)
-    if BIAS_GATE:
-        gate += tl.load(b_gate_ptr + row, mask=live, other=0.0).to(tl.float32)
-    h = _activate(gate, ACT) * up if GATED else _activate(up, ACT)
-    n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    tl.store(h_ptr + pair * N + n, tl.where(live, h, 0.0), mask=n < N)
+        inside = (d < D)[None, :]
+        x = tl.load(x_ptr + token * x_stride + d, mask=d < D, other=0.0).to(tl.float32)
+        at = row.to(tl.int64)[:, None] * D + d[None, :]
+        w = tl.load(w_ptr + at, mask=routes[:, None] & inside, other=0.0).to(tl.float32)
+        if EXTRA:
+            extra = (row >= R) & (row < R + C)
+            w += tl.load(c_ptr + at - R * D, mask=extra[:, None] & inside, other=0.0).to(tl.float32)
+        total += tl.sum(w * x[None, :], axis=1)
+        squared += x * x
+    z = total
+    if NORMALISE:
+        z = z / tl.maximum(tl.sqrt(tl.sum(squared, axis=0)), 1e-12)
+    if BIAS:
+        z += tl.load(b_ptr + row, mask=routes, other=0.0).to(tl.float32)
+    z = tl.where(routes, _activate(z, ACT), total)
+    tl.store(z_ptr + token * z_stride + row, z, mask=row < R + C)
+    if tl.program_id(0) == 0:
+        tl.store(counts_ptr + token, 0)
+        if token == 0:
+            lock = tl.arange(0, LOCKS)
+            tl.store(counts_ptr + tl.num_programs(1) + lock, tl.zeros((LOCKS,), tl.int32), mask=lock < num_locks)
 
 
 @triton.jit
-def _output(
-    h_ptr, ids_ptr, down_ptr, y_ptr, D, N, S, K,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
+def select(
+    score_ptr, mask_ptr, list_ptr, counts_ptr, T, E, K, score_stride, threshold, num_locks,
+    RULE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (t, block of columns, group of experts): adds the group's part of y_t[columns], in float32."""
+    """Program (token): its row of mask[T, E] and its count; the last one to end lists the experts that any token wants.
+
+    RULE: `threshold`; `top_k`, the first ones where the K-th score is tied; `mask`, which is there already. The last lock
+    and the number of listed experts lie behind the other locks.
+    """
     token = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for i in range(EXPERTS):
-        k = tl.program_id(2) * EXPERTS + i
-        expert = tl.load(ids_ptr + token * K + k)
-        for start in range(0, N, ROWS):
-            n = start + tl.arange(0, ROWS)
-            h = tl.load(h_ptr + (token * K + k) * N + n, mask=n < N, other=0.0)
-            # A neuron that ReLU switched off, or that belongs to no expert, contributes nothing: its row is not read.
-            inside = (h != 0.0)[:, None] & (d < D)[None, :]
-            w = tl.load(down_ptr + (S + expert * N + n)[:, None] * D + d[None, :], mask=inside, other=0.0)
-            total += tl.sum(w.to(tl.float32) * h[:, None], axis=0)
-    tl.atomic_add(y_ptr + token * D + d, total, mask=d < D)
+    e = tl.arange(0, BLOCK)
+    live = e < E
+    if RULE == "mask":
+        chosen = tl.load(mask_ptr + token * E + e, mask=live, other=0) != 0
+    elif RULE == "threshold":
+        chosen = live & (tl.load(score_ptr + token * score_stride + e, mask=live, other=0.0) >= threshold)
+    else:
+        bits = tl.load(score_ptr + token * score_stride + e, mask=live, other=0.0).to(tl.int32, bitcast=True)
+        key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)  # integers in the order of the floats
+        key = tl.where(live, key, -(1 << 33))
+        low = tl.full((), -(1 << 31), tl.int64)
+        high = tl.full((), (1 << 31) - 1, tl.int64)
+        for _ in range(32):  # the largest value that at least K keys reach
+            middle = low + ((high - low + 1) >> 1)
+            enough = tl.sum((key >= middle).to(tl.int32), axis=0) >= K
+            low = tl.where(enough, middle, low)
+            high = tl.where(enough, high, middle - 1)
+        above = key > low
+        tied = (key == low).to(tl.int32)
+        left = K - tl.sum(above.to(tl.int32), axis=0)
+        chosen = above | ((tied > 0) & (tl.cumsum(tied, axis=0) <= left))
+    tl.store(counts_ptr + token, tl.sum(chosen.to(tl.int32), axis=0))
+    wanted = chosen.to(tl.int32)
+    if T > 1:
+        if RULE != "mask":
+            tl.store(mask_ptr + token * E + e, chosen.to(tl.int8), mask=live)
+        tl.debug_barrier()  # every thread has written before one of them says so
+    last = tl.atomic_add(counts_ptr + T + num_locks, 1, sem="acq_rel") == T - 1
+    if last:
+        if T > 1:
+            for other in range(0, T):
+                row = tl.load(mask_ptr + other * E + e, mask=live, other=0, cache_modifier=".cg")
+                wanted = tl.maximum(wanted, (row != 0).to(tl.int32))
+        place = tl.cumsum(wanted, axis=0) - 1
+        tl.store(list_ptr + place, e, mask=live & (wanted > 0))
+        tl.store(counts_ptr + T + num_locks + 1, tl.sum(wanted, axis=0))
 
 
-def _ids(selected: Tensor, num_experts: int) -> Tensor:
-    """ids_TK (int64), K a multiple of EXPERTS, -1 for no expert: repeats are dropped, a mask gives its fullest token's count."""
-    if selected.dtype == torch.bool:
-        most = int(selected.sum(dim=1).max()) if selected.numel() else 0
-        on_TK, ids_TK = selected.to(torch.int8).topk(max(1, most), dim=1)
-        return pad(ids_TK.masked_fill(on_TK == 0, -1), (0, -ids_TK.shape[1] % EXPERTS), value=-1)
-    ids_TK = selected.long().sort(dim=1).values
-    again_TK = torch.zeros_like(ids_TK, dtype=torch.bool)
-    again_TK[:, 1:] = ids_TK[:, 1:] == ids_TK[:, :-1]
-    return pad(ids_TK.masked_fill(again_TK, -1), (0, -ids_TK.shape[1] % EXPERTS), value=-1)
+@triton.jit
+def _neurons(p, list_ptr, S, N, P):
+    """(expert, neuron) of the running neurons p; expert -1 for shared ones."""
+    routed = (p >= S) & (p < P)
+    listed = tl.load(list_ptr + tl.maximum(p - S, 0) // N, mask=routed, other=0)
+    n = tl.where(routed, S + listed * N + tl.maximum(p - S, 0) % N, p)
+    return tl.where(routed, listed, -1), n
 
 
-def compute(x_TD: Tensor, selected: Tensor, weights: ExpertWeights) -> Tensor:
-    """y_TD (see `runtime.reference`). Raises ConfigError for a bad selection and where gradients are asked for."""
-    ffn, num_tokens = weights.ffn, x_TD.shape[0]
-    if torch.is_grad_enabled() and (x_TD.requires_grad or ffn.w_up_FD.requires_grad):
-        raise ConfigError("backend triton computes no gradients", "call it under torch.inference_mode()")
-    check_selection(selected, num_tokens, weights.num_experts)
-    ids_TK = _ids(selected, weights.num_experts).contiguous()
-    mask_TE = torch.zeros(num_tokens, weights.num_experts + 1, dtype=torch.bool, device=x_TD.device)
-    mask_TE = mask_TE.scatter_(1, ids_TK % (weights.num_experts + 1), True)[:, :-1]  # -1 lands in the last column
-    y_TD = always_on(x_TD, mask_TE, weights).float().contiguous()
-    K, N, D = ids_TK.shape[1], weights.expert_size, ffn.d_model
-    if num_tokens == 0 or K == 0:
-        return y_TD.to(x_TD.dtype)
-    x_TD = x_TD.contiguous()
-    h_TKN = torch.empty(num_tokens, K, N, dtype=torch.float32, device=x_TD.device)
-    rows = max(1, min(ROWS, triton.next_power_of_2(N)))
-    gate_FD = ffn.w_up_FD if ffn.w_gate_FD is None else ffn.w_gate_FD
-    b_up_F = x_TD if ffn.b_up_F is None else ffn.b_up_F
-    b_gate_F = x_TD if ffn.b_gate_F is None else ffn.b_gate_F
-    # Triton launches on the current device, whatever the tensors are on
-    with torch.cuda.device(x_TD.device) if x_TD.is_cuda else nullcontext():
-        _hidden[(num_tokens * K, triton.cdiv(N, rows))](
-            x_TD, ids_TK, ffn.w_up_FD, gate_FD, b_up_F, b_gate_F, h_TKN, D, N, weights.num_shared, K,
-            ACT=ffn.activation, GATED=ffn.gated, BIAS_UP=ffn.b_up_F is not None, BIAS_GATE=ffn.b_gate_F is not None,
-            BLOCK=BLOCK_D, ROWS=rows,
-        )  # fmt: skip
-        _output[(num_tokens, triton.cdiv(D, BLOCK_D), triton.cdiv(K, EXPERTS))](
-            h_TKN, ids_TK, ffn.w_down_FD, y_TD, D, N, weights.num_shared, K, BLOCK=BLOCK_D, ROWS=rows, EXPERTS=EXPERTS
-        )
-    return y_TD.to(x_TD.dtype)
+@triton.jit
+def hidden(
+    x_ptr, mask_ptr, list_ptr, up_ptr, gate_ptr, b_up_ptr, b_gate_ptr, h_ptr, counts_ptr, T, D, F, S, N, E, num_locks,
+    ACT: tl.constexpr, GATED: tl.constexpr, BIAS_UP: tl.constexpr, BIAS_GATE: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (block of running neurons, tile of tokens): h[T, P], zero where the token did not select the expert."""
+    P = S + N * tl.load(counts_ptr + T + num_locks + 1)
+    first = tl.program_id(0) * ROWS
+    if first < P:
+        p = first + tl.arange(0, ROWS)
+        t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+        runs = p < P
+        e, n = _neurons(p, list_ptr, S, N, P)
+        row = n.to(tl.int64)[:, None] * D
+        if TOKENS == 1:  # sums stay apart until the end, so that nothing between two loads waits for another thread
+            up_sum = tl.zeros((ROWS, BLOCK), tl.float32)
+            gate_sum = tl.zeros((ROWS, BLOCK), tl.float32)
+            for start in range(0, D, BLOCK):
+                d = start + tl.arange(0, BLOCK)
+                inside = runs[:, None] & (d < D)[None, :]
+                x = tl.load(x_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+                up_sum += tl.load(up_ptr + row + d[None, :], mask=inside, other=0.0).to(tl.float32) * x
+                if GATED:
+                    gate_sum += tl.load(gate_ptr + row + d[None, :], mask=inside, other=0.0).to(tl.float32) * x
+            h = tl.sum(up_sum, axis=1)[None, :]
+            gate = tl.sum(gate_sum, axis=1)[None, :]
+        else:
+            h = tl.zeros((TOKENS, ROWS), tl.float32)
+            gate = tl.zeros((TOKENS, ROWS), tl.float32)
+            for start in range(0, D, BLOCK):
+                d = start + tl.arange(0, BLOCK)
+                inside = runs[:, None] & (d < D)[None, :]
+                x = tl.load(x_ptr + t[:, None] * D + d[None, :], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
+                w = tl.load(up_ptr + row + d[None, :], mask=inside, other=0.0)
+                h = tl.dot(x, tl.trans(w), h, input_precision="ieee")
+                if GATED:
+                    w = tl.load(gate_ptr + row + d[None, :], mask=inside, other=0.0)
+                    gate = tl.dot(x, tl.trans(w), gate, input_precision="ieee")
+        if BIAS_UP:
+            h += tl.load(b_up_ptr + n, mask=runs, other=0.0).to(tl.float32)[None, :]
+        if BIAS_GATE:
+            gate += tl.load(b_gate_ptr + n, mask=runs, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            h = _activate(gate, ACT) * h
+        else:
+            h = _activate(h, ACT)
+        live = (t < T)[:, None] & runs[None, :]
+        if TOKENS > 1:
+            on = tl.load(mask_ptr + t[:, None] * E + e[None, :], mask=live & (e >= 0)[None, :], other=1) != 0
+            h = tl.where(on, h, 0.0)
+        tl.store(h_ptr + t.to(tl.int64)[:, None] * F + p[None, :], h.to(h_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def output(
+    h_ptr, list_ptr, down_ptr, z_ptr, constant_ptr, c_out_ptr, b_down_ptr, part_ptr, counts_ptr, y_ptr,
+    T, D, F, S, N, E, R, C, z_stride, num_locks,
+    BIAS: tl.constexpr, CONSTANT: tl.constexpr, RANK: tl.constexpr, SPLITS: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (block of columns, part of the neurons, tile of tokens): its part of y; the last part's program finishes y."""
+    P = S + N * tl.load(counts_ptr + T + num_locks + 1)
+    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    split = tl.program_id(1)
+    t = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
+    rows = tl.cdiv(tl.cdiv(P, SPLITS), ROWS) * ROWS
+    last = tl.minimum((split + 1) * rows, P)
+    total = tl.zeros((TOKENS, BLOCK), tl.float32)
+    sums = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(split * rows, last, ROWS):
+        p = start + tl.arange(0, ROWS)
+        _, n = _neurons(p, list_ptr, S, N, last)
+        at = down_ptr + n.to(tl.int64)[:, None] * D + d[None, :]
+        # The row of a neuron that an activation such as ReLU switched off for all tokens is not read
+        if TOKENS == 1:
+            h = tl.load(h_ptr + p, mask=p < last, other=0.0)
+            w = tl.load(at, mask=(h != 0.0)[:, None] & (d < D)[None, :], other=0.0)
+            sums += w.to(tl.float32) * h.to(tl.float32)[:, None]
+        else:
+            live = (t < T)[:, None] & (p < last)[None, :]
+            h = tl.load(h_ptr + t.to(tl.int64)[:, None] * F + p[None, :], mask=live, other=0.0)
+            used = tl.sum((h != 0.0).to(tl.int32), axis=0) > 0
+            w = tl.load(at, mask=used[:, None] & (d < D)[None, :], other=0.0)
+            total = tl.dot(h, w, total, input_precision="ieee")
+    if TOKENS == 1:
+        total = tl.sum(sums, axis=0)[None, :]
+    inside = (t < T)[:, None] & (d < D)[None, :]
+    done = True
+    if SPLITS > 1:
+        place = part_ptr + t[:, None] * D + d[None, :]
+        tl.store(place + split.to(tl.int64) * T * D, total, mask=inside)
+        tl.debug_barrier()  # every thread has written before one of them says so
+        lock = counts_ptr + T + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+        done = tl.atomic_add(lock, 1, sem="acq_rel") == SPLITS - 1
+        if done:
+            total = tl.zeros((TOKENS, BLOCK), tl.float32)
+            for part in tl.static_range(SPLITS):
+                total += tl.load(place + part * T * D, mask=inside, other=0.0, cache_modifier=".cg")
+    if done:
+        if CONSTANT or RANK:
+            extra = tl.zeros((TOKENS, BLOCK), tl.float32)
+            if RANK:
+                for c in range(0, C):
+                    z = tl.load(z_ptr + t * z_stride + R + c, mask=t < T, other=0.0)
+                    w = tl.load(c_out_ptr + c * D + d, mask=d < D, other=0.0).to(tl.float32)
+                    extra += z[:, None] * w[None, :]
+            if CONSTANT:
+                extra += tl.load(constant_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+            some_off = tl.load(counts_ptr + t, mask=t < T, other=0) < E
+            total += tl.where(some_off[:, None], extra, 0.0)
+        if BIAS:
+            total += tl.load(b_down_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        tl.store(y_ptr + t.to(tl.int64)[:, None] * D + d[None, :], total.to(y_ptr.dtype.element_ty), mask=inside)
