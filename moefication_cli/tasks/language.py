@@ -13,11 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from moefication_cli.errors import ConfigError, NonFiniteError
-from moefication_cli.tasks.examples import (
-    Batch,
-    Metric,
-    Scores,
-    TaskOptions,
+from moefication_cli.tasks.encoding import (
     checked_batch_size,
     chunk_rows,
     grouped,
@@ -26,6 +22,7 @@ from moefication_cli.tasks.examples import (
     padding_of,
     real_tokens,
 )
+from moefication_cli.tasks.examples import Batch, Metric, Scores, TaskOptions
 from moefication_cli.tasks.reading import Rows
 from moefication_cli.tasks.textstream import TextStream
 

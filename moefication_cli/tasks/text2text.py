@@ -18,13 +18,8 @@ from torch import Tensor
 
 from moefication_cli.errors import ConfigError
 from moefication_cli.tasks.classification import read_labels
-from moefication_cli.tasks.examples import (
-    Batch,
+from moefication_cli.tasks.encoding import (
     Encoded,
-    Indices,
-    Metric,
-    Scores,
-    TaskOptions,
     checked_batch_size,
     encode_texts,
     length_limit,
@@ -33,9 +28,9 @@ from moefication_cli.tasks.examples import (
     padding_of,
     real_tokens,
     sample_rows,
-    score_classes,
     sorted_blocks,
 )
+from moefication_cli.tasks.examples import Batch, Indices, Metric, Scores, TaskOptions, score_classes
 from moefication_cli.tasks.reading import Rows
 
 # (prompt, label words in label order)
