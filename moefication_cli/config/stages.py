@@ -5,7 +5,8 @@ from typing import Literal
 
 from moefication_cli.config.option import CONTROL, INPUT, LAYERS, OUTPUT, Options, option
 
-TaskName = Literal["classification", "text2text", "lm"]
+TaskName = Literal["classification", "text2text", "lm", "mlm"]
+TASK_HELP = "classification, text2text, lm or mlm (masked language model); guessed from the architecture"
 FormatName = Literal["mixtral", "qwen2_moe", "qwen3_moe", "granitemoeshared", "glm4_moe", "gguf"]
 Score = Literal["activation", "contribution", "norm"]
 FRACTION_OF = "What fractions bound: flops (everything counted, router included) or neurons (the paper's reading)"
@@ -60,7 +61,7 @@ class ModelConfig(Options):
 class TaskConfig(Options):
     """How text becomes model input; remembered in run.json."""
 
-    task: TaskName | None = option(None, "classification, text2text or lm; guessed from the architecture", panel=INPUT)
+    task: TaskName | None = option(None, TASK_HELP, panel=INPUT)
     prompt: str | None = option(
         None, 'text2text: a template such as "sst2 sentence: {sentence}", or a GLUE task name', panel=INPUT
     )

@@ -1,7 +1,7 @@
 """Which auto class of transformers loads a model, and which of our tasks that makes possible.
 
-A task runs the whole model on text, so it needs the head the checkpoint was trained with: classification, text2text or
-lm can convert a model where the task's auto class loads the very class that config.json names first under
+A task runs the whole model on text, so it needs the head the checkpoint was trained with: classification, text2text, lm
+or mlm can convert a model where the task's auto class loads the very class that config.json names first under
 `architectures`. Reads configurations only, no weights.
 """
 
@@ -17,6 +17,7 @@ TASK_AUTO = {
     "classification": transformers.AutoModelForSequenceClassification,
     "text2text": transformers.AutoModelForSeq2SeqLM,
     "lm": transformers.AutoModelForCausalLM,
+    "mlm": transformers.AutoModelForMaskedLM,
 }
 
 
@@ -28,7 +29,7 @@ def auto_architectures(config_class: type) -> dict[str, str]:
 
 
 def task_of(config: Any) -> str | None:
-    """`classification`, `text2text` or `lm`: the task whose auto class loads the architecture the configuration names.
+    """`classification`, `text2text`, `lm` or `mlm`: the first task whose auto class loads the architecture the configuration names.
 
     None where there is none: no head (`BertModel`), another head, or a model that does not read text (ViT, Whisper).
     """

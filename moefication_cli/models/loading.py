@@ -95,7 +95,7 @@ def load_model(
 ) -> LoadedModel:
     """The dense model of a hub id or local folder, in evaluation mode, with its tokenizer.
 
-    `task` chooses the head (`classification`, `text2text`, `lm`); None takes the architecture the checkpoint names.
+    `task` chooses the head (`classification`, `text2text`, `lm`, `mlm`); None takes the architecture the checkpoint names.
     `device_map="auto"` and `offload_folder` are accelerate's, for models larger than memory; `model_options` go to
     `from_pretrained` as they are. `quiet` silences progress. With `new_head` a head that the files lack is initialised
     anew, with torch's random numbers.

@@ -21,9 +21,13 @@ from moefication_cli.errors import CorruptArtifactError
 from moefication_cli.store import jsonio
 from moefication_cli.store.rundir import RunDir, RunInfo
 
-PIPELINES = {"lm": "text-generation", "classification": "text-classification", "text2text": "text2text-generation"}
+PIPELINES = {
+    "lm": "text-generation", "classification": "text-classification", "text2text": "text2text-generation",
+    "mlm": "fill-mask",
+}  # fmt: skip
 AUTO = {
     "lm": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification", "text2text": "AutoModelForSeq2SeqLM",
+    "mlm": "AutoModelForMaskedLM",
 }  # fmt: skip
 NOT_MEASURED = "Quality has not been measured yet: `moefication eval RUN`.\n"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")

@@ -17,7 +17,7 @@ from moefication_cli.runs.inputs import RunModel
 from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.rundir import RunDir
 from moefication_cli.tasks.data_files import named_data
-from moefication_cli.tasks.examples import Batch, Examples, TaskOptions
+from moefication_cli.tasks.examples import NOT_ASKED, Batch, Examples, TaskOptions
 from moefication_cli.tasks.reading import data_digest, load_rows
 from moefication_cli.tasks.task import prepare
 
@@ -118,9 +118,11 @@ def _purpose(config: CollectConfig | EvalConfig) -> Literal["calibrate", "evalua
 
 
 def predictions(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """The logits that are predictions, and which of them are real: per sequence, or per token but the last."""
+    """The logits that are predictions, and which of them are real: per sequence, per masked token, or per token but the last."""
     if logits.dim() == 2:
         return logits, None
+    if batch.labels_RT is not None:
+        return logits, batch.labels_RT != NOT_ASKED
     if "decoder_input_ids" in batch.inputs:
         mask = batch.inputs.get("decoder_attention_mask")
         return logits, None if mask is None else mask.bool()

@@ -31,7 +31,7 @@ from moefication_cli.tasks.reading import data_digest, load_rows
 from moefication_cli.tasks.task import prepare
 from moefication_cli.training.relufy import Measured, measure, train_batches, train_relu
 
-_TEXT = ("lm",)  # tasks whose rows are pieces of text
+_TEXT = ("lm", "mlm")  # tasks whose rows are pieces of text
 _COLUMNS = ("name", "active_before", "active_swapped", "active_after")
 _HELDOUT, _MOST_HELDOUT = 0.05, 2000  # share of the rows, and examples
 _LESS = "a smaller --batch-size with a larger --accumulate, a shorter --max-length, or no --teacher"

@@ -17,8 +17,10 @@ from torch import Tensor
 from moefication_cli.errors import ConfigError, NonFiniteError
 from moefication_cli.tasks.stats import Values, perplexity, standard_error
 
-Metric = Literal["accuracy", "perplexity"]
+Metric = Literal["accuracy", "perplexity", "loss"]
+LOWER_IS_BETTER: tuple[Metric, ...] = ("perplexity", "loss")
 Indices = npt.NDArray[np.int64]
+NOT_ASKED = -100  # in place of a label, as in torch's cross-entropy
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,13 @@ class Batch:
     """Model inputs on the CPU (or where `to` put them), right-padded: `model(**batch.inputs)`.
 
     `example_B` are row numbers of the data, or window numbers. `num_tokens` counts real tokens, of decoders too.
+    `labels_RT`, of masked language models, is no input: the token to be found where one is asked for, else NOT_ASKED.
     """
 
     inputs: dict[str, Tensor]
     example_B: Indices
     num_tokens: int
+    labels_RT: Tensor | None = None
 
     def mask_of(self, stack: Literal["encoder", "decoder"]) -> Tensor | None:
         """Real tokens [B, T] that a stack of the model reads; None where it reads none.
@@ -63,15 +67,17 @@ class Batch:
         rows, longest = self.inputs["input_ids"].shape
         size = max(1, max_tokens // longest)
         for start in range(0, rows, size):
-            part = {name: tensor[start : start + size] for name, tensor in self.inputs.items()}
-            piece = Batch(part, self.example_B[start : start + size], 0)
+            rows_of = slice(start, start + size)
+            part = {name: tensor[rows_of] for name, tensor in self.inputs.items()}
+            labels_RT = None if self.labels_RT is None else self.labels_RT[rows_of]
+            piece = Batch(part, self.example_B[rows_of], 0, labels_RT)
             masks = [piece.mask_of("encoder"), piece.mask_of("decoder") if "decoder_input_ids" in part else None]
             yield replace(piece, num_tokens=sum(int(mask.sum()) for mask in masks if mask is not None))
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device."""
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
-        return Batch(moved, self.example_B, self.num_tokens)
+        return replace(self, inputs=moved)
 
 
 @dataclass(frozen=True)
@@ -142,12 +148,12 @@ class Examples(Protocol):
     def targets(self, batch: Batch) -> Tensor:
         """The right answer [P] to each of a calibration batch's predictions, padding left out: a class or a token.
 
-        -100 where there is none. Raises ConfigError where the data has no labels.
+        NOT_ASKED where there is none. Raises ConfigError where the data has no labels.
         """
         ...
 
     def reference(self, logits: Tensor, batch: Batch) -> Tensor:
-        """What `score` needs of the dense model: class log-probabilities [B, C], or the logits themselves for lm."""
+        """What `score` needs of the dense model: class log-probabilities [B, C], or the logits themselves for lm and mlm."""
         ...
 
     def score(self, logits: Tensor, batch: Batch, reference: Tensor | None = None) -> Scores:

@@ -30,7 +30,7 @@ from moefication_cli.tasks.encoding import (
     sample_rows,
     sorted_blocks,
 )
-from moefication_cli.tasks.examples import Batch, Indices, Metric, Scores, TaskOptions, score_classes
+from moefication_cli.tasks.examples import NOT_ASKED, Batch, Indices, Metric, Scores, TaskOptions, score_classes
 from moefication_cli.tasks.reading import Rows
 
 # (prompt, label words in label order)
@@ -152,8 +152,8 @@ class Text2TextExamples:
         if self._labels is None:
             raise ConfigError(f"{self._rows.source}: no labels were read", "name the field with --label-field")
         real_RL = batch.inputs["decoder_attention_mask"].bool()
-        next_RL = torch.full_like(batch.inputs["decoder_input_ids"], -100)
-        next_RL[:, :-1] = batch.inputs["decoder_input_ids"][:, 1:].masked_fill(~real_RL[:, 1:], -100)
+        next_RL = torch.full_like(batch.inputs["decoder_input_ids"], NOT_ASKED)
+        next_RL[:, :-1] = batch.inputs["decoder_input_ids"][:, 1:].masked_fill(~real_RL[:, 1:], NOT_ASKED)
         return next_RL[real_RL]
 
     def reference(self, logits: Tensor, batch: Batch) -> Tensor:

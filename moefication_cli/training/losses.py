@@ -43,7 +43,7 @@ def _states(outputs: Any, batch: Batch) -> list[Tensor]:
 
 
 def _task(found: Any, dense: Any, batch: Batch, examples: Examples) -> Tensor:
-    """Cross-entropy with the data's labels or next tokens, per prediction, in nats."""
+    """Cross-entropy with the data's labels, masked or next tokens, per prediction, in nats."""
     logits_PC = flat_predictions(found.logits, batch)
     return functional.cross_entropy(logits_PC, examples.targets(batch).to(logits_PC.device))
 

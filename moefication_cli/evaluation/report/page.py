@@ -6,6 +6,7 @@ from typing import Any
 
 from moefication_cli.evaluation.report import charts
 from moefication_cli.evaluation.report.gather import ReportData
+from moefication_cli.tasks.examples import LOWER_IS_BETTER
 
 _DEAD, _ALWAYS = 0.001, 0.999  # shares of tokens below and above which an expert counts as dead or always on
 
@@ -104,7 +105,7 @@ def _headline(run: ReportData) -> list[str]:
     if found is None:
         return []
     metrics, row = found
-    dense, better = metrics["dense"], "lower" if metrics["dense"]["metric"] == "perplexity" else "higher"
+    dense, better = metrics["dense"], "lower" if metrics["dense"]["metric"] in LOWER_IS_BETTER else "higher"
     figures = [
         (f"{row['ffn_flops_fraction']:.1%}", "of the FFNs' multiply-adds, router and correction included"),
         (f"{row['value']:.4g}", f"{dense['metric']} (dense {dense['value']:.4g}; {better} is better)"),

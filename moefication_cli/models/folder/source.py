@@ -145,6 +145,7 @@ AUTO_BY_SUFFIX = {
     "ForSequenceClassification": transformers.AutoModelForSequenceClassification,
     "ForConditionalGeneration": transformers.AutoModelForSeq2SeqLM,
     "ForCausalLM": transformers.AutoModelForCausalLM,
+    "ForMaskedLM": transformers.AutoModelForMaskedLM,
     "LMHeadModel": transformers.AutoModelForCausalLM,
 }
 
