@@ -180,5 +180,5 @@ def save_tiny(
     model = tiny_model(name).to(dtype)
     model.save_pretrained(folder, **options)
     if tokenizer:
-        tiny_tokenizer(folder, ends=name == "bart-classifier", masks=name.endswith("-mlm"))
+        tiny_tokenizer(folder, ends=name == "bart-classifier", masks=name.endswith(("-mlm", "-bare")))
     return model

@@ -5,8 +5,11 @@ from typing import Literal
 
 from moefication_cli.config.option import CONTROL, INPUT, LAYERS, OUTPUT, Options, option
 
-TaskName = Literal["classification", "text2text", "lm", "mlm"]
-TASK_HELP = "classification, text2text, lm or mlm (masked language model); guessed from the architecture"
+TaskName = Literal["classification", "text2text", "lm", "mlm", "embedding"]
+TASK_HELP = (
+    "classification, text2text, lm, mlm (masked language model) or embedding (encoder without a head); guessed from the "
+    "architecture"
+)
 FormatName = Literal["mixtral", "qwen2_moe", "qwen3_moe", "granitemoeshared", "glm4_moe", "gguf"]
 Score = Literal["activation", "contribution", "norm"]
 FRACTION_OF = "What fractions bound: flops (everything counted, router included) or neurons (the paper's reading)"
@@ -69,7 +72,7 @@ class TaskConfig(Options):
         None, "text2text: the words of the labels, in label order: negative,positive", panel=INPUT
     )
     text_field: tuple[str, ...] | None = option(None, "Field with the text; a,b for a sentence pair", panel=INPUT)
-    label_field: str | None = option(None, "Field with the label", panel=INPUT)
+    label_field: str | None = option(None, "Field with the label; embedding: with the score of a pair", panel=INPUT)
     max_length: int | None = option(
         None, "Tokens per sequence (default: the model's limit, at most 512)", minimum=2, panel=INPUT
     )

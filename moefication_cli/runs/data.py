@@ -9,6 +9,7 @@ from moefication_cli.config import CollectConfig, EvalConfig
 from moefication_cli.config.option import list_text
 from moefication_cli.errors import ConfigError, StaleArtifactError
 from moefication_cli.models.folder.contents import tokenizer_digest
+from moefication_cli.models.folder.sentence import pooling_of
 from moefication_cli.models.folder.source import Source
 from moefication_cli.models.heads import checked_task
 from moefication_cli.models.loading import LoadedModel, load_model, load_tokenizer
@@ -94,9 +95,13 @@ def _read_examples(
         purpose=purpose,
     )
     options = TaskOptions(fields["max_length"], prompt, words, config.limit, control.seed)
+    notes = list(rows.notes)
+    if task == "embedding":
+        pooling, said_of_it = pooling_of(reader.source.folder)
+        options, notes = replace(options, pooling=pooling), [*notes, *said_of_it]
     labelled = purpose == "evaluate" if labelled is None else labelled
     examples = prepare(task, reader.tokenizer, reader.config, rows, options, require_labels=labelled)  # type: ignore[arg-type]
-    for note in [*rows.notes, *examples.notes]:
+    for note in [*notes, *examples.notes]:
         control.say(note)
     settled = {name: value for name, value in fields.items() if value is not None}
     return examples, {"task": task, "prompt": prompt, "label_words": words, "fields": settled or None}

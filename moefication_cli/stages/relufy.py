@@ -90,6 +90,11 @@ def _opened(config: RelufyConfig, control: Control) -> tuple[RunModel, RelufyCon
         )
     model = RunModel(checkpoint, checkpoint.fingerprint(), resolve_device(control.device))
     task = checked_task(_headed(model, config), config.task, checkpoint.source.ref)
+    if task == "embedding":
+        raise ConfigError(
+            f"{checkpoint.source.ref} is an encoder without a head, and relufy trains with one",
+            "relufy the masked language model or the classifier that it comes from",
+        )
     if config.classes is not None and config.teacher == "original":
         raise ConfigError("--teacher original: with new --classes the model has nothing to teach", "name another one")
     return model, replace(config, task=task)  # type: ignore[arg-type]

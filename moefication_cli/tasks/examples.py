@@ -1,13 +1,13 @@
 """What every task is made of: batches of model inputs, and scores of a model's logits per example.
 
 `Examples` is the one interface stages use (`task.prepare` makes them). The forward pass is the caller's, the same for
-the dense model and the MoE: `logits = model(**batch.inputs).logits`. Axes: B examples of a batch (rows of data, or
+the dense model and the MoE: `logits = batch.answers(model(**batch.inputs))`. Axes: B examples of a batch (rows of data, or
 windows of text), C classes, T tokens, V vocabulary, R rows of a batch's tensors (B, or more per example in text2text).
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from moefication_cli.errors import ConfigError, NonFiniteError
-from moefication_cli.tasks.stats import Values, perplexity, standard_error
+from moefication_cli.tasks.stats import Values, perplexity, spearman, standard_error
 
-Metric = Literal["accuracy", "perplexity", "loss"]
+Metric = Literal["accuracy", "perplexity", "loss", "cosine", "spearman"]
 LOWER_IS_BETTER: tuple[Metric, ...] = ("perplexity", "loss")
 Indices = npt.NDArray[np.int64]
 NOT_ASKED = -100  # in place of a label, as in torch's cross-entropy
@@ -26,6 +26,7 @@ NOT_ASKED = -100  # in place of a label, as in torch's cross-entropy
 @dataclass(frozen=True)
 class TaskOptions:
     """How text becomes model input. `label_words`: a comma list in label order. `limit` examples, by `seed`.
+    `pooling`: how an embedder's tokens become one vector.
 
     `rows`: only these rows of the data, ascending; not of text in windows.
     """
@@ -36,6 +37,7 @@ class TaskOptions:
     limit: int | None = None
     seed: int = 0
     rows: Indices | None = field(default=None, compare=False)
+    pooling: Literal["mean", "cls"] = "mean"
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,22 @@ class Batch:
 
     `example_B` are row numbers of the data, or window numbers. `num_tokens` counts real tokens, of decoders too.
     `labels_RT`, of masked language models, is no input: the token to be found where one is asked for, else NOT_ASKED.
+    `pool_RT`, of embedders, is none either: the weight of each token in its sequence's embedding.
     """
 
     inputs: dict[str, Tensor]
     example_B: Indices
     num_tokens: int
     labels_RT: Tensor | None = None
+    pool_RT: Tensor | None = None
+
+    def answers(self, outputs: Any) -> Tensor:
+        """What is measured of a model's outputs: the logits, or of an embedder each sequence's embedding [R, D], float32."""
+        if self.pool_RT is None:
+            logits: Tensor = outputs.logits
+            return logits
+        hidden_RTD = outputs.last_hidden_state.float()
+        return (self.pool_RT.to(hidden_RTD)[:, None] @ hidden_RTD).squeeze(1)
 
     def mask_of(self, stack: Literal["encoder", "decoder"]) -> Tensor | None:
         """Real tokens [B, T] that a stack of the model reads; None where it reads none.
@@ -69,8 +81,8 @@ class Batch:
         for start in range(0, rows, size):
             rows_of = slice(start, start + size)
             part = {name: tensor[rows_of] for name, tensor in self.inputs.items()}
-            labels_RT = None if self.labels_RT is None else self.labels_RT[rows_of]
-            piece = Batch(part, self.example_B[rows_of], 0, labels_RT)
+            labels_RT, pool_RT = (None if t is None else t[rows_of] for t in (self.labels_RT, self.pool_RT))
+            piece = Batch(part, self.example_B[rows_of], 0, labels_RT, pool_RT)
             masks = [piece.mask_of("encoder"), piece.mask_of("decoder") if "decoder_input_ids" in part else None]
             yield replace(piece, num_tokens=sum(int(mask.sum()) for mask in masks if mask is not None))
 
@@ -85,7 +97,8 @@ class Scores:
     """One entry per example. Sums over the example's predictions: one of a class, or one per predicted token.
 
     `value_B`: right answers, or loss in nats; `weight_B`: predictions; `agreement_B`: predictions whose first choice is
-    the dense model's; `kl_B`: KL(dense || this) in nats. The last two are None without a reference.
+    the dense model's; `kl_B`: KL(dense || this) in nats, or what stands in its place (`distance_name`). These two are None
+    without a reference, agreement also of embeddings. `gold_B`, for a correlation, is what `value_B` should go along with.
     """
 
     example_B: Indices
@@ -93,6 +106,7 @@ class Scores:
     weight_B: Values
     agreement_B: Values | None = None
     kl_B: Values | None = None
+    gold_B: Values | None = None
 
     @staticmethod
     def join(parts: Sequence["Scores"]) -> "Scores":
@@ -111,9 +125,8 @@ class Scores:
         value_B, weight_B = joined([p.value_B for p in parts]), joined([p.weight_B for p in parts])
         assert value_B is not None and weight_B is not None
         example_B = np.concatenate([p.example_B for p in parts])[order]
-        return Scores(
-            example_B, value_B, weight_B, joined([p.agreement_B for p in parts]), joined([p.kl_B for p in parts])
-        )
+        optional = (joined([getattr(p, name) for p in parts]) for name in ("agreement_B", "kl_B", "gold_B"))
+        return Scores(example_B, value_B, weight_B, *optional)
 
 
 @dataclass(frozen=True)
@@ -161,6 +174,11 @@ class Examples(Protocol):
         ...
 
 
+def distance_name(metric: str) -> str:
+    """What `kl` is where this is the metric: embeddings have no distribution whose KL could be taken."""
+    return "1 - cosine to dense" if metric in ("cosine", "spearman") else "KL(dense || converted)"
+
+
 def compare(examples: Examples, dense_logits: Tensor, logits: Tensor, batch: Batch) -> Scores:
     """Scores of a model beside the dense model's logits for the same batch."""
     return examples.score(logits, batch, examples.reference(dense_logits, batch))
@@ -176,6 +194,9 @@ def summarise(metric: Metric, parts: Sequence[Scores] | Scores) -> Summary:
     if metric == "perplexity":
         value = float(perplexity(mean))
         error = None if error is None else min(error * value, 1e308)  # the slope of exp at the mean
+    if metric == "spearman":
+        assert scores.gold_B is not None
+        value, error = spearman(scores.value_B, scores.gold_B)
     return Summary(
         metric,
         value,
