@@ -14,7 +14,15 @@ def named(config, architecture):
 
 
 def test_the_task_of_a_model():
-    tasks = {"bert": "classification", "t5": "text2text", "opt": "lm", "gpt2": "lm", "bert-bare": None, "vit": None}
+    tasks = {
+        "bert": "classification",
+        "t5": "text2text",
+        "opt": "lm",
+        "gpt2": "lm",
+        "bert-bare": "embedding",
+        "vit": None,
+    }
+    tasks |= {"bert-mlm": "mlm", "roberta-mlm": "mlm"}
     for name, task in {**tasks, "bart": "text2text", "bart-classifier": "classification"}.items():
         kind, config = TINY[name]
         assert task_of(named(config(), kind)) == task, name
@@ -26,6 +34,9 @@ def test_the_task_of_a_model():
         (whisper, "reads input_features"),
         (named(transformers.ViTConfig(), "ViTForImageClassification"), "reads pixel_values"),
         (named(transformers.BertConfig(), "BertForTokenClassification"), "has no head"),
+        (named(transformers.LlamaConfig(), "LlamaModel"), "is no encoder"),
+        (named(transformers.T5Config(), "T5Model"), "is no encoder"),
+        (named(transformers.BertConfig(is_decoder=True), "BertModel"), "is no encoder"),
         (transformers.BertConfig(), "names no architecture"),
     ]:
         for asked in (None, "lm"):

@@ -51,7 +51,9 @@ TINY: dict[str, tuple[str, Callable[[], Any]]] = {
     "t5-gated": ("T5ForConditionalGeneration", lambda: tf.T5Config(**_T5, feed_forward_proj="gated-gelu")),
     "bert": ("BertForSequenceClassification", lambda: tf.BertConfig(**_HF, hidden_act="relu")),
     "bert-bare": ("BertModel", lambda: tf.BertConfig(**_HF)),
+    "bert-mlm": ("BertForMaskedLM", lambda: tf.BertConfig(**_HF)),
     "roberta": ("RobertaForSequenceClassification", lambda: tf.RobertaConfig(**_HF, pad_token_id=0)),
+    "roberta-mlm": ("RobertaForMaskedLM", lambda: tf.RobertaConfig(**_HF, pad_token_id=0)),
     "electra": ("ElectraForSequenceClassification", lambda: tf.ElectraConfig(**_HF, embedding_size=D)),
     "bart": ("BartForConditionalGeneration", lambda: tf.BartConfig(**_BART)),
     "bart-classifier": (  # its decoder reads the encoder's input, and the last </s> of each sequence is classified
@@ -147,18 +149,27 @@ def tiny_inputs(name: str, padded: bool = True, seed: int = 0) -> dict[str, torc
     return inputs
 
 
-def tiny_tokenizer(folder: Path, ends: bool = False) -> None:
-    """A word-level tokenizer w0 .. w60 with <pad>, </s> and <unk>, saved into `folder`; `ends` puts </s> behind each text."""
+def tiny_tokenizer(folder: Path, ends: bool = False, masks: bool = False) -> None:
+    """A word-level tokenizer w0 .. w60 with <pad>, </s> and <unk>, saved into `folder`; `ends` puts </s> behind each text.
+
+    `masks`: an encoder's, with <s> and <mask> in place of the last two words, and <s> before and </s> behind each text.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     words = ["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(VOCAB - 3))]
     raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    if masks:
+        words[-2:] = "<s>", "<mask>"
+        raw.model = models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+        single = [("<s>", VOCAB - 2), ("</s>", 1)]
+        raw.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=single)
     if ends:
         raw.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     tokenizer = tf.PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=64
-    )
+        tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=64,
+        **({"mask_token": "<mask>", "cls_token": "<s>"} if masks else {}),
+    )  # fmt: skip
     tokenizer.save_pretrained(folder)
 
 
@@ -169,5 +180,5 @@ def save_tiny(
     model = tiny_model(name).to(dtype)
     model.save_pretrained(folder, **options)
     if tokenizer:
-        tiny_tokenizer(folder, ends=name == "bart-classifier")
+        tiny_tokenizer(folder, ends=name == "bart-classifier", masks=name.endswith(("-mlm", "-bare")))
     return model

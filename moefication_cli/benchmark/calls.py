@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moefication_cli.benchmark.timing import Call
 from moefication_cli.errors import ConfigError
-from moefication_cli.tasks.examples import position_limit
+from moefication_cli.tasks.encoding import position_limit
 
 
 def ffn_call(modules: Sequence[nn.Module], inputs_TD: Sequence[Tensor], tokens: int, start: int) -> Call:

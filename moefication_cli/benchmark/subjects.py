@@ -32,7 +32,7 @@ from moefication_cli.models.sites import FFNSite, find_sites
 from moefication_cli.models.surgery import FFNLayer, installed_layers
 from moefication_cli.runs.control import Control
 from moefication_cli.runtime.layer import MoEFFN
-from moefication_cli.tasks.examples import position_limit
+from moefication_cli.tasks.encoding import position_limit
 
 MODES = ("ffn", "prefill", "decode")
 _EXPERT_SIZE = 32

@@ -42,7 +42,9 @@ class RelufyConfig(ModelConfig, TaskConfig, DataConfig):
     )
     teacher_weight: float = option(1.0, "--teacher: weight of the KL", above=0)
     task_weight: float = option(
-        1.0, "Weight of the loss on labels or next tokens; 0 with --teacher needs no labels to train", minimum=0.0
+        1.0,
+        "Weight of the loss on labels, masked or next tokens; 0 with --teacher needs no labels to train",
+        minimum=0.0,
     )
     epochs: float = option(3.0, "Passes over the data", above=0, maximum=10_000)
     steps: int | None = option(None, "Training steps, instead of --epochs", minimum=1)

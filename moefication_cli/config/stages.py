@@ -5,7 +5,11 @@ from typing import Literal
 
 from moefication_cli.config.option import CONTROL, INPUT, LAYERS, OUTPUT, Options, option
 
-TaskName = Literal["classification", "text2text", "lm"]
+TaskName = Literal["classification", "text2text", "lm", "mlm", "embedding"]
+TASK_HELP = (
+    "classification, text2text, lm, mlm (masked language model) or embedding (encoder without a head); guessed from the "
+    "architecture"
+)
 FormatName = Literal["mixtral", "qwen2_moe", "qwen3_moe", "granitemoeshared", "glm4_moe", "gguf"]
 Score = Literal["activation", "contribution", "norm"]
 FRACTION_OF = "What fractions bound: flops (everything counted, router included) or neurons (the paper's reading)"
@@ -60,7 +64,7 @@ class ModelConfig(Options):
 class TaskConfig(Options):
     """How text becomes model input; remembered in run.json."""
 
-    task: TaskName | None = option(None, "classification, text2text or lm; guessed from the architecture", panel=INPUT)
+    task: TaskName | None = option(None, TASK_HELP, panel=INPUT)
     prompt: str | None = option(
         None, 'text2text: a template such as "sst2 sentence: {sentence}", or a GLUE task name', panel=INPUT
     )
@@ -68,7 +72,7 @@ class TaskConfig(Options):
         None, "text2text: the words of the labels, in label order: negative,positive", panel=INPUT
     )
     text_field: tuple[str, ...] | None = option(None, "Field with the text; a,b for a sentence pair", panel=INPUT)
-    label_field: str | None = option(None, "Field with the label", panel=INPUT)
+    label_field: str | None = option(None, "Field with the label; embedding: with the score of a pair", panel=INPUT)
     max_length: int | None = option(
         None, "Tokens per sequence (default: the model's limit, at most 512)", minimum=2, panel=INPUT
     )

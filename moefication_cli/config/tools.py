@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moefication_cli.config.option import CONTROL, INPUT, OUTPUT, Options, option
-from moefication_cli.config.stages import FormatName, TaskName
+from moefication_cli.config.stages import TASK_HELP, FormatName, TaskName
 from moefication_cli.errors import ConfigError
 
 Train = Literal["router", "ffn", "lora", "all"]
@@ -61,7 +61,7 @@ class FinetuneConfig(Options):
     )
     loss: tuple[Literal["kl", "hidden", "task"], ...] = option(
         ("kl",),
-        "Comma list, summed: kl to the dense model; hidden: its hidden states; task: the data's labels or next tokens",
+        "Comma list, summed: kl to the dense model; hidden: its hidden states; task: the data's labels, masked or next tokens",
     )
     steps: int = option(300, "Training steps", minimum=1)
     tokens: int = option(2048, "Calibration tokens per batch", minimum=2)
@@ -210,4 +210,4 @@ class BenchConfig(Options):
     ffn: str | None = option(
         None, 'FFN described by hand: "up=...,gate=...,down=..." with * for the layer number', panel=INPUT
     )
-    task: TaskName | None = option(None, "classification, text2text or lm; guessed from the architecture", panel=INPUT)
+    task: TaskName | None = option(None, TASK_HELP, panel=INPUT)

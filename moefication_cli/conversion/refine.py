@@ -101,14 +101,14 @@ class Conversion:
         return self.loaded.model(**inputs)
 
     def logits(self, batch: Batch, *, dense: bool = False) -> Tensor:
-        """logits_PC of this batch's predictions, by the converted model or by the dense one it was made from."""
-        return flat_predictions(self.outputs(batch, dense=dense).logits, batch)
+        """logits_PC of this batch's predictions (or embeddings), by the converted model or by the dense one it was made from."""
+        return flat_predictions(batch.answers(self.outputs(batch, dense=dense)), batch)
 
     def kl(self, batch: Batch) -> Tensor:
-        """Mean KL(dense || converted) over this batch's predictions, in nats; differentiable."""
+        """Mean `distance` to the dense model over this batch's predictions; differentiable."""
         with torch.no_grad():
             dense_PC = self.logits(batch, dense=True)
-        return kl_divergence(dense_PC, self.logits(batch))
+        return distance(dense_PC, self.logits(batch), batch)
 
     def dense_macs(self) -> list[float]:
         """Each dense FFN's multiply-adds in the latest call, up to a common factor."""
@@ -161,6 +161,13 @@ def kl_divergence(dense_PC: Tensor, found_PC: Tensor) -> Tensor:
     """Mean KL(dense || found) over predictions, in nats, of logits."""
     expected_PC, found_PC = dense_PC.log_softmax(-1), found_PC.log_softmax(-1)
     return torch.nn.functional.kl_div(found_PC, expected_PC, log_target=True, reduction="sum") / len(found_PC)
+
+
+def distance(dense_PC: Tensor, found_PC: Tensor, batch: Batch) -> Tensor:
+    """Mean KL(dense || found) over predictions, in nats; of embeddings, which have none, 1 - cosine (`tasks.embedding`)."""
+    if batch.pool_RT is None:
+        return kl_divergence(dense_PC, found_PC)
+    return 1 - torch.nn.functional.cosine_similarity(dense_PC, found_PC, dim=-1).mean()
 
 
 def _threshold_of(plan: LayerPlan) -> float:

@@ -117,23 +117,23 @@ def _run_all(
     seconds, tokens, warm = 0.0, 0, False
     batches: Iterable[Batch] = examples.batches(config.batch_size)
     for batch in control.track(batches, "eval"):
-        inputs = batch.to(dense.device).inputs
+        placed = batch.to(dense.device)
         if not warm:  # the first pass compiles kernels and touches memory for the first time: untimed
-            dense.model(**inputs)
+            dense.model(**placed.inputs)
             for row in rows:
                 _install(converted, model, row, mask)
-                (row.own.loaded if row.own else converted).model(**inputs)
+                (row.own.loaded if row.own else converted).model(**placed.inputs)
                 count_selections(row)
             warm = True
         elif dense.device.type == "cuda":
-            dense.model(**inputs)  # a batch of another shape takes longer once, for whatever runs it first
-        logits, spent = timed_logits(dense, inputs)
+            dense.model(**placed.inputs)  # a batch of another shape takes longer once, for whatever runs it first
+        logits, spent = timed_logits(dense, placed)
         seconds += spent
         tokens += batch.num_tokens
         reference.append(examples.score(logits, batch))
         for row in rows:
             _install(converted, model, row, mask)
-            other, spent = timed_logits(row.own.loaded if row.own else converted, inputs)
+            other, spent = timed_logits(row.own.loaded if row.own else converted, placed)
             row.seconds += spent
             row.measured.append(compare(examples, logits, other, batch))
     return summarise(examples.metric, reference), seconds, tokens
@@ -145,12 +145,13 @@ def _install(converted: LoadedModel, model: RunModel, row: SelectionRow, mask: T
         install(net, site, layer, mask)
 
 
-def timed_logits(loaded: LoadedModel, inputs: dict[str, Any]) -> tuple[Tensor, float]:
-    """(logits, seconds of the forward pass alone, on a GPU until it has finished)."""
+def timed_logits(loaded: LoadedModel, batch: Batch) -> tuple[Tensor, float]:
+    """(logits or embeddings of a batch on the model's device, seconds of the forward pass alone, on a GPU until it has finished)."""
     if loaded.device.type == "cuda":
         torch.cuda.synchronize(loaded.device)
     started = time.perf_counter()
-    logits = loaded.model(**inputs).logits
+    outputs = loaded.model(**batch.inputs)
     if loaded.device.type == "cuda":
         torch.cuda.synchronize(loaded.device)
-    return logits, time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    return batch.answers(outputs), seconds

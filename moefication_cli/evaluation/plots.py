@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from moefication_cli.evaluation.rows import by_data
+from moefication_cli.tasks.examples import distance_name
 
 STYLE = {
     "neuron": ("#999999", ":", "neuron oracle"),
@@ -46,7 +47,7 @@ def _plot(dense: dict[str, Any], rows: list[dict[str, Any]], left: Any, right: A
             axis.plot(x, [row[key] for row in points], line, color=colour, marker="o", markersize=4, label=label)
     left.axhline(dense["value"], color="black", linewidth=1, label="dense")
     left.set_ylabel(dense["metric"])
-    right.set_ylabel("KL(dense || converted)")
+    right.set_ylabel(distance_name(dense["metric"]))
     right.set_yscale("log")
     if dense["metric"] == "perplexity":
         left.set_yscale("log")

@@ -78,9 +78,10 @@ def lost_to(baseline: str, entry: dict[str, Any]) -> str | None:
     interval = entry.get(f"kl_minus_{baseline}_interval")
     if entry["kind"] != "router" or interval is None or interval[1] < 0:
         return None
+    distance = "KL" if entry["agreement"] is not None else "1 - cosine"
     return (
         f"{entry['selection']} at {entry['fraction']:g} does not beat {_CALLED[baseline]} "
-        f"(KL difference {entry[f'kl_minus_{baseline}']:+.4f}, 95 % interval {interval[0]:+.4f} to {interval[1]:+.4f})"
+        f"({distance} difference {entry[f'kl_minus_{baseline}']:+.4f}, 95 % interval {interval[0]:+.4f} to {interval[1]:+.4f})"
     )
 
 

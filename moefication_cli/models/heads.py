@@ -1,8 +1,8 @@
 """Which auto class of transformers loads a model, and which of our tasks that makes possible.
 
-A task runs the whole model on text, so it needs the head the checkpoint was trained with: classification, text2text or
-lm can convert a model where the task's auto class loads the very class that config.json names first under
-`architectures`. Reads configurations only, no weights.
+A task runs the whole model on text, so it needs the head the checkpoint was trained with: a task can convert a model where
+its auto class loads the very class that config.json names first under `architectures`. An encoder without a head is an
+embedder; a decoder without one has no task. Reads configurations only, no weights.
 """
 
 import copy
@@ -17,6 +17,8 @@ TASK_AUTO = {
     "classification": transformers.AutoModelForSequenceClassification,
     "text2text": transformers.AutoModelForSeq2SeqLM,
     "lm": transformers.AutoModelForCausalLM,
+    "mlm": transformers.AutoModelForMaskedLM,
+    "embedding": transformers.AutoModel,
 }
 
 
@@ -28,13 +30,16 @@ def auto_architectures(config_class: type) -> dict[str, str]:
 
 
 def task_of(config: Any) -> str | None:
-    """`classification`, `text2text` or `lm`: the task whose auto class loads the architecture the configuration names.
+    """The first task of TASK_AUTO whose auto class loads the architecture the configuration names.
 
-    None where there is none: no head (`BertModel`), another head, or a model that does not read text (ViT, Whisper).
+    None where there is none: a decoder without a head (`LlamaModel`), another head, or a model that does not read text (ViT,
+    Whisper).
     """
     architecture = _architecture(config)
     remote = getattr(config, "auto_map", None) or {}
     for task, auto in TASK_AUTO.items():
+        if task == "embedding" and not _is_encoder(config):
+            continue
         own = str(remote.get(auto.__name__, "")).rpartition(".")[2]  # a class of code that comes with the model
         if architecture and architecture in (own, *_classes(auto, type(config))):
             return task
@@ -49,7 +54,14 @@ def why_no_task(config: Any) -> str:
     reads = getattr(getattr(transformers, architecture, None), "main_input_name", "input_ids")
     if reads != "input_ids":
         return f"it reads {reads}, and calibration and evaluation run text"
-    return f"{architecture} has no head for any of {', '.join(TASK_AUTO)}"
+    return f"{architecture} has no head for any of {', '.join(list(TASK_AUTO)[:-1])}, and is no encoder that embeds"
+
+
+def encoder_of(config: Any) -> str | None:
+    """The architecture of the same kind without a head, where the configuration names a masked language model."""
+    if not _architecture(config).endswith("ForMaskedLM") or not _is_encoder(config):
+        return None
+    return next(iter(_classes(transformers.AutoModel, type(config))), None)
 
 
 def with_classifier(config: Any, names: Sequence[str]) -> Any:
@@ -86,6 +98,13 @@ def checked_task(config: Any, asked: str | None, where: str) -> str:
             f"leave --task out, or write --task {task}",
         )
     return task
+
+
+def _is_encoder(config: Any) -> bool:
+    """Whether the kind of model reads in both directions: there are masked language models of it."""
+    remote = getattr(config, "auto_map", None) or {}
+    known = _classes(transformers.AutoModelForMaskedLM, type(config)) or "AutoModelForMaskedLM" in remote
+    return bool(known) and not any(getattr(config, name, False) for name in ("is_encoder_decoder", "is_decoder"))
 
 
 def _architecture(config: Any) -> str:

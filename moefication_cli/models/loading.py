@@ -95,7 +95,7 @@ def load_model(
 ) -> LoadedModel:
     """The dense model of a hub id or local folder, in evaluation mode, with its tokenizer.
 
-    `task` chooses the head (`classification`, `text2text`, `lm`); None takes the architecture the checkpoint names.
+    `task` chooses the head (`TASK_AUTO`); None takes the architecture the checkpoint names.
     `device_map="auto"` and `offload_folder` are accelerate's, for models larger than memory; `model_options` go to
     `from_pretrained` as they are. `quiet` silences progress. With `new_head` a head that the files lack is initialised
     anew, with torch's random numbers.
@@ -117,12 +117,15 @@ def load_model(
         hint = "check the folder, the task and that the files are complete"
         raise ConfigError(f"{source.ref} cannot be loaded: {first_line(error)}", hint) from error
     missing = sorted(name for name in info["missing_keys"] if not (new_head and _in_head(model, name)))
+    if (task or task_of(config)) == "embedding":  # which reads no pooler; often there is none
+        missing = [name for name in missing if not name.startswith("pooler.")]
     if missing:
         kind = type(model).__name__
         raise ConfigError(
             f"{source.ref} lacks {len(missing)} tensors of {kind}: {', '.join(missing[:3])}",
             "choose a --task the checkpoint was trained for",
         )
+    model.config.architectures = config.architectures  # what `load_config` makes of them
     model.eval()
     if device_map is None:
         model.to(target)

@@ -81,6 +81,16 @@ def backward_sampled(logits: Tensor, real: Tensor | None, seed: int) -> float:
     return total
 
 
+def backward_embeddings(embedding_RD: Tensor, seed: int) -> None:
+    """The same for embeddings, whose unit vectors count as means of normal distributions of variance 1.
+
+    Their KL is half the squared distance, 1 - cosine; the gradient of a sample's log-likelihood is standard normal noise.
+    """
+    unit_RD = nn.functional.normalize(embedding_RD.float(), dim=-1)
+    generator = torch.Generator(unit_RD.device).manual_seed(seed)
+    unit_RD.backward(torch.randn(unit_RD.shape, generator=generator, device=unit_RD.device))  # type: ignore[no-untyped-call]
+
+
 def token_weights(norm_T: Tensor, sequence_T: Tensor) -> Tensor:
     """weight_T: gradients normalised within each sequence, times the layer's mean.
 

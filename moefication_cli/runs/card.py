@@ -21,9 +21,13 @@ from moefication_cli.errors import CorruptArtifactError
 from moefication_cli.store import jsonio
 from moefication_cli.store.rundir import RunDir, RunInfo
 
-PIPELINES = {"lm": "text-generation", "classification": "text-classification", "text2text": "text2text-generation"}
+PIPELINES = {
+    "lm": "text-generation", "classification": "text-classification", "text2text": "text2text-generation",
+    "mlm": "fill-mask", "embedding": "feature-extraction",
+}  # fmt: skip
 AUTO = {
     "lm": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification", "text2text": "AutoModelForSeq2SeqLM",
+    "mlm": "AutoModelForMaskedLM", "embedding": "AutoModel",
 }  # fmt: skip
 NOT_MEASURED = "Quality has not been measured yet: `moefication eval RUN`.\n"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -119,7 +123,8 @@ def quality_rows(metrics: Mapping[str, Any]) -> list[str]:
     for row in metrics["rows"]:
         if row["applied"]:
             part = named.get(row.get("data"), metrics)
-            values = f"{part['dense']['value']:.4g} | {row['value']:.4g} | {row['kl']:.4g}"
+            kl = f"{row['kl']:.4g}" + (" (1 - cosine)" if row.get("agreement", 1) is None else "")
+            values = f"{part['dense']['value']:.4g} | {row['value']:.4g} | {kl}"
             found.append(f"| {Path(str(part['data'])).name} | {part['dense']['metric']} | {values} |")
     return found
 

@@ -9,6 +9,7 @@ from moefication_cli.config import CollectConfig, EvalConfig
 from moefication_cli.config.option import list_text
 from moefication_cli.errors import ConfigError, StaleArtifactError
 from moefication_cli.models.folder.contents import tokenizer_digest
+from moefication_cli.models.folder.sentence import pooling_of
 from moefication_cli.models.folder.source import Source
 from moefication_cli.models.heads import checked_task
 from moefication_cli.models.loading import LoadedModel, load_model, load_tokenizer
@@ -17,7 +18,7 @@ from moefication_cli.runs.inputs import RunModel
 from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.rundir import RunDir
 from moefication_cli.tasks.data_files import named_data
-from moefication_cli.tasks.examples import Batch, Examples, TaskOptions
+from moefication_cli.tasks.examples import NOT_ASKED, Batch, Examples, TaskOptions
 from moefication_cli.tasks.reading import data_digest, load_rows
 from moefication_cli.tasks.task import prepare
 
@@ -94,9 +95,13 @@ def _read_examples(
         purpose=purpose,
     )
     options = TaskOptions(fields["max_length"], prompt, words, config.limit, control.seed)
+    notes = list(rows.notes)
+    if task == "embedding":
+        pooling, said_of_it = pooling_of(reader.source.folder)
+        options, notes = replace(options, pooling=pooling), [*notes, *said_of_it]
     labelled = purpose == "evaluate" if labelled is None else labelled
     examples = prepare(task, reader.tokenizer, reader.config, rows, options, require_labels=labelled)  # type: ignore[arg-type]
-    for note in [*rows.notes, *examples.notes]:
+    for note in [*notes, *examples.notes]:
         control.say(note)
     settled = {name: value for name, value in fields.items() if value is not None}
     return examples, {"task": task, "prompt": prompt, "label_words": words, "fields": settled or None}
@@ -118,9 +123,11 @@ def _purpose(config: CollectConfig | EvalConfig) -> Literal["calibrate", "evalua
 
 
 def predictions(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """The logits that are predictions, and which of them are real: per sequence, or per token but the last."""
+    """The logits that are predictions, and which of them are real: per sequence, per masked token, or per token but the last."""
     if logits.dim() == 2:
         return logits, None
+    if batch.labels_RT is not None:
+        return logits, batch.labels_RT != NOT_ASKED
     if "decoder_input_ids" in batch.inputs:
         mask = batch.inputs.get("decoder_attention_mask")
         return logits, None if mask is None else mask.bool()

@@ -21,7 +21,13 @@ from moefication_cli.errors import ConfigError, MoEficationError, NonFiniteError
 from moefication_cli.models.capture import capture
 from moefication_cli.models.heads import checked_task
 from moefication_cli.models.loading import LoadedModel, load_model
-from moefication_cli.models.sensitivity import backward_sampled, gradient_norms, predicted_weights, token_weights
+from moefication_cli.models.sensitivity import (
+    backward_embeddings,
+    backward_sampled,
+    gradient_norms,
+    predicted_weights,
+    token_weights,
+)
 from moefication_cli.models.sites import FFNSite
 from moefication_cli.runs.control import Control, Result
 from moefication_cli.runs.costs import GRADIENT_TOKENS, SHARD_BYTES, collect_cost
@@ -212,8 +218,11 @@ def collect_shard(
                 inputs = piece.to(loaded.device).inputs
                 if measured:
                     with gradient_norms(loaded.model, sites, on_gradient, mask):
-                        logits = loaded.model(**inputs).logits
-                        backward_sampled(*predictions(logits, piece), layer_seed(seed, first_row))
+                        answers, drawn = piece.answers(loaded.model(**inputs)), layer_seed(seed, first_row)
+                        if piece.pool_RT is None:
+                            backward_sampled(*predictions(answers, piece), drawn)
+                        else:
+                            backward_embeddings(answers, drawn)
                 else:
                     with torch.no_grad():
                         loaded.model(**inputs, **no_logits)

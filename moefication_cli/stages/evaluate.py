@@ -113,10 +113,10 @@ def _result(run: RunDir, config: EvalConfig, metrics: dict[str, Any], up_to_date
         head = {"selection": "dense", "fraction": 1.0, "value": dense["value"], "relative": 1.0, "speedup": 1.0}
         table += [label | head, *(label | {key: row[key] for key in _TABLE} for row in part["rows"])]
         of = f"{name}: " if name else ""
-        notes.append(
-            f"{of}value is {dense['metric']}; KL and agreement are to the dense model; "
-            f"all rows on {part['examples']} examples"
-        )
+        beside = "KL and agreement are to the dense model"
+        if dense["metric"] in ("cosine", "spearman"):
+            beside = "in place of a KL, kl is 1 - cosine to the dense model's embeddings"
+        notes.append(f"{of}value is {dense['metric']}; {beside}; all rows on {part['examples']} examples")
         said = [lost_to(baseline, row) for row in part["rows"] for baseline in BASELINES]
         notes += [of + sentence for sentence in said if sentence is not None]
     path = run.path(f"eval/{config.name}")

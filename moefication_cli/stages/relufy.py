@@ -31,7 +31,7 @@ from moefication_cli.tasks.reading import data_digest, load_rows
 from moefication_cli.tasks.task import prepare
 from moefication_cli.training.relufy import Measured, measure, train_batches, train_relu
 
-_TEXT = ("lm",)  # tasks whose rows are pieces of text
+_TEXT = ("lm", "mlm")  # tasks whose rows are pieces of text
 _COLUMNS = ("name", "active_before", "active_swapped", "active_after")
 _HELDOUT, _MOST_HELDOUT = 0.05, 2000  # share of the rows, and examples
 _LESS = "a smaller --batch-size with a larger --accumulate, a shorter --max-length, or no --teacher"
@@ -90,6 +90,11 @@ def _opened(config: RelufyConfig, control: Control) -> tuple[RunModel, RelufyCon
         )
     model = RunModel(checkpoint, checkpoint.fingerprint(), resolve_device(control.device))
     task = checked_task(_headed(model, config), config.task, checkpoint.source.ref)
+    if task == "embedding":
+        raise ConfigError(
+            f"{checkpoint.source.ref} is an encoder without a head, and relufy trains with one",
+            "relufy the masked language model or the classifier that it comes from",
+        )
     if config.classes is not None and config.teacher == "original":
         raise ConfigError("--teacher original: with new --classes the model has nothing to teach", "name another one")
     return model, replace(config, task=task)  # type: ignore[arg-type]

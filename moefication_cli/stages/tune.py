@@ -16,6 +16,7 @@ import torch
 from moefication_cli.config import ApplyConfig, RouterConfig, SplitConfig, TuneConfig
 from moefication_cli.conversion.plan import check_budget, plan_layers, routed_layers
 from moefication_cli.conversion.plan_files import budget_of
+from moefication_cli.conversion.refine import distance
 from moefication_cli.errors import ConfigError
 from moefication_cli.evaluation.measure import timed_logits
 from moefication_cli.evaluation.selections import SelectionRow, count_selections, flops_fractions, routed_row
@@ -45,7 +46,7 @@ class Trial:
     choice: dict[str, Any]
     row: SelectionRow
     kl: float = 0.0
-    agreed: float = 0.0
+    agreed: float | None = 0.0  # None of embedders, which choose nothing
     dense_seconds: float = 0.0
 
 
@@ -73,7 +74,7 @@ def tune(run: RunDir, config: TuneConfig, control: Control) -> Result:
     front = [row for row in rows if row["pareto_flops"] or row["pareto_time"]]
     notes = [
         f"{len(front)} of {len(rows)} combinations are on a front: no other loses less at the same cost",
-        f"KL to dense on held-out calibration data, before refinement; all rows: {run.path('tune') / 'metrics.json'}",
+        f"KL to dense (embedders: 1 - cosine) on held-out calibration data, not refined; all rows: {run.path('tune') / 'metrics.json'}",
     ]
     table = sorted(front, key=lambda row: float(row["ffn_flops_fraction"]))
     return Result("tune", table, {"all": rows}, up_to_date=work.reason is None, notes=notes)
@@ -160,20 +161,21 @@ def _measure(
 ) -> None:
     """Dense and every trial in turns on every batch; the first batch also warms up, uncounted."""
     for number, batch in enumerate([batches[0], *batches]):
-        inputs = batch.to(dense.device).inputs
-        logits, dense_seconds = timed_logits(dense, inputs)
-        expected_PC = flat_predictions(logits, batch).log_softmax(-1)
+        placed = batch.to(dense.device)
+        logits, dense_seconds = timed_logits(dense, placed)
+        expected_PC = flat_predictions(logits, batch)
         for trial in trials:
             for site, layer in zip(model.sites, trial.row.layers, strict=True):
                 install(converted.model, site, layer, mask)
-            logits, seconds = timed_logits(converted, inputs)
-            found_PC = flat_predictions(logits, batch).log_softmax(-1)
+            logits, seconds = timed_logits(converted, placed)
+            found_PC = flat_predictions(logits, batch)
             if number == 0:
                 count_selections(trial.row)
                 continue
-            kl_P = (expected_PC.exp() * (expected_PC - found_PC)).sum(-1)
-            trial.kl += float(kl_P.mean())
-            trial.agreed += float((expected_PC.argmax(-1) == found_PC.argmax(-1)).float().mean())
+            trial.kl += float(distance(expected_PC, found_PC, batch))
+            if trial.agreed is not None:
+                same = (expected_PC.argmax(-1) == found_PC.argmax(-1)).float().mean()
+                trial.agreed = None if batch.pool_RT is not None else trial.agreed + float(same)
             trial.row.seconds += seconds
             trial.dense_seconds += dense_seconds
 
@@ -183,7 +185,7 @@ def _row(trial: Trial, model: RunModel, num_batches: int) -> dict[str, Any]:
     shares = flops_fractions(trial.row)
     return trial.choice | {
         "kl": trial.kl / num_batches,
-        "agreement": trial.agreed / num_batches,
+        "agreement": None if trial.agreed is None else trial.agreed / num_batches,
         "ffn_flops_fraction": sum(s * n for s, n in zip(shares, sizes, strict=True)) / sum(sizes),
         "seconds": trial.row.seconds,
         "speedup": trial.dense_seconds / trial.row.seconds,

@@ -11,13 +11,8 @@ import torch
 from torch import Tensor
 
 from moefication_cli.errors import ConfigError
-from moefication_cli.tasks.examples import (
-    Batch,
+from moefication_cli.tasks.encoding import (
     Encoded,
-    Indices,
-    Metric,
-    Scores,
-    TaskOptions,
     checked_batch_size,
     encode_texts,
     length_limit,
@@ -26,9 +21,9 @@ from moefication_cli.tasks.examples import (
     padding_of,
     real_tokens,
     sample_rows,
-    score_classes,
     sorted_blocks,
 )
+from moefication_cli.tasks.examples import Batch, Indices, Metric, Scores, TaskOptions, score_classes
 from moefication_cli.tasks.fields import class_labels
 from moefication_cli.tasks.reading import Rows
 

@@ -21,7 +21,7 @@ _TEXT_FIELDS: tuple[tuple[str, ...], ...] = (
     ("text",),
     ("content",),
 )
-_LABEL_FIELDS = ("label", "labels", "gold_label")
+_LABEL_FIELDS = ("label", "labels", "gold_label", "score", "similarity_score")
 # Where a set of label names has an order everyone uses and the model does not say its own
 _KNOWN_ORDERS = (("entailment", "neutral", "contradiction"), ("not_equivalent", "equivalent"), ("negative", "positive"))
 

@@ -3,21 +3,19 @@
 Documents joined by the end token, windows of `max_length` without overlap, exp of the mean loss per predicted token
 (the first token of a window is read, not predicted). Beside the dense model: KL(dense || moe) and agreement of the
 first choice, per token. Axes: B windows, T tokens, V vocabulary, P predicted tokens of a window.
-Does not know masked language models or encoder-decoders.
+`Windows` and `score_tokens` also serve masked language models (`masked`). Does not know encoder-decoders.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from moefication_cli.errors import ConfigError, NonFiniteError
-from moefication_cli.tasks.examples import (
-    Batch,
-    Metric,
-    Scores,
-    TaskOptions,
+from moefication_cli.tasks.encoding import (
     checked_batch_size,
     chunk_rows,
     grouped,
@@ -26,6 +24,7 @@ from moefication_cli.tasks.examples import (
     padding_of,
     real_tokens,
 )
+from moefication_cli.tasks.examples import NOT_ASKED, Batch, Indices, Metric, Scores, TaskOptions
 from moefication_cli.tasks.reading import Rows
 from moefication_cli.tasks.textstream import TextStream
 
@@ -42,29 +41,18 @@ class LanguageExamples:
     def __init__(self, tokenizer: Any, model_config: Any, rows: Rows, options: TaskOptions) -> None:
         if getattr(model_config, "is_encoder_decoder", False):
             raise ConfigError("language modelling needs a decoder, not an encoder-decoder", "use --task text2text")
-        self._stream, self._options = TextStream(rows, tokenizer), options
         self._pad = {"input_ids": padding_of(tokenizer)}
         self.max_length = length_limit(model_config, tokenizer, options.max_length)
-        self.notes: list[str] = []
-        if not self._stream.separator:
-            self.notes.append("the tokenizer has no end token: documents are joined without one")
-        if next(windows(TextStream(rows, tokenizer, piece=4096), 2), None) is None:
-            raise ConfigError(f"{rows.source} holds fewer than two tokens of text", "name longer data")
+        self._windows = Windows(TextStream(rows, tokenizer), self.max_length, options)
+        self.notes = self._windows.notes()
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """All windows in order; with `limit`, that many sampled over the whole data."""
-        limit, seed = self._options.limit, self._options.seed
-        if limit is None:
-            return self._batches(windows(self._stream, self.max_length), batch_size)
-        return self._sampled([self.max_length] * limit, seed, batch_size)
+        return self._batches(self._windows.every(), batch_size)
 
     def calibration(self, max_tokens: int | None, seed: int, batch_size: int = 32) -> Iterator[Batch]:
         """Windows sampled over the whole data, at most `max_tokens` in all (but two at least), in random order."""
-        if max_tokens is None:
-            return self.batches(batch_size)
-        full, rest = divmod(max(2, max_tokens), self.max_length)
-        lengths = [self.max_length] * full + ([rest] if rest >= 2 else [])
-        return self._sampled(lengths[: self._options.limit], seed, batch_size)
+        return self._batches(self._windows.sampled(max_tokens, seed), batch_size)
 
     def targets(self, batch: Batch) -> Tensor:
         return batch.inputs["input_ids"][:, 1:][batch.inputs["attention_mask"][:, 1:].bool()]
@@ -73,10 +61,10 @@ class LanguageExamples:
         return logits
 
     def score(self, logits: Tensor, batch: Batch, reference: Tensor | None = None) -> Scores:
-        return score_tokens(logits, batch, reference)
-
-    def _sampled(self, lengths: list[int], seed: int, batch_size: int) -> Iterator[Batch]:
-        return self._batches(iter(sample_windows(self._stream, self.max_length, lengths, seed)), batch_size)
+        ids_BT, real_BT = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()
+        next_BT = torch.full_like(ids_BT, NOT_ASKED)
+        next_BT[:, :-1] = ids_BT[:, 1:].masked_fill(~(real_BT[:, 1:] & real_BT[:, :-1]), NOT_ASKED)
+        return score_tokens(logits, next_BT, batch.example_B, reference)
 
     def _batches(self, found: Iterator[Window], batch_size: int) -> Iterator[Batch]:
         number = 0
@@ -84,6 +72,43 @@ class LanguageExamples:
             inputs = pad_batch([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in group], self._pad)
             yield Batch(inputs, np.arange(number, number + len(group)), real_tokens(inputs))
             number += len(group)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Text in windows of `length` tokens without overlap; each gets `added` special tokens besides.
+
+    Raises ConfigError where there are fewer than two tokens.
+    """
+
+    stream: TextStream
+    length: int
+    options: TaskOptions
+    added: int = 0
+
+    def __post_init__(self) -> None:
+        rows, tokenizer = self.stream.rows, self.stream.tokenizer
+        if next(windows(TextStream(rows, tokenizer, piece=4096), 2), None) is None:
+            raise ConfigError(f"{rows.source} holds fewer than two tokens of text", "name longer data")
+
+    def notes(self) -> list[str]:
+        """What the user should know of how documents are joined."""
+        return [] if self.stream.separator else ["the tokenizer has no end token: documents are joined without one"]
+
+    def every(self) -> Iterator[Window]:
+        """All in order; with `limit`, that many sampled over the whole data."""
+        limit, seed = self.options.limit, self.options.seed
+        if limit is None:
+            return windows(self.stream, self.length)
+        return iter(sample_windows(self.stream, self.length, [self.length] * limit, seed))
+
+    def sampled(self, max_tokens: int | None, seed: int) -> Iterator[Window]:
+        """Sampled over the whole data, at most `max_tokens` in all, special ones too, but one window at least; None: `every`."""
+        if max_tokens is None:
+            return self.every()
+        full, rest = divmod(max(2 + self.added, max_tokens), self.length + self.added)
+        lengths = [self.length] * full + ([rest - self.added] if rest >= 2 + self.added else [])
+        return iter(sample_windows(self.stream, self.length, lengths[: self.options.limit], seed))
 
 
 def windows(stream: TextStream, length: int) -> Iterator[Window]:
@@ -134,22 +159,24 @@ def _reservoir(every: Iterator[Window], lengths: list[int], rng: np.random.Gener
     return [kept[i][:wanted] for i, wanted in zip(order, lengths, strict=False)]
 
 
-def score_tokens(logits_BTV: Tensor, batch: Batch, reference_BTV: Tensor | None = None) -> Scores:
-    """Per window: summed loss (nats), predicted tokens, and beside dense logits agreements and summed KL.
+def score_tokens(
+    logits_BTV: Tensor, labels_BT: Tensor, example_B: Indices, reference_BTV: Tensor | None = None
+) -> Scores:
+    """Per sequence: summed loss (nats), predicted tokens, and beside dense logits agreements and summed KL.
 
-    Works on slices of positions, so that no second copy of the logits is made. NonFiniteError if a loss is not finite.
+    labels_BT: the token that each position should give, NOT_ASKED where nothing is read. Works on slices of positions, so
+    that no second copy of the logits is made. NonFiniteError if a loss is not finite.
     """
-    ids_BT = batch.inputs["input_ids"].to(logits_BTV.device)
-    real_BT = batch.inputs["attention_mask"].to(logits_BTV.device).bool()
-    sums = np.zeros((4, len(ids_BT)))  # loss, count, agreement, KL
-    for b in range(len(ids_BT)):
-        positions = (real_BT[b, 1:] & real_BT[b, :-1]).nonzero()[:, 0]
+    labels_BT = labels_BT.to(logits_BTV.device)
+    sums = np.zeros((4, len(labels_BT)))  # loss, count, agreement, KL
+    for b in range(len(labels_BT)):
+        positions = (labels_BT[b] != NOT_ASKED).nonzero()[:, 0]
         sums[1, b] = len(positions)
         step = chunk_rows(logits_BTV.shape[-1])
         for start in range(0, len(positions), step):
             at_P = positions[start : start + step]
             logp_PV = logits_BTV[b, at_P].float().log_softmax(-1)
-            sums[0, b] -= logp_PV.gather(-1, ids_BT[b, at_P + 1, None]).double().sum().item()
+            sums[0, b] -= logp_PV.gather(-1, labels_BT[b, at_P, None]).double().sum().item()
             if reference_BTV is not None:
                 dense_PV = reference_BTV[b, at_P].to(logp_PV.device).float().log_softmax(-1)
                 sums[2, b] += (dense_PV.argmax(-1) == logp_PV.argmax(-1)).sum().item()
@@ -157,4 +184,4 @@ def score_tokens(logits_BTV: Tensor, batch: Batch, reference_BTV: Tensor | None 
     if not np.isfinite(sums).all():
         raise NonFiniteError("the model's output is not finite", "check the checkpoint; try --dtype float32")
     agreement_B, kl_B = (sums[2], sums[3]) if reference_BTV is not None else (None, None)
-    return Scores(batch.example_B, sums[0], sums[1], agreement_B, kl_B)
+    return Scores(example_B, sums[0], sums[1], agreement_B, kl_B)

@@ -41,6 +41,24 @@ def standard_error(values: Values, weights: Values | None = None) -> float | Non
     return math.sqrt(n / (n - 1) * float(residuals @ residuals)) / float(weights.sum())
 
 
+def spearman(a: Values, b: Values) -> tuple[float, float | None]:
+    """Rank correlation of two columns, ties at their mean rank, and its standard error; 0 where a column is constant.
+
+    Error: Bonett and Wright (2000, Psychometrika 65), of Fisher's z, by the slope of tanh; None for fewer than 4 values.
+    """
+    x, y = (ranks - ranks.mean() for ranks in (_ranks(a), _ranks(b)))
+    norm = math.sqrt(float(x @ x) * float(y @ y))
+    rho = float(x @ y) / norm if norm else 0.0
+    if len(a) < 4:
+        return rho, None
+    return rho, (1 - rho**2) * math.sqrt((1 + rho**2 / 2) / (len(a) - 3))
+
+
+def _ranks(values: Values) -> Values:
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return np.asarray((np.cumsum(count) - (count - 1) / 2)[place], np.float64)
+
+
 def bootstrap_ci(
     values: Values,
     seed: int,

@@ -4,8 +4,10 @@ from typing import Any
 
 from moefication_cli.config import TaskName
 from moefication_cli.tasks.classification import ClassificationExamples
+from moefication_cli.tasks.embedding import EmbeddingExamples
 from moefication_cli.tasks.examples import Examples, TaskOptions
 from moefication_cli.tasks.language import LanguageExamples
+from moefication_cli.tasks.masked import MaskedExamples
 from moefication_cli.tasks.reading import Rows
 from moefication_cli.tasks.text2text import Text2TextExamples
 
@@ -29,4 +31,8 @@ def prepare(
         return ClassificationExamples(tokenizer, model_config, rows, options, require_labels)
     if task == "text2text":
         return Text2TextExamples(tokenizer, model_config, rows, options, require_labels)
+    if task == "embedding":
+        return EmbeddingExamples(tokenizer, model_config, rows, options, require_labels)
+    if task == "mlm":
+        return MaskedExamples(tokenizer, model_config, rows, options)
     return LanguageExamples(tokenizer, model_config, rows, options)

@@ -18,13 +18,8 @@ from torch import Tensor
 
 from moefication_cli.errors import ConfigError
 from moefication_cli.tasks.classification import read_labels
-from moefication_cli.tasks.examples import (
-    Batch,
+from moefication_cli.tasks.encoding import (
     Encoded,
-    Indices,
-    Metric,
-    Scores,
-    TaskOptions,
     checked_batch_size,
     encode_texts,
     length_limit,
@@ -33,9 +28,9 @@ from moefication_cli.tasks.examples import (
     padding_of,
     real_tokens,
     sample_rows,
-    score_classes,
     sorted_blocks,
 )
+from moefication_cli.tasks.examples import NOT_ASKED, Batch, Indices, Metric, Scores, TaskOptions, score_classes
 from moefication_cli.tasks.reading import Rows
 
 # (prompt, label words in label order)
@@ -157,8 +152,8 @@ class Text2TextExamples:
         if self._labels is None:
             raise ConfigError(f"{self._rows.source}: no labels were read", "name the field with --label-field")
         real_RL = batch.inputs["decoder_attention_mask"].bool()
-        next_RL = torch.full_like(batch.inputs["decoder_input_ids"], -100)
-        next_RL[:, :-1] = batch.inputs["decoder_input_ids"][:, 1:].masked_fill(~real_RL[:, 1:], -100)
+        next_RL = torch.full_like(batch.inputs["decoder_input_ids"], NOT_ASKED)
+        next_RL[:, :-1] = batch.inputs["decoder_input_ids"][:, 1:].masked_fill(~real_RL[:, 1:], NOT_ASKED)
         return next_RL[real_RL]
 
     def reference(self, logits: Tensor, batch: Batch) -> Tensor:

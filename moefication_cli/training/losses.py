@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moefication_cli.conversion.refine import kl_divergence
+from moefication_cli.conversion.refine import distance
 from moefication_cli.runs.data import flat_predictions
 from moefication_cli.tasks.examples import Batch, Examples
 
 
 def _kl(found: Any, dense: Any, batch: Batch, examples: Examples) -> Tensor:
-    """Mean KL(dense || converted) per prediction, in nats."""
-    return kl_divergence(flat_predictions(dense.logits, batch), flat_predictions(found.logits, batch))
+    """Mean KL(dense || converted) per prediction, in nats; of embeddings 1 - cosine."""
+    dense_PC, found_PC = (flat_predictions(batch.answers(outputs), batch) for outputs in (dense, found))
+    return distance(dense_PC, found_PC, batch)
 
 
 def _hidden(found: Any, dense: Any, batch: Batch, examples: Examples) -> Tensor:
@@ -43,8 +44,8 @@ def _states(outputs: Any, batch: Batch) -> list[Tensor]:
 
 
 def _task(found: Any, dense: Any, batch: Batch, examples: Examples) -> Tensor:
-    """Cross-entropy with the data's labels or next tokens, per prediction, in nats."""
-    logits_PC = flat_predictions(found.logits, batch)
+    """Cross-entropy with the data's labels, masked or next tokens, per prediction, in nats."""
+    logits_PC = flat_predictions(batch.answers(found), batch)
     return functional.cross_entropy(logits_PC, examples.targets(batch).to(logits_PC.device))
 
 

@@ -54,8 +54,8 @@ def measure(
     scores = []
     with capture(loaded.model, sites, on_hidden=listen):
         for batch in control.track(examples.batches(batch_size), what):
-            logits = loaded.model(**batch.to(loaded.device).inputs).logits
-            scores.append(examples.score(logits, batch))
+            outputs = loaded.model(**batch.to(loaded.device).inputs)
+            scores.append(examples.score(batch.answers(outputs), batch))
     return Measured(summarise(examples.metric, scores), [fired[i] / max(1, seen[i]) for i in sorted(fired)])
 
 

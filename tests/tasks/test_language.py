@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from moefication_cli.errors import ConfigError, NonFiniteError
-from moefication_cli.tasks.examples import Scores, TaskOptions, compare, length_limit, summarise
+from moefication_cli.tasks.encoding import length_limit
+from moefication_cli.tasks.examples import Scores, TaskOptions, compare, summarise
 from moefication_cli.tasks.language import sample_windows
 from moefication_cli.tasks.reading import load_rows
 from moefication_cli.tasks.task import prepare

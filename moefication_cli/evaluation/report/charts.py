@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from moefication_cli.evaluation.plots import STYLE
+from moefication_cli.tasks.examples import distance_name
 
 # Colours that are told apart by most colour-blind readers, on white and on black (Okabe and Ito, jfly.uni-koeln.de/color)
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
@@ -39,7 +40,7 @@ def quality(metrics: dict[str, Any]) -> list[str]:
     if metrics["dense"]["metric"] == "perplexity":
         left.set_yscale("log")
     salt = f"{metrics['data']} {metrics.get('name')}"
-    return _quality_svgs((first, left), (second, right), salt)
+    return _quality_svgs((first, left), (second, right), salt, distance_name(metrics["dense"]["metric"]))
 
 
 def comparison(runs: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
@@ -54,7 +55,8 @@ def comparison(runs: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
             _kl_line(right, rows, "-", colour)
     left.axhline(1.0, color="#777777", linewidth=1, label="dense")
     left.set_ylabel("metric over dense")
-    return _quality_svgs((first, left), (second, right), " and ".join(run for run, _ in runs))
+    names = dict.fromkeys(distance_name(metrics["dense"]["metric"]) for _, metrics in runs)
+    return _quality_svgs((first, left), (second, right), " and ".join(run for run, _ in runs), " or ".join(names))
 
 
 def _series(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -75,9 +77,9 @@ def _kl_line(axis: Any, rows: Sequence[dict[str, Any]], line: str, colour: str) 
     axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def _quality_svgs(left: tuple[Any, Any], right: tuple[Any, Any], salt: str) -> list[str]:
+def _quality_svgs(left: tuple[Any, Any], right: tuple[Any, Any], salt: str, distance: str) -> list[str]:
     right[1].set_yscale("log")
-    right[1].set_ylabel("KL to the dense model (nats)")
+    right[1].set_ylabel(distance)
     for _, axis in (left, right):
         axis.set_xlabel("share of the dense FFNs' multiply-adds")
     left[1].legend(fontsize=8, frameon=False)

@@ -6,6 +6,7 @@ from typing import Any
 
 from moefication_cli.evaluation.report import charts
 from moefication_cli.evaluation.report.gather import ReportData
+from moefication_cli.tasks.examples import LOWER_IS_BETTER, distance_name
 
 _DEAD, _ALWAYS = 0.001, 0.999  # shares of tokens below and above which an expert counts as dead or always on
 
@@ -83,7 +84,7 @@ def _several(runs: Sequence[ReportData]) -> list[str]:
                 "dense": metrics["dense"]["value"],
                 "over dense": row["relative"],
                 "agreement": row["agreement"],
-                "KL (nats)": row["kl"],
+                distance_name(metrics["dense"]["metric"]): row["kl"],
                 "FFN FLOPs": row["ffn_flops_fraction"],
                 "speed-up": row["speedup"],
             }
@@ -104,14 +105,15 @@ def _headline(run: ReportData) -> list[str]:
     if found is None:
         return []
     metrics, row = found
-    dense, better = metrics["dense"], "lower" if metrics["dense"]["metric"] == "perplexity" else "higher"
+    dense, better = metrics["dense"], "lower" if metrics["dense"]["metric"] in LOWER_IS_BETTER else "higher"
     figures = [
         (f"{row['ffn_flops_fraction']:.1%}", "of the FFNs' multiply-adds, router and correction included"),
         (f"{row['value']:.4g}", f"{dense['metric']} (dense {dense['value']:.4g}; {better} is better)"),
-        (f"{row['agreement']:.1%}", "of the predictions as the dense model's"),
-        (f"{row['kl']:.3g}", "nats KL to the dense model"),
+        (f"{row['kl']:.3g}", distance_name(dense["metric"])),
         (f"{row['speedup']:.2f}x", f"whole-model speed, {row['backend']} on {metrics['device']}"),
     ]
+    if row["agreement"] is not None:
+        figures.insert(2, (f"{row['agreement']:.1%}", "of the predictions as the dense model's"))
     cells = "".join(
         f'<div class="figure"><b>{_text(big)}</b><span>{_text(small)}</span></div>' for big, small in figures
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moefication_cli.errors import ConfigError
+from moefication_cli.models.folder.sentence import POOLING
 from moefication_cli.store import jsonio
 
 _TOKENIZER_FILES = (
@@ -45,6 +46,9 @@ def fingerprint(folder: Path, files: Sequence[Path], ffn: str | None, sha256: Ca
 
 
 def tokenizer_digest(folder: Path, sha256: Callable[[Path], str]) -> str:
-    """Identifies the tokenizer of a model's folder by the names and contents of its files."""
+    """Identifies the tokenizer of a model's folder, and how it pools, by the names and contents of its files."""
     files = sorted(p for p in folder.iterdir() if p.is_file() and any(p.match(pattern) for pattern in _TOKENIZER_FILES))
-    return hashlib.sha256("".join(f"{path.name}\0{sha256(path)}\n" for path in files).encode()).hexdigest()
+    files += sorted(folder.glob(POOLING))
+    names = (path.relative_to(folder).as_posix() for path in files)
+    said = (f"{name}\0{sha256(path)}\n" for name, path in zip(names, files, strict=True))
+    return hashlib.sha256("".join(said).encode()).hexdigest()

@@ -14,6 +14,7 @@ from typing import BinaryIO
 from torch import Tensor
 
 from moefication_cli.errors import ConfigError
+from moefication_cli.models.folder.sentence import MODULES, module_folders
 from moefication_cli.models.folder.source import TensorFile
 from moefication_cli.store import files, jsonio
 from moefication_cli.store.header import Header, encode, entry, tensor_bytes
@@ -33,6 +34,8 @@ SIDE_FILES = (
     "*processor_config.json",
     "LICENSE*",
     "NOTICE*",
+    MODULES,
+    "*sentence_*.json",
 )
 _CHUNK = 16 * 2**20
 
@@ -50,12 +53,21 @@ class TensorPlan:
 
 
 def copy_side_files(folder: Path, out_dir: Path, code: bool) -> list[Path]:
-    """Copies configuration, tokenizer, processor and licence files; `*.py` only if `code`."""
+    """Copies configuration, tokenizer, processor and licence files, and the modules of a sentence-transformers folder.
+
+    `*.py` only if `code`.
+    """
     written = []
     for source in sorted(folder.iterdir()):
         wanted = any(source.match(pattern) for pattern in SIDE_FILES) or (code and source.suffix == ".py")
         if wanted and source.is_file() and source.suffix not in (".safetensors", ".bin"):
             target = out_dir / source.name
+            files.atomic_write(target, source.read_bytes())
+            written.append(target)
+    for module in module_folders(folder):
+        for source in sorted(path for path in module.iterdir() if path.is_file() and (code or path.suffix != ".py")):
+            target = out_dir / module.name / source.name
+            files.make_dirs(target.parent)
             files.atomic_write(target, source.read_bytes())
             written.append(target)
     return written

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 from moefication_cli.errors import ConfigError, CorruptArtifactError, first_line
 from moefication_cli.models.folder.contents import weight_files
+from moefication_cli.models.folder.sentence import MODULES
+from moefication_cli.models.heads import encoder_of
 from moefication_cli.store.header import Header, read_header
 
 _SIDE_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
@@ -96,6 +98,8 @@ def _download(ref: str, revision: str | None, trust_remote_code: bool) -> Path:
         folder = fetch("*.safetensors")
         if not any(folder.glob("*.safetensors")):
             folder = fetch("*.bin")
+        if (folder / MODULES).is_file():  # of sentence-transformers: pooling and what follows it
+            snapshot_download(ref, revision=folder.name, allow_patterns=["?_*/*"])
     except RepositoryNotFoundError:
         hint = "check the spelling; private models need `hf auth login`"
         raise ConfigError(f"model not found: no folder and no hub model {ref!r}", hint) from None
@@ -112,6 +116,9 @@ def load_config(source: Source, trust_remote_code: bool = False) -> Any:
         names = getattr(config, "architectures", None)
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise ValueError(f"`architectures` is {names!r}, not a list of class names")
+        # A sentence-transformers folder holds an encoder, though its config.json often names what it was trained as
+        if (source.folder / MODULES).is_file() and (encoder := encoder_of(config)) is not None:
+            config.architectures = [encoder]
         return config
     except LOAD_ERRORS as error:
         if "trust_remote_code" in str(error):
@@ -145,6 +152,7 @@ AUTO_BY_SUFFIX = {
     "ForSequenceClassification": transformers.AutoModelForSequenceClassification,
     "ForConditionalGeneration": transformers.AutoModelForSeq2SeqLM,
     "ForCausalLM": transformers.AutoModelForCausalLM,
+    "ForMaskedLM": transformers.AutoModelForMaskedLM,
     "LMHeadModel": transformers.AutoModelForCausalLM,
 }
 
