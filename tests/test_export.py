@@ -11,6 +11,7 @@ import pytest
 import torch
 from cli_runner import Runner
 from converted import convert
+from safetensors.torch import load_file
 from test_tables import choices
 from tiny_models import VOCAB, D, save_tiny
 from torch.nn import functional
@@ -24,6 +25,7 @@ from moefication_cli.ffn import FFNWeights
 from moefication_cli.models.folder.checkpoint import Checkpoint
 from moefication_cli.models.folder.moe_folder import read_moe_folder
 from moefication_cli.routing.router import TwoLayerRouter
+from moefication_cli.routing.rules import TopK
 
 # (source, format, always-on neurons)
 PAIRS = [
@@ -221,6 +223,24 @@ print(model.generate(ids, max_new_tokens=20, do_sample=False)[0].tolist())
     (out / "moefication_export.json").unlink()
     full = run_cli("export", llama_run, "--to", "mixtral", "--out", out, "--json")
     assert full.code == 2 and "not an empty folder" in full.json["error"]["message"]
+
+
+def test_what_was_finetuned_is_exported(llama_run: Path, run_cli: Runner, tmp_path: Path) -> None:
+    words = ("--fraction", 0.6, "--for", "mixtral", "--expert-size", 8)
+    before = load_file(llama_run / "model" / "model.safetensors")
+    made = run_cli.ok("run", llama_run, *words, "--finetune", 20)
+    tuned = made["stages"]["finetune"]["metrics"]
+    assert tuned["kept"] and tuned["ffn_flops_fraction"] == tuned["ffn_flops_fraction_before"]
+    moe = read_moe_folder(llama_run / "model")
+    assert all(layer.compensation is None and isinstance(layer.rule, TopK) for layer in moe.layers)
+    after = load_file(llama_run / "model" / "model.safetensors")
+    assert any(not torch.equal(before[name], after[name]) for name in before if ".mlp." in name)
+    found = run_cli.ok("export", llama_run, "--to", "mixtral", "--out", tmp_path / "out")["rows"][0]
+    assert found["relative_error"] < 0.1 and found["selections_differing"] < 0.05
+    # What the format cannot hold is refused before it is trained
+    refused = run_cli("run", llama_run, "--fraction", 0.6, "--for", "qwen3_moe", "--finetune", 5, "--json")
+    assert refused.code == 2 and "attention" in refused.json["error"]["message"]
+    assert read_moe_folder(llama_run / "model").settings["finetuned"]["steps"] == 20
 
 
 def test_what_cannot_be_exported_leaves_nothing(llama_run: Path, run_cli: Runner, tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def without_autograd(layer: StraightThroughMoEFFN) -> StraightThroughMoEFFN:
 
 
 def straight_through(router: TwoLayerRouter | None, shared: int) -> Tensor:
-    layer = without_autograd(StraightThroughMoEFFN(replace(weights(), num_shared=shared), router, 0.5))
+    layer = without_autograd(StraightThroughMoEFFN(replace(weights(), num_shared=shared), router, Threshold(0.5)))
     layer.spread, layer._scale = 1.0, {}  # measured with float(), which fake tensors have none of
     return layer(tokens()).float().mean() + layer.active
 
@@ -90,9 +90,9 @@ def shares_of_all_layers() -> Tensor:
     """A layer with a router, one without and one that is dense, as `Conversion.spent` adds them up."""
     conversion = object.__new__(Conversion)
     conversion.plans, conversion.overheads = [None] * 3, {0: 0.1, 1: 0.0}  # type: ignore[list-item]
-    routed = StraightThroughMoEFFN(weights(), router(), 0.5)
+    routed = StraightThroughMoEFFN(weights(), router(), Threshold(0.5))
     routed.active = torch.empty((), device="cuda")
-    conversion.layers = {0: routed, 1: StraightThroughMoEFFN(replace(weights(), num_shared=24), None, 0.0)}
+    conversion.layers = {0: routed, 1: StraightThroughMoEFFN(replace(weights(), num_shared=24), None, TopK(0))}
     conversion.loaded = SimpleNamespace(device=torch.device("cuda"))  # type: ignore[assignment]
     return torch.stack(conversion.shares())
 

@@ -23,6 +23,7 @@ from moefication_cli.conversion.plan import routed_layers
 from moefication_cli.conversion.search import PlanInputs, WholeModel
 from moefication_cli.models.folder.checkpoint import Checkpoint
 from moefication_cli.models.folder.moe_folder import read_moe_folder
+from moefication_cli.routing.rules import TopK
 from moefication_cli.runs.control import Control
 from moefication_cli.runs.data import flat_predictions
 from moefication_cli.runs.inputs import open_model, read_partition
@@ -229,6 +230,22 @@ def test_run_converts_and_finetunes(made_once: Path, tmp_path: Path, run_cli: Ru
     assert run_cli.ok(*words)["up_to_date"]
 
 
+@pytest.mark.parametrize("train", ["router", "ffn"])
+def test_a_fixed_k_keeps_its_budget(train: str, run: Path, run_cli: Runner) -> None:
+    run_cli.ok("apply", run, "--top-k", 2)
+    before = read_moe_folder(run / "model")
+    metrics = run_cli.ok("finetune", run, "--tokens", 256, "--steps", 30, "--train", train)["metrics"]
+    assert metrics["kept"] and metrics["kl_after"] < metrics["kl_before"], metrics
+    assert metrics["ffn_flops_fraction"] == metrics["ffn_flops_fraction_before"]
+    run_cli.ok("apply", run, "--finetuned", "default")
+    after = read_moe_folder(run / "model")
+    assert [layer.rule for layer in after.layers] == [layer.rule for layer in before.layers] == [TopK(2)] * 2
+    assert all(not torch.equal(a.router.w_in_RD, b.router.w_in_RD)  # type: ignore[union-attr]
+               for a, b in zip(before.layers, after.layers, strict=True))  # fmt: skip
+    whole = whole_model(run, FinetuneConfig(steps=30, tokens=256))
+    assert kl_on(whole, load(run / "model", backend="reference")) == pytest.approx(metrics["kl_after"], rel=1e-3)
+
+
 def test_losses_that_stop_being_finite(run: Path, run_cli: Runner) -> None:
     burst = run_cli("finetune", run, *SHORT, "--learning-rate", 1e12, "--save-steps", 1, "--json")
     assert burst.code == 1, burst.out
@@ -266,10 +283,13 @@ def test_bad_input(run: Path, tmp_path: Path, run_cli: Runner, monkeypatch: pyte
     code, said = code_and_message("finetune", run)
     assert code == 3 and "moefication apply" in said
     assert code_and_message("finetune", tmp_path / "nothing")[0] == 3
-    # A fixed number of experts has no threshold to train
-    run_cli.ok("apply", run, "--top-k", 4)
+    # A share of a token's scores has no gradient here
+    run_cli.ok("apply", run, "--fraction", 0.5, "--rule", "cumulative")
     code, said = code_and_message("finetune", run)
-    assert code == 2 and "threshold rule" in said
+    assert code == 2 and "cumulative" in said and "threshold, top_k" in said
+    run_cli.ok("apply", run, "--fraction", 1.0, "--rule", "top_k")  # every expert
+    code, said = code_and_message("finetune", run)
+    assert code == 2 and "nothing to recover" in said
     assert not (run / "finetuned").exists() or not any((run / "finetuned").iterdir())
 
 

@@ -304,7 +304,19 @@ def test_from_the_command_line(small_run: Path, run_cli: Runner, tmp_path: Path)
         assert made.code == 0, made.err
         assert "filled with zeros to 32" in made.err and "pip install llama-cpp-python" in made.err
         assert made.json["rows"][0]["architecture"] == "mixtral" and not made.json["checked"]
-        assert [path.name for path in out.iterdir()] == ["llama-moe-q8_0.gguf"]
+        file, record = sorted(out.iterdir())
+        assert (file.name, record.name) == ("llama-moe-q8_0.gguf", "llama-moe-q8_0.gguf.moefication_export.json")
+        same = ("export", small_run, "--to", "gguf", "--quantise", "q8_0", "--out", out)
+        assert run_cli.ok(*same)["up_to_date"]
+        named = run_cli("export", small_run, "--to", "gguf", "--quantise", "f16", "--out", file, "--json")
+        assert named.code == 2 and "another export" in named.json["error"]["message"]
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+        edited = run_cli(*same, "--json")
+        assert edited.code == 2 and f"{file} was edited since" in edited.json["error"]["message"]
+        file.unlink()  # what is gone is made again
+        assert run_cli.ok(*same)["up_to_date"] is False and file.is_file()
         refused = run_cli("export", small_run, "--to", "gguf", "--quantise", "q4_k", "--out", out, "--json")
         assert refused.code == 2 and "pip install llama-cpp-python" in refused.json["error"]["hint"]
     file = tmp_path / "there.gguf"

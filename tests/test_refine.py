@@ -1,5 +1,6 @@
 """End-to-end refinement: the learnable layer computes what the product computes, budgets are spent, weights stay."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from moefication_cli.models.loading import load_model
 from moefication_cli.models.sites import find_sites
 from moefication_cli.models.surgery import live_weights
 from moefication_cli.routing.router import TwoLayerRouter
-from moefication_cli.routing.rules import Threshold
+from moefication_cli.routing.rules import Threshold, TopK
 from moefication_cli.runtime.layer import MoEFFN
 
 D, F, E, S, T = 8, 26, 6, 2, 11
@@ -36,7 +37,7 @@ def random_layer(seed: int = 0, gated: bool = False) -> tuple[ExpertWeights, Two
 def test_learnable_layer_computes_what_the_product_does(gated: bool) -> None:
     weights, router, x_TD = random_layer(gated=gated)
     threshold = float(router.scores(x_TD).median())
-    soft = StraightThroughMoEFFN(weights, router, threshold)
+    soft = StraightThroughMoEFFN(weights, router, Threshold(threshold))
     product = MoEFFN(weights, router, Threshold(threshold), backend="reference")
     with torch.no_grad():
         expected_TD, found_TD = product(x_TD), soft(x_TD)
@@ -50,7 +51,7 @@ def test_learnable_layer_computes_what_the_product_does(gated: bool) -> None:
 
 def test_padding_is_left_out() -> None:
     weights, router, x_TD = random_layer()
-    soft = StraightThroughMoEFFN(weights, router, float(router.scores(x_TD).median()))
+    soft = StraightThroughMoEFFN(weights, router, Threshold(float(router.scores(x_TD).median())))
     real_T = torch.arange(T) < 7
     with torch.no_grad():
         alone = soft(x_TD[:7])
@@ -63,7 +64,7 @@ def test_padding_is_left_out() -> None:
 
 def test_gradients_reach_router_and_correction_and_nothing_else() -> None:
     weights, router, x_TD = random_layer()
-    soft = StraightThroughMoEFFN(weights, router, float(router.scores(x_TD).median()))
+    soft = StraightThroughMoEFFN(weights, router, Threshold(float(router.scores(x_TD).median())))
     (soft(x_TD).square().sum() + soft.active).backward()
     assert all(t.grad is not None and t.grad.abs().sum() > 0 for t in soft.parameters.values())
     assert weights.ffn.w_up_FD.grad is None
@@ -121,3 +122,33 @@ def test_refining_what_is_not_calibrated_is_refused(calibrated_run: Any, run_cli
         assert refused.code == 2
         assert option[0] in refused.json["error"]["message"]
     assert not (run / "model").exists()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_fixed_k_runs_what_the_product_runs_and_is_learned(gated: bool) -> None:
+    weights, router, x_TD = random_layer(gated=gated)
+    soft = StraightThroughMoEFFN(weights, router, TopK(2))
+    with torch.no_grad():
+        found_TD = soft(x_TD)
+        for top_k, same in ((2, True), (3, False)):
+            expected_TD = MoEFFN(weights, router, TopK(top_k), backend="reference")(x_TD)
+            assert torch.allclose(found_TD, expected_TD, atol=1e-4) is same
+        assert not soft.shifts and float(soft.active) == pytest.approx((S + 2 * (F - S) // E) / F)
+    soft(x_TD).square().sum().backward()
+    assert not soft.active.requires_grad or float(soft.active.detach()) == pytest.approx(10 / F)
+    assert all(t.grad is not None and t.grad.abs().sum() > 0 for t in soft.parameters.values())
+    # One constant for all scores decides nothing, so it is not part of what tells tokens and experts apart
+    shifted = StraightThroughMoEFFN(weights, router.with_tensors({"b_out_E": router.b_out_E + 100}), TopK(2))
+    with torch.no_grad():
+        assert torch.allclose(shifted(x_TD), found_TD, atol=1e-4)
+    assert shifted.spread == pytest.approx(soft.spread, rel=1e-3)
+
+
+def test_no_correction_is_learned_where_none_may_be() -> None:
+    weights, router, x_TD = random_layer()
+    bare = StraightThroughMoEFFN(replace(weights, compensation=None), router, TopK(2), constant=False)
+    assert bare.parameters.keys() == router.tensors().keys() and bare.learned_compensation() is None
+    with torch.no_grad():
+        expected_TD = MoEFFN(replace(weights, compensation=None), router, TopK(2), backend="reference")(x_TD)
+        assert torch.allclose(bare(x_TD), expected_TD, atol=1e-4)
+    assert "extra.constant_D" in StraightThroughMoEFFN(weights, router, TopK(2)).parameters

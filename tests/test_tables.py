@@ -145,6 +145,7 @@ class Margin:
     fused_by: ClassVar[frozenset[str]] = frozenset()
     needs_calibrated: ClassVar[bool] = True
     refinable: ClassVar[bool] = False
+    trainable: ClassVar[bool] = False
     value = property(lambda self: self.margin)
 
     def select(self, scores_TE):

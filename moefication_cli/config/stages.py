@@ -1,6 +1,6 @@
 """The options of the six stages, and those that every command has."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from moefication_cli.config.option import CONTROL, INPUT, LAYERS, OUTPUT, Options, option
@@ -238,6 +238,12 @@ class ApplyConfig(Options):
     embed_code: bool = option(
         False, "Write code into RUN/model: with trust_remote_code=True transformers loads the MoE", panel=OUTPUT
     )
+
+    def hosted(self) -> "ApplyConfig":
+        """With what `--for` leaves no choice of."""
+        if self.host is None:
+            return self
+        return replace(self, rule="top_k", budget="uniform", compensation="none", refine=None)
 
 
 @dataclass(frozen=True)

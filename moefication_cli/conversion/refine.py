@@ -23,7 +23,7 @@ from moefication_cli.models.loading import LoadedModel
 from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.surgery import install, live_weights, uninstall
 from moefication_cli.routing.cost import overhead_flops
-from moefication_cli.routing.rules import Threshold
+from moefication_cli.routing.rules import Threshold, TopK
 from moefication_cli.runs.control import Control
 from moefication_cli.runs.data import flat_predictions, tokens_of_stacks
 from moefication_cli.tasks.examples import Batch
@@ -47,9 +47,9 @@ class Outcome:
 
 
 class Conversion:
-    """A loaded model whose neurons stand in the order of the split, with a learnable layer in every planned FFN.
+    """A loaded model whose neurons stand in the order of the split, with a learnable layer in every FFN that skips some.
 
-    `teacher` is the dense model where the weights of this one change, in any order of its neurons.
+    Plans are of thresholds or of a fixed k. `teacher` is the dense model where the weights of this one change, in any order of its neurons.
     """
 
     def __init__(
@@ -67,14 +67,16 @@ class Conversion:
         loaded.model.requires_grad_(False)
         for number, plan in enumerate(plans):
             site = plan.layer.site
-            if plan.rule is None:
+            if plan.rule is None or plan.rule == TopK(plan.num_experts):
                 continue
+            assert isinstance(plan.rule, Threshold | TopK)  # other rules are refused before (`search`)
             overhead = overhead_flops(plan.router, plan.compensation) if budget.fraction_of == "flops" else 0
             self.overheads[number] = overhead / (site.num_neurons * site.flops_per_neuron)
             weights = ExpertWeights(
                 live_weights(loaded.model, site), plan.num_experts, plan.num_shared, plan.compensation
             )
-            self.layers[number] = StraightThroughMoEFFN(weights, plan.router, _threshold_of(plan))
+            constant = budget.compensation != "none"
+            self.layers[number] = StraightThroughMoEFFN(weights, plan.router, plan.rule, constant)
         self.install()
 
     def install(self) -> None:
@@ -134,10 +136,15 @@ class Conversion:
         for number, plan in enumerate(self.plans):
             layer = self.layers.get(number)
             if layer is not None:
-                plan = replace(plan, flops_fraction=shares[number], compensation=layer.learned_compensation().detach())
+                extra = layer.learned_compensation()
+                plan = replace(plan, compensation=None if extra is None else extra.detach())
                 if plan.router is not None:
-                    rule = Threshold(layer.threshold + layer.shift * layer.spread)
-                    plan = replace(plan, router=layer.learned_router().detach(), rule=rule)
+                    plan = replace(plan, router=layer.learned_router().detach())
+                if isinstance(plan.rule, Threshold):
+                    rule = Threshold(plan.rule.threshold + layer.shift * layer.spread)
+                    plan = replace(plan, rule=rule)
+                if plan.router is None or layer.shifts:  # a fixed k computes what was planned
+                    plan = replace(plan, flops_fraction=shares[number])
             found.append(plan)
         return found
 
@@ -170,14 +177,8 @@ def distance(dense_PC: Tensor, found_PC: Tensor, batch: Batch) -> Tensor:
     return 1 - torch.nn.functional.cosine_similarity(dense_PC, found_PC, dim=-1).mean()
 
 
-def _threshold_of(plan: LayerPlan) -> float:
-    """0 for a layer without a router. Other rules are refused before (`search`)."""
-    assert plan.router is None or isinstance(plan.rule, Threshold)
-    return plan.rule.threshold if isinstance(plan.rule, Threshold) else 0.0
-
-
 def settle(conversion: Conversion, batches: Sequence[Batch]) -> list[float]:
-    """Shift the thresholds until the budget is spent on these batches; returns each FFN's share of dense.
+    """Shift the thresholds until the budget is spent on these batches; returns each FFN's share of dense. A fixed k stays.
 
     All layers move by the same number of standard deviations of their scores, or each for itself under a uniform
     budget. Newton's method, the slope being the density of scores at the threshold: at most 8 steps of at most 0.5
@@ -185,15 +186,15 @@ def settle(conversion: Conversion, batches: Sequence[Batch]) -> list[float]:
     when it is at most SPEND[1]. The spend is that of all batches or of the quarter with the longest sequences, whichever
     is more: calibration data is often shorter (phrases) than what is evaluated (sentences).
     """
-    budget, plans = conversion.budget, conversion.plans
-    everyone = list(range(len(plans)))
+    budget = conversion.budget
+    everyone = list(range(len(conversion.plans)))
     groups = [[n] for n in everyone] if budget.sharing == "uniform" else [everyone]
     low, high = (budget.fraction * part for part in SPEND)
     for attempt in range(_PASSES):
         spending = _measure(conversion, batches)
         settled = True
         for group in groups:
-            routed = [conversion.layers[n] for n in group if plans[n].router is not None]
+            routed = [layer for n in group if (layer := conversion.layers.get(n)) is not None and layer.shifts]
             spent = spending.most(group)
             if not routed or (spent <= high and (spent >= low or attempt >= _PASSES // 2)):
                 continue
@@ -259,7 +260,7 @@ def refine(
     """
     target = conversion.budget.fraction * SPEND[1]
     before, start = mean_kl(conversion, heldout), conversion.state()
-    if not conversion.layers:  # the budget leaves every FFN dense
+    if not any(layer.parameters for layer in conversion.layers.values()):  # as where every FFN is left dense
         return Outcome(before, before, False)
     price = max(before, 1e-6) / target
     rate = LEARNING_RATE * signal(conversion, train[0])

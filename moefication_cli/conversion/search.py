@@ -20,7 +20,7 @@ from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.memory import total_memory
 from moefication_cli.models.surgery import permute_in_place
 from moefication_cli.routing.routers import router_kind
-from moefication_cli.routing.rules import rule_class
+from moefication_cli.routing.rules import RULES, rule_class
 from moefication_cli.runs.control import Control
 from moefication_cli.runs.costs import HELDOUT_TOKENS, STEP_TOKENS, refine_memory
 from moefication_cli.runs.data import calibration_data, load_whole, open_examples
@@ -155,6 +155,13 @@ def require_calibrated(inputs: PlanInputs, config: ApplyConfig, option: str) -> 
             f"{option} needs a calibrated router and the threshold rule",
             "train one with --router regression, and leave out --rule and --top-k",
         )
+
+
+def require_trainable(config: ApplyConfig) -> None:
+    """Raise ConfigError unless fine-tuning can train with the rule asked for."""
+    if config.rule is not None and config.top_k is None and not rule_class(config.rule).trainable:
+        able = ", ".join(name for name, rule in RULES.items() if rule.trainable)
+        raise ConfigError(f"finetune cannot train with the rule {config.rule}", f"convert with --rule {able}")
 
 
 def _refinable(config: ApplyConfig) -> bool:

@@ -1,4 +1,4 @@
-"""What an exported folder was made from and what its files hold, kept beside them as JSON.
+"""What an exported folder was made from and what its files hold, kept beside them as JSON; of a GGUF file too.
 
 The same export again is then up to date, and a file that was edited since is found.
 """
@@ -22,13 +22,11 @@ def write_record(folder: Path, to: str, model: str) -> None:
     jsonio.write(folder / RECORD, {"schema": _SCHEMA, "format": to, "model": model, "files": found})
 
 
-def read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path, name: str = RECORD) -> dict[str, Any]:
     """Raises CorruptArtifactError for a record that cannot be read or is of another schema."""
-    record = jsonio.read_object(folder / RECORD)
+    record = jsonio.read_object(folder / name)
     if record.get("schema") != _SCHEMA or not isinstance(record.get("files"), dict):
-        raise CorruptArtifactError(
-            f"{folder / RECORD} is not a record of this version", "export again to another folder"
-        )
+        raise CorruptArtifactError(f"{folder / name} is not a record of this version", "export again to another folder")
     return record
 
 
@@ -55,4 +53,35 @@ def made_before(folder: Path, to: str, model: str) -> bool:
             f"--out {folder} holds this export, but was edited since: {', '.join(altered)}",
             "name another folder, or delete this one",
         )
+    return True
+
+
+def file_record(file: Path) -> Path:
+    """Where the record of an exported file is: beside it, because a folder may hold several."""
+    return file.with_name(f"{file.name}.{RECORD}")
+
+
+def write_file_record(file: Path, made: Path, to: str, model: str) -> None:
+    """Record that `file` will hold what `made` holds; call it first, because a file without a record is refused."""
+    jsonio.write(
+        file_record(file),
+        {"schema": _SCHEMA, "format": to, "model": model, "files": {file.name: files.described(made)}},
+    )
+
+
+def file_made_before(file: Path, to: str, model: str) -> bool:
+    """Whether `file` is this export already; False where there is none.
+
+    Raises ConfigError for a file without a record, one of another export, and one that was edited since.
+    """
+    if not file.exists():
+        return False
+    if not file_record(file).is_file():
+        raise ConfigError(f"--out {file} is there already", "name another file or folder")
+    record = read_record(file.parent, file_record(file).name)
+    if (record.get("format"), record.get("model")) != (to, model):
+        raise ConfigError(f"--out {file} is another export", "name another file or folder, or delete this one")
+    entry = record["files"].get(file.name)
+    if entry is None or not files.is_as_described(file, entry):
+        raise ConfigError(f"--out {file} was edited since it was exported", "name another file, or delete this one")
     return True

@@ -29,6 +29,7 @@ class Rule(Protocol):
     fused_by: ClassVar[frozenset[str]]  # backends whose kernels select by it; for the others torch selects beforehand
     needs_calibrated: ClassVar[bool]  # whether scores must predict contributions (see `training.RouterKind.calibrated`)
     refinable: ClassVar[bool]  # whether end-to-end refinement can train with it
+    trainable: ClassVar[bool]  # whether fine-tuning can
 
     @property
     def value(self) -> float:
@@ -61,6 +62,7 @@ class TopK:
     fused_by: ClassVar[frozenset[str]] = frozenset({"numba", "triton"})
     needs_calibrated: ClassVar[bool] = False
     refinable: ClassVar[bool] = False
+    trainable: ClassVar[bool] = True
 
     @property
     def value(self) -> float:
@@ -90,6 +92,7 @@ class Threshold:
     fused_by: ClassVar[frozenset[str]] = frozenset({"numba", "triton"})
     needs_calibrated: ClassVar[bool] = True
     refinable: ClassVar[bool] = True
+    trainable: ClassVar[bool] = True
 
     @property
     def value(self) -> float:
@@ -118,6 +121,7 @@ class MaxRatio:
     fused_by: ClassVar[frozenset[str]] = frozenset()
     needs_calibrated: ClassVar[bool] = True
     refinable: ClassVar[bool] = False
+    trainable: ClassVar[bool] = False
 
     @property
     def value(self) -> float:
@@ -147,6 +151,7 @@ class Cumulative:
     fused_by: ClassVar[frozenset[str]] = frozenset()
     needs_calibrated: ClassVar[bool] = True
     refinable: ClassVar[bool] = False
+    trainable: ClassVar[bool] = False
 
     @property
     def value(self) -> float:

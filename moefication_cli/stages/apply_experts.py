@@ -51,15 +51,13 @@ def apply_experts(run: RunDir, config: ApplyConfig = ApplyConfig(), control: Con
     if tuned is not None:
         config = _as_finetuned(tuned, config, control)
     name = choose_router(run, config.router)
-    if config.host is not None:
-        config = replace(config, rule="top_k", budget="uniform", compensation="none", refine=None)
     split, router = run.require("split"), run.require(f"router/{name}")
     # What a router was trained on decides thresholds and compensation; one that was trained on nothing needs none
     needed = "activations" in router.manifest.inputs or run.manifest("activations") is not None
     activations = run.require("activations") if needed else None
     tokens = None if activations is None else [layer["tokens"] for layer in activations.metrics["layers"]]
     layers = routed_layers(model, split, router, tokens)
-    config = replace(config, router=name)
+    config = replace(config.hosted(), router=name)
     stages: dict[str, Artifact | None] = {"split": split, f"router/{name}": router, "activations": activations}
     inputs = PlanInputs(run, model, layers, stages, control)
     if tuned is not None:

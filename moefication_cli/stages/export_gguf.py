@@ -7,11 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from moefication_cli.config import ExportConfig
-from moefication_cli.errors import ConfigError, UnavailableError
+from moefication_cli.errors import UnavailableError
 from moefication_cli.export.check import compare
 from moefication_cli.export.engine import GET_ENGINE, call_engine, compare_engine, has_engine
 from moefication_cli.export.gguf_file import require_gguf, write_gguf
 from moefication_cli.export.gguf_shape import BLOCK, choose_host, filled
+from moefication_cli.export.record import file_made_before, write_file_record
 from moefication_cli.export.write import common_shape, write_native
 from moefication_cli.models.loading import load_tokenizer
 from moefication_cli.runs.control import Control, Result
@@ -32,6 +33,7 @@ _TEXTS = 16  # whose tokens are compared
 def export_gguf(run: RunDir, config: ExportConfig, control: Control) -> Result:
     """Write RUN/model as a GGUF file: as a native checkpoint first, which is checked as `export` does, then converted.
 
+    The same file again, unchanged, is up to date.
     Raises ConfigError (a shape that llama.cpp cannot run, a tokenizer without a counterpart, a file that is there),
     UnavailableError without the package gguf, or for q4_k without llama.cpp; and what `export` raises.
     """
@@ -41,7 +43,10 @@ def export_gguf(run: RunDir, config: ExportConfig, control: Control) -> Result:
         raise UnavailableError("q4_k is quantised by llama.cpp, which is not here", GET_ENGINE)
     assert config.out is not None
     out = _target(run, Path(config.out), quantise)
+    kind, notes = f"gguf {quantise}", [f"llama-cli -m {out} runs it"]
     source = open_converted(run, "gguf", control)
+    if file_made_before(out, kind, source.made.digest):
+        return Result("export", [], {"path": str(out)}, up_to_date=True, notes=notes)
     settings = source.checkpoint.config.to_dict()
     shape = common_shape(source.checkpoint, source.moe, "gguf")
     host = choose_host(settings, shape, quantise)
@@ -69,14 +74,15 @@ def export_gguf(run: RunDir, config: ExportConfig, control: Control) -> Result:
         else:
             write_gguf(native, quantise, made, out.stem, about)
         checked = _check(source, made, batches, quantise, control) if has_engine() else {}
+        write_file_record(out, made, kind, source.made.digest)
         with files.writing(out):
             files.replace(made, out)
     finally:
         files.remove(partial)
     row = {
-        "format": f"gguf {quantise}", "architecture": host, "megabytes": out.stat().st_size / 1e6, **stock.row(), **checked
+        "format": kind, "architecture": host, "megabytes": out.stat().st_size / 1e6, **stock.row(), **checked
     }  # fmt: skip
-    return Result("export", [row], {"path": str(out), "checked": bool(checked)}, notes=[f"llama-cli -m {out} runs it"])
+    return Result("export", [row], {"path": str(out), "checked": bool(checked)}, notes=notes)
 
 
 def _target(run: RunDir, out: Path, quantise: str) -> Path:
@@ -84,8 +90,6 @@ def _target(run: RunDir, out: Path, quantise: str) -> Path:
     if out.suffix != ".gguf":
         name = (run.info.model or "model").rstrip("/").rpartition("/")[2]
         out = out / f"{name}-moe-{quantise}.gguf"
-    if out.exists():
-        raise ConfigError(f"--out {out} is there already", "name another file or folder")
     return out
 
 

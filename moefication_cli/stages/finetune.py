@@ -10,8 +10,9 @@ from dataclasses import replace
 from moefication_cli.config import ApplyConfig, FinetuneConfig, compared_values
 from moefication_cli.conversion.plan import check_budget, choose_router, routed_layers
 from moefication_cli.conversion.plan_files import budget_of
-from moefication_cli.conversion.search import PlanInputs, fraction_for, make_plans, refined_stage, require_calibrated
+from moefication_cli.conversion.search import PlanInputs, fraction_for, make_plans, refined_stage, require_trainable
 from moefication_cli.errors import UnavailableError
+from moefication_cli.export.write import check_hostable
 from moefication_cli.runs.control import Control, Result
 from moefication_cli.runs.costs import finetune_cost
 from moefication_cli.runs.data import calibration_data
@@ -41,7 +42,8 @@ def finetune(
     """
     model = open_model(run, None, control)
     like = conversion or _conversion_of_model(run)
-    like = replace(like, router=choose_router(run, like.router), embed_code=False, finetuned=None)
+    like = replace(like.hosted(), router=choose_router(run, like.router), embed_code=False, finetuned=None)
+    require_trainable(like)
     if config.train == "lora":
         _require_peft()
     router_stage = f"router/{like.router}"
@@ -50,7 +52,6 @@ def finetune(
     assert split is not None and router is not None and activations is not None
     tokens = [layer["tokens"] for layer in activations.metrics["layers"]]
     inputs = PlanInputs(run, model, routed_layers(model, split, router, tokens), stages, control)
-    require_calibrated(inputs, like, "finetune")
     calibration_data(run, model, activations)  # raises where it changed
     cost = finetune_cost(model, config)
     if control.dry_run:
@@ -70,7 +71,10 @@ def finetune(
             from moefication_cli.training.finetune import finetune_model
             from moefication_cli.training.finetuned_files import write_finetuned
 
-            made = finetune_model(inputs, plans or make_plans(inputs, like), like, config, work.scratch)
+            plans = plans or make_plans(inputs, like)
+            if like.host is not None:
+                check_hostable(like.host, model.checkpoint.config.to_dict(), plans)
+            made = finetune_model(inputs, plans, like, config, work.scratch)
             write_finetuned(work.folder, made.plans, made.weights, like, run.info.ffn)
             manifest = work.finish(made.metrics)
     assert manifest is not None

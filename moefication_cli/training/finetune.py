@@ -1,7 +1,8 @@
 """Recovery: train a converted model with its selection in the loop against the original dense model, at its budget.
 
-Selection is straight-through and compute has a price (`conversion.refine`); what learns is said by `--train`. Afterwards the
-weights are rounded to the checkpoint's dtype and the thresholds settled anew, so that what is judged is what will be written.
+Selection is straight-through and compute has a price (`conversion.refine`), but for a fixed k, which always costs the same;
+what learns is said by `--train`. Afterwards the weights are rounded to the checkpoint's dtype and the thresholds settled
+anew, so that what is judged is what will be written.
 Kept only if the KL to the dense model fell on sequences that were not trained on.
 """
 
@@ -58,7 +59,8 @@ def finetune_model(
     conversion = Conversion(whole.loaded, plans, budget_of(like), whole.mask, teacher)
     if not conversion.layers:
         raise ConfigError(
-            "this conversion leaves every FFN dense: there is nothing to recover", "apply a smaller --fraction"
+            "this conversion leaves every FFN dense: there is nothing to recover",
+            "apply a smaller --fraction or --top-k",
         )
     conversion.install()
     began = settle(conversion, whole.heldout)
@@ -71,8 +73,12 @@ def finetune_model(
     weights = {} if adapters is None else adapters.tensors(rate.weights)
     weights |= weight_tensors(conversion, config.train, rate.weights)
     trained = selection_tensors(conversion, rate.selection) | weights
+    if not trained:
+        raise ConfigError("this conversion has no routers or corrections to train", "use --train ffn")
     target = like.fraction * SPEND[1]
-    learner = Learner(conversion, trained, whole.examples, config, target, config.price * max(before, 1e-6) / target)
+    priced = any(layer.shifts for layer in conversion.layers.values())
+    price = config.price * max(before, 1e-6) / target if priced else 0.0
+    learner = Learner(conversion, trained, whole.examples, config, target, price)
     optimizer = torch.optim.Adam([entry.group() for entry in trained.values()], betas=(0.9, 0.98))
     schedule = Schedule(config.steps, config.accumulate, config.warmup, config.save_steps, config.autocast)
     batches = [whole.train[number % len(whole.train)] for number in range(wanted)]  # one epoch
