@@ -41,7 +41,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 SERIAL_WORK = 300_000  # multiply-adds of a call below which a second thread costs more than it brings
 TOKENS_TO_SPLIT = 96  # from here on threads take tokens, below they take experts
 TILED_TOKENS = 512  # of a bfloat16 call by tiles at most: the second step's sums stay in the second-level cache
-TILED_LEAST_TOKENS, TILED_LEAST_EXPERT = 2, 16  # fewer leave most of a tile empty
+TILED_LEAST_TOKENS, TILED_LEAST_EXPERT = 32, 16  # fewer leave most of a tile empty; measured with AMX
 CHUNK_TOKENS = 512  # at most: a chunk reads the experts of its tokens once, and more of it leaves the cache
 # Where another process holds one of the cores, a thread of the team waits for it, milliseconds long, while a decode step takes
 # microseconds. A call that took a millisecond more than its arithmetic at 0.7 GFLOP/s per second is taken for such a case; the
@@ -88,7 +88,7 @@ class CompiledLayer:
     Without router and rule a call needs a selection; without one it computes what no selection touches: shared neurons, bias,
     compensation. Raises UnavailableError for weights the kernels cannot read. The table follows in-place changes of the
     weights; after the parameters' storage has been replaced (`.to(...)`) build a new one. `bfloat16_path` is one of
-    `bfloat16_paths.PATHS`, None the fastest of this machine for bfloat16 weights.
+    `bfloat16_paths.PATHS`, None for `default_path()`; float32 weights have none.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class CompiledLayer:
         table[slot.ROUTE] = kernels.project_float32.address
         self.bfloat16_path = None
         if dtype == torch.bfloat16:
-            self.bfloat16_path = bfloat16_path or bfloat16_paths.available_paths()[0]
+            self.bfloat16_path = bfloat16_path or bfloat16_paths.default_path()
             table[slot.PRODUCT : slot.END + 1] = bfloat16_paths.tile_functions(self.bfloat16_path)
         self._tiled_least = sys.maxsize  # tokens of a call from which it goes by tiles
         if table[slot.PRODUCT] and max(weights.expert_size, weights.num_shared) >= TILED_LEAST_EXPERT:

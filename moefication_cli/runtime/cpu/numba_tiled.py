@@ -18,7 +18,7 @@ from moefication_cli.runtime.cpu import numba_table as slot
 from moefication_cli.runtime.cpu import simd as v
 from moefication_cli.runtime.cpu import simd_tiles as tile
 from moefication_cli.runtime.cpu.numba_kernels import F32, IDENTITY, _activation, internal
-from moefication_cli.runtime.cpu.numba_routing import done, route, select, take, wait
+from moefication_cli.runtime.cpu.numba_routing import done, route, select, take, wait, widen
 
 HERE = Path(__file__).parent
 
@@ -36,7 +36,12 @@ def _up(address):
 def _unit(s, u):
     """List of tokens, first row, number of neurons, whether they are the compensation's, of unit `u`."""
     layer, most = v.at(s, slot.LAYER), v.at(s, slot.UNIT)
-    experts, shared, rank, each = v.at(layer, slot.E), v.at(layer, slot.S), v.at(layer, slot.C_RANK), v.at(layer, slot.N)
+    experts, shared, rank, each = (
+        v.at(layer, slot.E),
+        v.at(layer, slot.S),
+        v.at(layer, slot.C_RANK),
+        v.at(layer, slot.N),
+    )
     of_shared, of_rank, of_expert = (shared + most - 1) // most, (rank + most - 1) // most, (each + most - 1) // most
     if u < of_shared:
         return experts, u * most, min(most, shared - u * most), False
@@ -277,15 +282,7 @@ def run_tiled(s):
     tokens, width, experts = v.at(s, slot.T), v.at(layer, slot.D), v.at(layer, slot.E)
     scratch = v.at(s, slot.SCRATCH) + v.at(s, slot.SCRATCH_BYTES) * v.atomic_add(s + 8 * slot.TICKET, 1)
     if v.at(s, slot.KIND) == slot.FROM_ROUTER:
-        while True:
-            t = take(s, slot.WIDEN, 1)
-            if t >= tokens:
-                break
-            for c in range(0, width, 16):
-                at, lanes = t * width + c, min(16, width - c)
-                v.store_part(F32, v.at(s, slot.XF) + 4 * at, v.load_part(BF16, v.at(s, slot.X) + 2 * at, lanes), lanes)
-            done(s, slot.WIDEN, 1)
-        wait(s, slot.WIDEN, tokens)
+        widen(s)
         for second in range(2 if v.at(layer, slot.R_OUT) != 0 else 1):
             route(s, scratch, second == 1)
     while True:

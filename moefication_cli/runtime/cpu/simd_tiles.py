@@ -24,7 +24,7 @@ TILE, STEP = 1024, 2048  # bytes
 _VOID, _BYTE = ir.VoidType(), ir.IntType(8)
 
 
-class _BFloat(ir.Type):
+class _BFloat(ir.Type):  # type: ignore[misc]
     """LLVM's bfloat, which llvmlite has no name for."""
 
     def _to_string(self) -> str:
@@ -84,7 +84,8 @@ def _interleave(builder: Any, a: Any, b: Any) -> tuple[Any, Any]:
 
 def _transpose_rows(masked: bool) -> Any:
     """One tile of B = W^T: 32 columns of 16 rows of W, as pairs. Arguments: to, w, bytes per row, rows left (further ones repeat
-    the last), bytes to a place in memory that will be needed soon, and, if `masked`, how many columns there are."""
+    the last), bytes to a place in memory that will be needed soon, and, if `masked`, how many columns there are.
+    """
 
     def emit(builder: Any, args: Any, kinds: Any) -> None:
         to, w, row_bytes, rows_left, ahead = args[:5]
@@ -126,7 +127,8 @@ def _pair_rows(masked: bool) -> Any:
 
 def _gather_lines(masked: bool) -> Any:
     """One tile of A from 16 rows anywhere. Arguments: to, addresses of the rows, byte offset into each, and, if `masked`, how many
-    columns there are."""
+    columns there are.
+    """
 
     def emit(builder: Any, args: Any, kinds: Any) -> None:
         to, addresses, offset = args[:3]
