@@ -93,6 +93,16 @@ def _experts(state: Setting, folder: str, num_threads: int) -> Result:
     return Result("bench", table, payload | {"threads": num_threads}, notes=notes)
 
 
+def _path(state: Setting) -> str:
+    """Which instructions the CPU kernels multiply bfloat16 with; nothing where they were not used."""
+    row = state.rows[0]
+    if row["dtype"] != "bfloat16" or all(each["backend"] != "numba" for each in state.rows):
+        return ""
+    from moefication_cli.runtime.cpu.bfloat16_paths import default_path
+
+    return f" ({default_path()} in the numba backend)"
+
+
 def _result(state: Setting, name: str, num_threads: int) -> Result:
     assert state.rates is not None
     machine = hardware(state.device)
@@ -103,7 +113,8 @@ def _result(state: Setting, name: str, num_threads: int) -> Result:
         table.append(shown | {key: row[key] for key in ("speedup", "min", "max", "bound", "backend")})
     processor = machine["accelerator"] or machine["processor"]
     notes = [
-        f"{name} on {processor}, {num_threads} threads, {state.config.clock} clock, {state.rows[0]['dtype']}, torch {machine['torch']}: "
+        f"{name} on {processor}, {num_threads} threads, {state.config.clock} clock, {state.rows[0]['dtype']}"
+        f"{_path(state)}, torch {machine['torch']}: "
         f"{state.rates.flops_per_second / 1e9:.0f} GFLOP/s and {state.rates.bytes_per_second / 1e9:.1f} GB/s measured",
         "speedup: median of paired rounds, with min and max; bound: larger of arithmetic and bytes, router, union of "
         "the batch's experts and all that is no FFN counted, skipped zeros of ReLU not",

@@ -25,6 +25,7 @@ from moefication_cli.benchmark.timing import Call, Paired, alternate
 from moefication_cli.ffn import ACTIVATIONS, ExpertWeights, FFNWeights
 from moefication_cli.routing.router import TwoLayerRouter
 from moefication_cli.routing.rules import TopK
+from moefication_cli.runtime.cpu import bfloat16_paths
 from moefication_cli.runtime.layer import MoEFFN
 
 CACHE_BYTES = 128 << 20
@@ -157,6 +158,7 @@ def main() -> None:
     parser.add_argument("--fractions", default="0.2")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--backend", default="auto")
+    parser.add_argument("--bfloat16-path", choices=bfloat16_paths.PATHS, help="other than this machine's default")
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--budget", type=float, default=4.0, help="seconds per row")
     parser.add_argument(
@@ -165,6 +167,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if options.bfloat16_path:
+        bfloat16_paths.default_path = lambda: options.bfloat16_path
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     rows = []

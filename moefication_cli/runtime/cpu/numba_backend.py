@@ -7,6 +7,7 @@ Where torch's library offers no GOMP interface the call runs on one thread. Comp
 
 import ctypes
 import struct
+import sys
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from moefication_cli.errors import ConfigError, UnavailableError
 from moefication_cli.ffn import ExpertWeights
 from moefication_cli.routing.router import Router, TwoLayerRouter
 from moefication_cli.routing.rules import Rule, Threshold, TopK
+from moefication_cli.runtime.cpu import bfloat16_paths
 from moefication_cli.runtime.cpu import numba_forward as forward
 from moefication_cli.runtime.cpu import numba_kernels as kernels
 from moefication_cli.runtime.cpu import numba_table as slot
@@ -38,6 +40,8 @@ ACTIVATION_CODES = {
 DTYPES = (torch.float32, torch.bfloat16)
 SERIAL_WORK = 300_000  # multiply-adds of a call below which a second thread costs more than it brings
 TOKENS_TO_SPLIT = 96  # from here on threads take tokens, below they take experts
+TILED_TOKENS = 512  # of a bfloat16 call by tiles at most: the second step's sums stay in the second-level cache
+TILED_LEAST_TOKENS, TILED_LEAST_EXPERT = 32, 16  # fewer leave most of a tile empty; measured with AMX
 CHUNK_TOKENS = 512  # at most: a chunk reads the experts of its tokens once, and more of it leaves the cache
 # Where another process holds one of the cores, a thread of the team waits for it, milliseconds long, while a decode step takes
 # microseconds. A call that took a millisecond more than its arithmetic at 0.7 GFLOP/s per second is taken for such a case; the
@@ -83,10 +87,17 @@ class CompiledLayer:
 
     Without router and rule a call needs a selection; without one it computes what no selection touches: shared neurons, bias,
     compensation. Raises UnavailableError for weights the kernels cannot read. The table follows in-place changes of the
-    weights; after the parameters' storage has been replaced (`.to(...)`) build a new one.
+    weights; after the parameters' storage has been replaced (`.to(...)`) build a new one. `bfloat16_path` is one of
+    `bfloat16_paths.PATHS`, None for `default_path()`; float32 weights have none.
     """
 
-    def __init__(self, weights: ExpertWeights, router: Router | None = None, rule: Rule | None = None) -> None:
+    def __init__(
+        self,
+        weights: ExpertWeights,
+        router: Router | None = None,
+        rule: Rule | None = None,
+        bfloat16_path: str | None = None,
+    ) -> None:
         ffn, fix = weights.ffn, weights.compensation
         dtype = ffn.w_up_FD.dtype
         wide = (ffn.w_up_FD, ffn.w_down_FD) if ffn.w_gate_FD is None else (ffn.w_up_FD, ffn.w_down_FD, ffn.w_gate_FD)
@@ -145,6 +156,13 @@ class CompiledLayer:
         self._active = active
         table[slot.PROJECT], table[slot.PIECES] = _kernels(dtype)
         table[slot.ROUTE] = kernels.project_float32.address
+        self.bfloat16_path = None
+        if dtype == torch.bfloat16:
+            self.bfloat16_path = bfloat16_path or bfloat16_paths.default_path()
+            table[slot.PRODUCT : slot.END + 1] = bfloat16_paths.tile_functions(self.bfloat16_path)
+        self._tiled_least = sys.maxsize  # tokens of a call from which it goes by tiles
+        if table[slot.PRODUCT] and max(weights.expert_size, weights.num_shared) >= TILED_LEAST_EXPERT:
+            self._tiled_least = TILED_LEAST_TOKENS
         self._table = table
         self._layer = int(table.ctypes.data)
         self._parallel, give_way = _openmp()
@@ -193,6 +211,9 @@ class CompiledLayer:
         work, threads, chunk = num_tokens * (self._always + active * self._per_expert), 1, 0
         if work >= SERIAL_WORK and self._parallel:
             threads = torch.get_num_threads()
+        if num_tokens >= self._tiled_least:
+            picked = self._by_tiles(x, y, num_tokens, kind, address, k, real_T, counts_E, threads)
+            return self._checked(y, picked, num_tokens)
         if num_tokens >= TOKENS_TO_SPLIT:
             rounds = -(-num_tokens // (CHUNK_TOKENS * threads))
             chunk = -(-num_tokens // (rounds * threads))  # as many for every thread
@@ -206,6 +227,31 @@ class CompiledLayer:
         )  # fmt: skip
         if threads > 1 and chunk == 0 and time.perf_counter() - start > BUSY_SECONDS + work / BUSY_WORK_PER_SECOND:
             self._serial_calls = BUSY_CALLS
+        return self._checked(y, picked, num_tokens)
+
+    def _by_tiles(
+        self, x: Tensor, y: Tensor, num_tokens: int, kind: int, address: int, k: int,
+        real_T: Tensor | None, counts_E: Tensor | None, threads: int,
+    ) -> int:  # fmt: skip
+        """`TILED_TOKENS` at a time; gives how many experts the tokens had together, or -1."""
+        from moefication_cli.runtime.cpu import numba_tiled as tiled  # compiled only where it is used
+
+        picked, rounds = 0, -(-num_tokens // TILED_TOKENS)
+        step = -(-num_tokens // rounds)
+        row = self.width * x.itemsize
+        of_token = {slot.FROM_IDS: 8 * k, slot.FROM_MASK: self.weights.num_experts}.get(kind, 0)
+        for first in range(0, num_tokens, step):
+            here = tiled.forward_tiled(
+                self._layer, tiled.run_tiled.address, *self._functions[2:], x.data_ptr() + first * row,
+                y.data_ptr() + first * row, min(step, num_tokens - first), kind, address + first * of_token, k,
+                0 if real_T is None else real_T.data_ptr() + first, 0 if counts_E is None else counts_E.data_ptr(), threads,
+            )  # fmt: skip
+            if here < 0:
+                return -1
+            picked += here
+        return picked
+
+    def _checked(self, y: Tensor, picked: int, num_tokens: int) -> Tensor:
         if picked < 0:
             raise ConfigError(f"selected expert id out of range: the layer has {self.weights.num_experts} experts")
         self._active += (picked / num_tokens - self._active) / 8

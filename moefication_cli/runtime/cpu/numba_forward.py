@@ -20,7 +20,7 @@ from moefication_cli.compiled import cached_cfunc, cached_njit
 from moefication_cli.runtime.cpu import numba_table as slot
 from moefication_cli.runtime.cpu import simd as v
 from moefication_cli.runtime.cpu.numba_kernels import BATCH, F32, IDENTITY, internal
-from moefication_cli.runtime.cpu.numba_routing import done, route, select, take, wait
+from moefication_cli.runtime.cpu.numba_routing import done, route, select, take, wait, widen
 
 HERE = Path(__file__).parent
 
@@ -200,15 +200,7 @@ def run(s):
     tokens, width, team = v.at(s, slot.T), v.at(layer, slot.D), v.at(s, slot.TEAM)
     scratch = v.at(s, slot.SCRATCH) + v.at(s, slot.SCRATCH_BYTES) * v.atomic_add(s + 8 * slot.TICKET, 1)
     if v.at(s, slot.XF) != v.at(s, slot.X):  # bfloat16 inputs are widened once
-        while True:
-            t = take(s, slot.WIDEN, 1)
-            if t >= tokens:
-                break
-            for c in range(0, width, 16):
-                at, lanes = t * width + c, min(16, width - c)
-                v.store_part(F32, v.at(s, slot.XF) + 4 * at, v.load_part(BF16, v.at(s, slot.X) + 2 * at, lanes), lanes)
-            done(s, slot.WIDEN, 1)
-        wait(s, slot.WIDEN, tokens)
+        widen(s)
     if v.at(s, slot.KIND) == slot.FROM_ROUTER:
         for second in range(2 if v.at(layer, slot.R_OUT) != 0 else 1):
             route(s, scratch, second == 1)

@@ -10,6 +10,8 @@ from moefication_cli.runtime.cpu import numba_table as slot
 from moefication_cli.runtime.cpu import simd as v
 from moefication_cli.runtime.cpu.numba_kernels import BATCH, F32, IDENTITY, RELU, SQUARE, TANH, internal
 
+BF16 = np.uint16(0)
+
 
 @internal
 def take(s, step, count):
@@ -33,6 +35,21 @@ def wait(s, step, total):
     """Until all items of a step are done."""
     if v.at(s, slot.TEAM) > 1:
         v.wait_for(s + 8 * (slot.DONE + step), total, v.at(s, slot.YIELD))
+
+
+@internal
+def widen(s):
+    """XF = the bfloat16 inputs in float32."""
+    tokens, width = v.at(s, slot.T), v.at(v.at(s, slot.LAYER), slot.D)
+    while True:
+        t = take(s, slot.WIDEN, 1)
+        if t >= tokens:
+            break
+        for c in range(0, width, 16):
+            at, lanes = t * width + c, min(16, width - c)
+            v.store_part(F32, v.at(s, slot.XF) + 4 * at, v.load_part(BF16, v.at(s, slot.X) + 2 * at, lanes), lanes)
+        done(s, slot.WIDEN, 1)
+    wait(s, slot.WIDEN, tokens)
 
 
 @internal
