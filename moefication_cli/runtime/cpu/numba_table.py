@@ -9,12 +9,16 @@ W_UP, W_GATE, W_DOWN, B_UP, B_GATE, B_DOWN, D, E, N, S, ACT, CONSTANT, C_IN, C_O
 R_IN, R_B_IN, R_OUT, R_B_OUT, R_WIDTH, R_ACT, R_NORMALISE, TOP_K, THRESHOLD, W_BYTES, PROJECT, PIECES, ROUTE = range(
     15, 28
 )
-LAYER_SLOTS = 28
+# Of int8 matrices: scales [3, F] float32 (up, gate, down) and bytes per row of them; what quantises tokens too, or 0.
+# The low-rank compensation has kernels of its own there: its matrices stay float32.
+SCALES, SCALE_BYTES, INTEGER, X_BYTES, C_PROJECT, C_PIECES, C_BYTES = range(28, 35)
+LAYER_SLOTS = 35
 # A call. ON is [E, T] bytes, KEPT [T] int64: how many experts the token has, or -1 at padding.
 LAYER, X, Y, T, KIND, SELECTED, K, REAL, COUNTS, YIELD, TEAM, PIECE, CHUNK, RUN = range(14)
 XF, ACC, ON, KEPT, Z, Z_BYTES, SCORES, SCORE_BYTES, SCRATCH, SCRATCH_BYTES, STATES = range(14, 25)
+XQ, XQ_BYTES = 25, 26  # what the experts read: quantised tokens and bytes of each, or XF
 # Written by all threads, away from the entries above; PICKED counts the experts of all tokens.
 ERROR, TICKET, PARTIALS, PICKED, NEXT, DONE = 32, 33, 34, 35, 40, 48
 CALL_SLOTS = 64
-WIDEN, FIRST, SECOND, SELECT, EXPERTS, FINISH = range(6)  # steps; each has a counter at NEXT and one at DONE
+WIDEN, FIRST, SECOND, SELECT, EXPERTS, FINISH, QUANTISE = range(7)  # steps; each has a counter at NEXT and one at DONE
 FROM_ROUTER, FROM_IDS, FROM_MASK, FROM_NOTHING = range(4)  # KIND; the last: shared neurons only

@@ -1,0 +1,95 @@
+"""int8 weights of a loaded model: its FFNs' matrices for the kernels of `runtime.cpu`, all other linear layers for torch's.
+
+Made from the float model in memory, one matrix after the other, so that at most one float copy is alive beside the int8 ones. Every matrix
+is symmetric per row (`ffn.quantise_rows`); of FFNs a row is a neuron, also of the down projection, whose scale multiplies the
+neuron's activation. Embeddings, norms, biases, routers and compensations stay as they are. CPU and float32 activations.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from moefication_cli.errors import ConfigError, UnavailableError
+from moefication_cli.ffn import quantise_rows
+from moefication_cli.models.sites import FFNSite
+from moefication_cli.models.surgery import SCALE
+
+WEIGHTS = ("int8",)  # what `load(weights=...)` takes
+
+
+class Int8Linear(nn.Module):
+    """y = x W^T + b for an int8 W, the tokens rounded to int8 too, symmetric per token; sums are exact, in int32 (`torch._int_mm`).
+
+    Rounding tokens one by one and not all together is what torchao's `Int8DynamicActivationInt8WeightConfig` does.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        quantised, scale = quantise_rows(weight)
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(quantised, requires_grad=False)
+        self.register_buffer(SCALE, scale)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y[..., out] of x[..., in]; NaN and infinity in a token make its row NaN."""
+        x_TD = x.reshape(-1, self.in_features)
+        scale_T1 = x_TD.abs().amax(dim=1, keepdim=True) / 127
+        steps_TD = (x_TD / scale_T1.clamp(min=torch.finfo(torch.float32).tiny)).round_().to(torch.int8)
+        y = torch._int_mm(steps_TD, self.weight.t()).float().mul_(scale_T1).mul_(self.weight_scale)
+        return (y if self.bias is None else y.add_(self.bias)).view(*x.shape[:-1], self.out_features)
+
+
+def check_weights_option(weights: str | None, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Raises ConfigError for weights of another kind, a dtype that int8 does not go with, UnavailableError for a device."""
+    if weights is None:
+        return
+    if weights not in WEIGHTS:
+        raise ConfigError(f"weights {weights!r} are not one of {', '.join(WEIGHTS)}", 'load(PATH, weights="int8")')
+    if device.type != "cpu":
+        raise UnavailableError(f"int8 weights are computed on the CPU, not on {device}", "use device cpu, or leave int8 out")
+    if dtype != torch.float32:
+        raise ConfigError(f"int8 weights go with float32 activations, not {dtype}", "leave out the dtype")
+
+
+def quantise_model(model: nn.Module, experts: list[FFNSite]) -> None:
+    """Makes all matrices int8 in place, and the model one for inference only.
+
+    FFNs in `experts` keep their modules, which then need a layer installed that reads int8; all other linear layers become `Int8Linear`.
+    """
+    model.requires_grad_(False)
+    taken = set()
+    for site in experts:
+        _quantise_ffn(model, site)
+        taken |= {site.up, site.down, site.gate}
+    linear = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.Linear | Conv1D) and name not in taken]
+    for name, part in linear:
+        weight: Any = part.weight
+        parent, _, own = name.rpartition(".")
+        rows = weight.detach().t() if isinstance(part, Conv1D) else weight.detach()
+        setattr(model.get_submodule(parent), own, Int8Linear(rows, part.bias))
+    linear.clear()
+
+
+def _quantise_ffn(model: nn.Module, site: FFNSite) -> None:
+    for path in dict.fromkeys((site.up, site.gate, site.down)):
+        if path is None:
+            continue
+        part: Any = model.get_submodule(path)
+        neurons_first = (path == site.down) == isinstance(part, Conv1D)
+        rows = part.weight.detach() if neurons_first else part.weight.detach().t()
+        quantised, scale = quantise_rows(rows)
+        part.weight = nn.Parameter(quantised if neurons_first else quantised.t(), requires_grad=False)
+        part.register_buffer(SCALE, scale)
+
+
+def linear_bytes(model: nn.Module) -> int:
+    """Bytes of all weight matrices of linear layers and of their scales."""
+    total = 0
+    for part in model.modules():
+        if isinstance(part, nn.Linear | Conv1D | Int8Linear):
+            for held in (part.weight, part._buffers.get(SCALE)):
+                total += 0 if held is None else held.numel() * held.element_size()  # type: ignore[operator,union-attr]
+    return total
