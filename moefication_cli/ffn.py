@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def quantise_rows(w_FD: Tensor) -> tuple[Tensor, Tensor]:
-    """(int8 [F, D], scale_F float32): symmetric per row, w ~ scale * int8 with int8 in [-127, 127] and scale = max |w| / 127.
+    """(int8 [F, D] contiguous, scale_F float32): symmetric per row, w ~ scale * int8 with int8 in [-127, 127] and scale = max |w| / 127.
 
     Rounds to nearest, ties to even; a row of zeros gets the scale 0. Raises ConfigError for a row with NaN or infinity.
     """
@@ -38,7 +38,7 @@ def quantise_rows(w_FD: Tensor) -> tuple[Tensor, Tensor]:
         raise ConfigError(f"row {row} of a weight matrix holds NaN or infinity: it cannot be made int8")
     scale_F = most_F / 127
     steps_FD = w_FD.detach().float() / scale_F.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-    return steps_FD.round_().clamp_(-127, 127).to(torch.int8), scale_F
+    return steps_FD.round_().clamp_(-127, 127).to(torch.int8).contiguous(), scale_F
 
 
 def flops_per_neuron(d_model: int, gated: bool) -> int:

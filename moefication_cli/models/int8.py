@@ -19,26 +19,26 @@ from moefication_cli.models.surgery import SCALE
 WEIGHTS = ("int8",)  # what `load(weights=...)` takes
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(nn.Linear):
     """y = x W^T + b for an int8 W, the tokens rounded to int8 too, symmetric per token; sums are exact, in int32 (`torch._int_mm`).
 
     Rounding tokens one by one and not all together is what torchao's `Int8DynamicActivationInt8WeightConfig` does.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # nn.Linear's would make a float matrix first
         quantised, scale = quantise_rows(weight)
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(quantised, requires_grad=False)
         self.register_buffer(SCALE, scale)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
         """y[..., out] of x[..., in]; NaN and infinity in a token make its row NaN."""
         x_TD = x.reshape(-1, self.in_features)
         scale_T1 = x_TD.abs().amax(dim=1, keepdim=True) / 127
         steps_TD = (x_TD / scale_T1.clamp(min=torch.finfo(torch.float32).tiny)).round_().to(torch.int8)
-        y = torch._int_mm(steps_TD, self.weight.t()).float().mul_(scale_T1).mul_(self.weight_scale)
+        y = torch._int_mm(steps_TD, self.weight.t()).float().mul_(scale_T1).mul_(self.get_buffer(SCALE))
         return (y if self.bias is None else y.add_(self.bias)).view(*x.shape[:-1], self.out_features)
 
 
@@ -60,17 +60,19 @@ def quantise_model(model: nn.Module, experts: list[FFNSite]) -> None:
     FFNs in `experts` keep their modules, which then need a layer installed that reads int8; all other linear layers become `Int8Linear`.
     """
     model.requires_grad_(False)
-    taken = set()
+    taken: set[int] = set()
     for site in experts:
         _quantise_ffn(model, site)
-        taken |= {site.up, site.down, site.gate}
-    linear = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.Linear | Conv1D) and name not in taken]
-    for name, part in linear:
-        weight: Any = part.weight
-        parent, _, own = name.rpartition(".")
-        rows = weight.detach().t() if isinstance(part, Conv1D) else weight.detach()
-        setattr(model.get_submodule(parent), own, Int8Linear(rows, part.bias))
-    linear.clear()
+        taken |= {id(model.get_submodule(path)) for path in (site.up, site.down, site.gate) if path is not None}
+    made: dict[int, Int8Linear] = {}
+    for parent in list(model.modules()):
+        for name, part in list(parent._modules.items()):
+            if id(part) in taken or isinstance(part, Int8Linear) or not isinstance(part, nn.Linear | Conv1D):
+                continue
+            if id(part) not in made:  # a fused projection may have two names
+                weight: Tensor = part.weight.detach()
+                made[id(part)] = Int8Linear(weight.t() if isinstance(part, Conv1D) else weight, part.bias)
+            setattr(parent, name, made[id(part)])
 
 
 def _quantise_ffn(model: nn.Module, site: FFNSite) -> None:
