@@ -52,7 +52,9 @@ def rows_of(state: Setting, case: BenchCase) -> Iterator[dict[str, Any]]:
         peer = dynamic_twin(case.dense)
         quantise_model(other, [])
         quantise_model(case.dense, [])
-        quantise_model(case.moe, [site for site in find_sites(case.moe, state.config.ffn) if site.name in case.installed])
+        quantise_model(
+            case.moe, [site for site in find_sites(case.moe, state.config.ffn) if site.name in case.installed]
+        )
     for fraction in _fractions(state, case):
         for site, setup in zip(case.sites, case.setups, strict=True):
             case.experts[site.name].rule = setup.rule_at(fraction)
@@ -67,7 +69,15 @@ def rows_of(state: Setting, case: BenchCase) -> Iterator[dict[str, Any]]:
 
 
 def _ffn_rows(state: Setting, case: BenchCase) -> Iterator[dict[str, Any]]:
-    layers = rotation(case.dense, case.sites, case.setups, case.inputs_TD, state.config.backend, cold_bytes(state), state.config.weights)
+    layers = rotation(
+        case.dense,
+        case.sites,
+        case.setups,
+        case.inputs_TD,
+        state.config.backend,
+        cold_bytes(state),
+        state.config.weights,
+    )
     firing = firing_share(case.dense, case.sites, case.inputs_TD)
     for fraction in _fractions(state, case):
         for layer, setup in zip(layers.experts, layers.setups, strict=True):

@@ -118,7 +118,9 @@ def threads(count: int | None) -> Iterator[None]:
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype, clock: str = "wall", integer: bool = False) -> Rates:
-    """The best of a few large matrix products (P; of int8 ones with `integer`, on the CPU) and of a few reads of uncached weights by a vector (W)."""
+    """The best of a few large matrix products (P; with `integer` of int8 ones, on the CPU) and of a few reads of uncached weights
+    by a vector (W).
+    """
     width = 1024 if device.type == "cpu" else 8192
     x, w = (torch.ones(width, width, device=device, dtype=dtype) for _ in range(2))
     rows = READ_BYTES // (1024 * dtype.itemsize)

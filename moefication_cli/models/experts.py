@@ -77,7 +77,8 @@ def attach_experts(
 ) -> None:
     """Install the layers read from `folder` in the dense model of that folder, whose `save_pretrained` then writes both.
 
-    `model.moefication` is their `Experts`. With `weights="int8"` all matrices of linear layers become int8 (see `models.int8`). Raises CorruptArtifactError if they do not fit.
+    `model.moefication` is their `Experts`. With `weights="int8"` all matrices of linear layers become int8 (see `models.int8`).
+    Raises CorruptArtifactError if they do not fit.
     """
     sites = find_sites(model, moe.settings.get("ffn"))
     if [site.name for site in sites] != [layer.name for layer in moe.layers]:

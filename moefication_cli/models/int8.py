@@ -49,7 +49,9 @@ def check_weights_option(weights: str | None, device: torch.device, dtype: torch
     if weights not in WEIGHTS:
         raise ConfigError(f"weights {weights!r} are not one of {', '.join(WEIGHTS)}", 'load(PATH, weights="int8")')
     if device.type != "cpu":
-        raise UnavailableError(f"int8 weights are computed on the CPU, not on {device}", "use device cpu, or leave int8 out")
+        raise UnavailableError(
+            f"int8 weights are computed on the CPU, not on {device}", "use device cpu, or leave int8 out"
+        )
     if dtype != torch.float32:
         raise ConfigError(f"int8 weights go with float32 activations, not {dtype}", "leave out the dtype")
 

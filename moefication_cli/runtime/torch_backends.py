@@ -29,7 +29,9 @@ def dense(x_TD: Tensor, selected: Tensor | None, weights: ExpertWeights) -> Tens
 def always_on(x_TD: Tensor, mask_TE: Tensor, weights: ExpertWeights) -> Tensor:
     """y_TD of the parts that no selection touches: bias, shared neurons, compensation; float32 for half-precision weights."""
     ffn = weights.ffn
-    y_TD = torch.zeros(x_TD.shape, dtype=sum_dtype(torch.float32 if ffn.quantised else ffn.w_down_FD.dtype), device=x_TD.device)
+    y_TD = torch.zeros(
+        x_TD.shape, dtype=sum_dtype(torch.float32 if ffn.quantised else ffn.w_down_FD.dtype), device=x_TD.device
+    )
     if ffn.b_down_D is not None:
         y_TD = y_TD + ffn.b_down_D
     if weights.num_shared:

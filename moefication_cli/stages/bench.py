@@ -43,7 +43,9 @@ def bench(target: str | None, config: BenchConfig, control: Control) -> Result:
         None if config.fractions is None else list(dict.fromkeys(config.fractions)),
     )
     if config.weights is not None and config.experts:
-        raise ConfigError("--weights int8 is not for the experts of stock models", "leave out one of --weights, --experts")
+        raise ConfigError(
+            "--weights int8 is not for the experts of stock models", "leave out one of --weights, --experts"
+        )
     check_weights_option(config.weights, state.device, resolve_dtype(config.dtype, state.device))
     most = 4 * (os.cpu_count() or 1)
     if config.threads is not None and config.threads > most:

@@ -14,8 +14,14 @@ from moefication_cli.runtime.cpu.numba_backend import FEW_TOKENS, CompiledLayer
 from moefication_cli.runtime.cpu.simd_int8 import has_integer_dots
 from moefication_cli.runtime.reference import masked
 
-PLAIN, INTEGER = 2e-6, 2e-2  # of the largest output: other orders of sums; tokens and hidden activations rounded to 1/127 of the largest
-DOTS = [False, pytest.param(True, marks=pytest.mark.skipif(not has_integer_dots(), reason="this CPU has no AVX-512 VNNI"))]
+PLAIN, INTEGER = (
+    2e-6,
+    2e-2,
+)  # of the largest output: other orders of sums; tokens and hidden activations rounded to 1/127 of the largest
+DOTS = [
+    False,
+    pytest.param(True, marks=pytest.mark.skipif(not has_integer_dots(), reason="this CPU has no AVX-512 VNNI")),
+]
 
 
 def int8(w: ExpertWeights) -> ExpertWeights:
@@ -32,7 +38,9 @@ def inputs(T: int, d: int) -> Tensor:
 
 
 def test_rows_are_quantised_as_by_hand() -> None:
-    w_FD = torch.tensor([[1.27, -0.635, 0.014, 0.015], [0.0, 0.0, 0.0, 0.0], [-2.54, 2.54, 0.03, -0.01], [1e-45, 0.0, 0.0, 0.0]])
+    w_FD = torch.tensor(
+        [[1.27, -0.635, 0.014, 0.015], [0.0, 0.0, 0.0, 0.0], [-2.54, 2.54, 0.03, -0.01], [1e-45, 0.0, 0.0, 0.0]]
+    )
     q_FD, scale_F = quantise_rows(w_FD)
     assert q_FD.tolist()[:3] == [[127, -64, 1, 2], [0, 0, 0, 0], [-127, 127, 2, 0]]  # -63.5 and 1.5 to even
     assert torch.allclose(scale_F[:3], torch.tensor([0.01, 0.0, 0.02]))
@@ -59,7 +67,12 @@ def test_kernels_equal_the_reference(d: int, E: int, N: int, S: int, gated: bool
     layer = CompiledLayer(w, integer_dots=dots)
     for T in (1, 2, 3, 4, 6, 65, 140):
         x = inputs(T, d)
-        for selected in (some(T, E), ids(T, E, 1), torch.ones(T, E, dtype=torch.bool), torch.zeros(T, E, dtype=torch.bool)):
+        for selected in (
+            some(T, E),
+            ids(T, E, 1),
+            torch.ones(T, E, dtype=torch.bool),
+            torch.zeros(T, E, dtype=torch.bool),
+        ):
             with torch.inference_mode():
                 off = error(layer(x, selected), masked(x, selected, w))
                 wrong = error(layer(x, selected), masked(x, ~some(T, E), w))
@@ -74,7 +87,10 @@ def test_where_half_of_the_neurons_are_zero_only_the_others_are_read(dots: bool)
         shifted = dataclasses.replace(w, ffn=dataclasses.replace(w.ffn, b_up_F=torch.full_like(w.ffn.b_up_F, shift)))  # type: ignore[arg-type]
         ready = int8(shifted)
         with torch.inference_mode():
-            off = error(CompiledLayer(ready, integer_dots=dots)(inputs(40, 96), some(40, 8)), masked(inputs(40, 96), some(40, 8), ready))
+            off = error(
+                CompiledLayer(ready, integer_dots=dots)(inputs(40, 96), some(40, 8)),
+                masked(inputs(40, 96), some(40, 8), ready),
+            )
         assert off < (INTEGER if dots else PLAIN)
 
 

@@ -1,6 +1,7 @@
 """The `numba` backend: a layer's tensors as a table of addresses, and one compiled call per forward pass.
 
-CPU, float32 and bfloat16 (weights and inputs alike) and int8 weights with float32 inputs, every activation of `weights.ACTIVATIONS`, every Router and Rule. Forward only.
+CPU, float32 and bfloat16 (weights and inputs alike) and int8 weights with float32 inputs; every activation of
+`weights.ACTIVATIONS`, every Router and Rule. Forward only.
 Threads come from the OpenMP pool torch itself uses: a second pool (numba's own) would fight the first one for the cores.
 Where torch's library offers no GOMP interface the call runs on one thread. Compiled code is cached beside the package.
 """
@@ -105,7 +106,7 @@ class CompiledLayer:
         for tensor in wide:
             if tensor.device.type != "cpu" or tensor.dtype not in (*DTYPES, torch.int8) or tensor.dtype != stored:
                 raise UnavailableError(
-                    f"backend numba computes with float32, bfloat16 or int8 weights on the CPU; a projection is {tensor.dtype} on {tensor.device}",
+                    f"backend numba reads float32, bfloat16 or int8 on the CPU; a projection is {tensor.dtype} on {tensor.device}",
                     "use --backend torch",
                 )
             if not tensor.is_contiguous():
@@ -172,14 +173,19 @@ class CompiledLayer:
 
         table = self._table
         parts = (ffn.scale_up_F, ffn.scale_gate_F, ffn.scale_down_F)
-        scales_3F = torch.stack([ffn.w_up_FD.new_zeros(ffn.num_neurons, dtype=torch.float32) if p is None else p for p in parts])
+        scales_3F = torch.stack(
+            [ffn.w_up_FD.new_zeros(ffn.num_neurons, dtype=torch.float32) if p is None else p for p in parts]
+        )
         table[slot.SCALES], table[slot.SCALE_BYTES] = self._address(scales_3F), 4 * ffn.num_neurons
         if not (has_integer_dots() if integer_dots is None else integer_dots):
             return
         from moefication_cli.runtime.cpu import numba_int8_dots as dots
 
         self._integer = table.copy()
-        self._integer[slot.INTEGER], self._integer[slot.PIECES] = dots.quantise_token.address, dots.piece_integer.address
+        self._integer[slot.INTEGER], self._integer[slot.PIECES] = (
+            dots.quantise_token.address,
+            dots.piece_integer.address,
+        )
         self._many = int(self._integer.ctypes.data)
 
     def _address(self, tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int:
@@ -230,9 +236,10 @@ class CompiledLayer:
         elif threads > 1 and self._serial_calls > 0:
             self._serial_calls -= 1
             threads = 1
+        layer = self._layer if num_tokens <= FEW_TOKENS else self._many
         start = time.perf_counter()
         picked = forward.forward(
-            self._layer if num_tokens <= FEW_TOKENS else self._many, *self._functions, x.data_ptr(), y.data_ptr(), num_tokens, kind, address, k,
+            layer, *self._functions, x.data_ptr(), y.data_ptr(), num_tokens, kind, address, k,
             0 if real_T is None else real_T.data_ptr(), 0 if counts_E is None else counts_E.data_ptr(), threads, chunk,
         )  # fmt: skip
         if threads > 1 and chunk == 0 and time.perf_counter() - start > BUSY_SECONDS + work / BUSY_WORK_PER_SECOND:

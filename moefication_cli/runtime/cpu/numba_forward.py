@@ -223,7 +223,12 @@ def run(s):
             t = take(s, slot.QUANTISE, 1)
             if t >= tokens:
                 break
-            v.call_3(v.at(layer, slot.INTEGER), v.at(s, slot.XF) + t * 4 * width, width, v.at(s, slot.XQ) + t * v.at(s, slot.XQ_BYTES))
+            v.call_3(
+                v.at(layer, slot.INTEGER),
+                v.at(s, slot.XF) + t * 4 * width,
+                width,
+                v.at(s, slot.XQ) + t * v.at(s, slot.XQ_BYTES),
+            )
             done(s, slot.QUANTISE, 1)
         wait(s, slot.QUANTISE, tokens)
     if v.at(s, slot.KIND) == slot.FROM_ROUTER:

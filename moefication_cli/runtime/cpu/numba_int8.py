@@ -174,7 +174,9 @@ def project_int8(rows, m, w, row_bytes, n, length, h, h_bytes):
 
 
 @cached_cfunc(HERE, "void(" + ", ".join(["int64"] * 16) + ")", error_model="numpy")
-def piece_int8(call, rows, ys, m, up, gate, down, b_up, b_gate, scales, scale_bytes, n, length, row_bytes, act, scratch):
+def piece_int8(
+    call, rows, ys, m, up, gate, down, b_up, b_gate, scales, scale_bytes, n, length, row_bytes, act, scratch
+):
     """`piece` for float32 rows."""
     _piece(
         call, rows, ys, m, up, gate, down, b_up, b_gate, scales, scale_bytes, n, length, row_bytes, act, scratch

@@ -148,7 +148,7 @@ def _interleaved(builder: Any, rows: Sequence[Any]) -> list[Any]:
     pairs = ir.VectorType(ir.IntType(16), 32)
     low = [unpack(rows[k], rows[k + 1], 1, _BYTES, False) for k in (0, 2)]
     high = [unpack(rows[k], rows[k + 1], 1, _BYTES, True) for k in (0, 2)]
-    return [unpack(*half, 2, pairs, part) for half in (low, high) for part in (False, True)]
+    return [unpack(a, b, 2, pairs, part) for a, b in (low, high) for part in (False, True)]
 
 
 def _in_order(builder: Any, slots: Sequence[Any]) -> list[Any]:
