@@ -107,10 +107,11 @@ class FFN(nn.Module):
         self.up, self.down = model.get_submodule(site.up), model.get_submodule(site.down)
         self.gate = None if site.gate is None else model.get_submodule(site.gate)
         self.act = attrgetter(site.act)(model)
+        self.fused = site.fused  # dynamic quantisation replaces a module that has two names by two
 
     def forward(self, x: Tensor) -> Tensor:
         """y[..., D] of x[..., D]."""
-        if self.gate is self.up:
+        if self.fused:
             gate, up = self.up(x).chunk(2, dim=-1)
             y: Tensor = self.down(self.act(gate) * up)
         elif self.gate is None:

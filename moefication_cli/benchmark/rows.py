@@ -46,15 +46,13 @@ def rows_of(state: Setting, case: BenchCase) -> Iterator[dict[str, Any]]:
     if not whole:
         return
     firing = firing_share(case.dense, case.sites, case.inputs_TD)
-    other = without_ffns(case.dense, find_sites(case.dense, state.config.ffn))
     peer = None
     if state.config.weights == "int8":
         peer = dynamic_twin(case.dense)
-        quantise_model(other, [])
         quantise_model(case.dense, [])
-        quantise_model(
-            case.moe, [site for site in find_sites(case.moe, state.config.ffn) if site.name in case.installed]
-        )
+        experts = [site for site in find_sites(case.moe, state.config.ffn) if site.name in case.installed]
+        quantise_model(case.moe, experts)
+    other = without_ffns(case.dense, find_sites(case.dense, state.config.ffn))
     for fraction in _fractions(state, case):
         for site, setup in zip(case.sites, case.setups, strict=True):
             case.experts[site.name].rule = setup.rule_at(fraction)
