@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moefication_cli.errors import ConfigError
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "relu2": lambda x: functional.relu(x).square(),
@@ -23,6 +25,20 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "identity": lambda x: x,
 }
+
+
+def quantise_rows(w_FD: Tensor) -> tuple[Tensor, Tensor]:
+    """(int8 [F, D] contiguous, scale_F float32): symmetric per row, w ~ scale * int8 with int8 in [-127, 127] and scale = max |w| / 127.
+
+    Rounds to nearest, ties to even; a row of zeros gets the scale 0. Raises ConfigError for a row with NaN or infinity.
+    """
+    most_F = w_FD.detach().abs().amax(dim=1).float()
+    if not bool(most_F.isfinite().all()):
+        row = int((~most_F.isfinite()).nonzero()[0])
+        raise ConfigError(f"row {row} of a weight matrix holds NaN or infinity: it cannot be made int8")
+    scale_F = most_F / 127
+    steps_FD = w_FD.detach().float() / scale_F.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    return steps_FD.round_().clamp_(-127, 127).to(torch.int8).contiguous(), scale_F
 
 
 def flops_per_neuron(d_model: int, gated: bool) -> int:
@@ -41,6 +57,38 @@ class FFNWeights:
     b_gate_F: Tensor | None = None
     b_down_D: Tensor | None = None
     activation: str = "relu"
+    # of int8 matrices: what each neuron's row is to be multiplied by, float32; None for all others
+    scale_up_F: Tensor | None = None
+    scale_down_F: Tensor | None = None
+    scale_gate_F: Tensor | None = None
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the matrices are int8 (see `quantise_rows`); what reads them then computes in float32."""
+        return self.w_up_FD.dtype == torch.int8
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations that these weights are multiplied with."""
+        return torch.float32 if self.quantised else self.w_up_FD.dtype
+
+    def dequantised(self) -> "FFNWeights":
+        """The numbers that int8 matrices stand for, as float32 matrices; other weights as they are."""
+        if not self.quantised:
+            return self
+
+        def wide(w_FD: Tensor | None, scale_F: Tensor | None) -> Any:
+            return None if w_FD is None or scale_F is None else w_FD.float() * scale_F[:, None]
+
+        return replace(
+            self,
+            w_up_FD=wide(self.w_up_FD, self.scale_up_F),
+            w_down_FD=wide(self.w_down_FD, self.scale_down_F),
+            w_gate_FD=wide(self.w_gate_FD, self.scale_gate_F),
+            scale_up_F=None,
+            scale_down_F=None,
+            scale_gate_F=None,
+        )
 
     @property
     def num_neurons(self) -> int:
@@ -91,6 +139,9 @@ class FFNWeights:
             b_up_F=None if self.b_up_F is None else self.b_up_F[cut],
             b_gate_F=None if self.b_gate_F is None else self.b_gate_F[cut],
             b_down_D=None,
+            scale_up_F=None if self.scale_up_F is None else self.scale_up_F[cut],
+            scale_down_F=None if self.scale_down_F is None else self.scale_down_F[cut],
+            scale_gate_F=None if self.scale_gate_F is None else self.scale_gate_F[cut],
         )
 
     def permute(self, order_F: Tensor) -> "FFNWeights":
@@ -103,6 +154,9 @@ class FFNWeights:
             w_gate_FD=pick(self.w_gate_FD),
             b_up_F=pick(self.b_up_F),
             b_gate_F=pick(self.b_gate_F),
+            scale_up_F=pick(self.scale_up_F),
+            scale_down_F=pick(self.scale_down_F),
+            scale_gate_F=pick(self.scale_gate_F),
         )
 
 

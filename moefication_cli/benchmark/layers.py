@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from moefication_cli.benchmark.bounds import FFNCost
+from moefication_cli.benchmark.int8 import dynamic_twin
 from moefication_cli.benchmark.shapes import set_firing, share
 from moefication_cli.config import BenchConfig
 from moefication_cli.ffn import ACTIVATIONS, Compensation, ExpertWeights
+from moefication_cli.models.int8 import quantise_model
 from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.sites import FFNSite
 from moefication_cli.models.surgery import FFNLayer, install, live_weights, pack
@@ -105,10 +107,11 @@ class FFN(nn.Module):
         self.up, self.down = model.get_submodule(site.up), model.get_submodule(site.down)
         self.gate = None if site.gate is None else model.get_submodule(site.gate)
         self.act = attrgetter(site.act)(model)
+        self.fused = site.fused  # dynamic quantisation replaces a module that has two names by two
 
     def forward(self, x: Tensor) -> Tensor:
         """y[..., D] of x[..., D]."""
-        if self.gate is self.up:
+        if self.fused:
             gate, up = self.up(x).chunk(2, dim=-1)
             y: Tensor = self.down(self.act(gate) * up)
         elif self.gate is None:
@@ -128,6 +131,7 @@ class Layers:
     setups: list[LayerSetup]
     inputs_TD: list[Tensor]
     site: FFNSite
+    peer: list[Any] = field(default_factory=list)  # dense under torch's dynamic quantisation, of int8
 
 
 def rotation(
@@ -137,13 +141,15 @@ def rotation(
     inputs_TD: Sequence[Tensor],
     backend: str,
     cold_bytes: int,
+    weights: str | None = None,
 ) -> Layers:
     """FFNs of the model, of the kind there is most of, copied until they exceed `cold_bytes` (256 at most)."""
     shapes = [(site.d_model, site.num_neurons, site.gated) for site in sites]
     common = max(shapes, key=shapes.count)
     chosen = [i for i, shape in enumerate(shapes) if shape == common]
     first = sites[chosen[0]]
-    one = first.num_parameters * model.get_submodule(first.up).weight.element_size()  # type: ignore[operator]
+    item = 1 if weights == "int8" else model.get_submodule(first.up).weight.element_size()  # type: ignore[operator]
+    one = first.num_parameters * item
     count = min(_MOST_LAYERS, max(2, len(chosen), -(-cold_bytes // one)))
     found = Layers([], [], [], [], [], first)
     for number in range(count):
@@ -152,6 +158,12 @@ def rotation(
         if number >= len(chosen):
             dense = copy.deepcopy(dense)
         moe = share(dense)
+        if weights == "int8":
+            quantise_model(moe, [_alone(sites[index])])
+            peer = dynamic_twin(dense)
+            found.peer += [] if peer is None else [peer]
+            dense = share(dense)
+            quantise_model(dense, [])
         found.dense.append(dense)
         found.moe.append(moe)
         found.experts.append(setups[index].install(moe, _alone(sites[index]), backend))

@@ -13,6 +13,7 @@ from torch import nn
 
 from moefication_cli.benchmark.bounds import FFNCost, ffn_bound, whole_bound
 from moefication_cli.benchmark.calls import Decoder, ffn_call, prefill_call, random_ids, rotation_call
+from moefication_cli.benchmark.int8 import dynamic_twin, fastest
 from moefication_cli.benchmark.layers import (
     Layers,
     Recorder,
@@ -25,6 +26,7 @@ from moefication_cli.benchmark.layers import (
 from moefication_cli.benchmark.shapes import without_ffns
 from moefication_cli.benchmark.subjects import BenchCase, Setting, cold_bytes
 from moefication_cli.benchmark.timing import Call, Paired, alternate
+from moefication_cli.models.int8 import quantise_model
 from moefication_cli.models.sites import find_sites
 from moefication_cli.runtime.backends import NEVER_WAITING
 from moefication_cli.runtime.layer import MoEFFN
@@ -45,6 +47,12 @@ def rows_of(state: Setting, case: BenchCase) -> Iterator[dict[str, Any]]:
     if not whole:
         return
     firing = firing_share(case.dense, case.sites, case.inputs_TD)
+    peer = None
+    if state.config.weights == "int8":
+        peer = dynamic_twin(case.dense)
+        quantise_model(case.dense, [])
+        experts = [site for site in find_sites(case.moe, state.config.ffn) if site.name in case.installed]
+        quantise_model(case.moe, experts)
     other = without_ffns(case.dense, find_sites(case.dense, state.config.ffn))
     for fraction in _fractions(state, case):
         for site, setup in zip(case.sites, case.setups, strict=True):
@@ -53,14 +61,22 @@ def rows_of(state: Setting, case: BenchCase) -> Iterator[dict[str, Any]]:
             for batch in state.batches:
                 for seq in state.seqs if mode == "prefill" else [state.config.prompt_tokens]:
                     with torch.inference_mode():
-                        row = _whole_row(state, case, other, mode, batch, seq)
+                        row = _whole_row(state, case, other, peer, mode, batch, seq)
                     shown = case.fraction if fraction is None else fraction
                     yield _complete(state, case, row | {"fraction": shown, "firing": firing})
     _remember(state, "model", held_bytes(case.dense), held_bytes(case.moe, case.installed.values()))
 
 
 def _ffn_rows(state: Setting, case: BenchCase) -> Iterator[dict[str, Any]]:
-    layers = rotation(case.dense, case.sites, case.setups, case.inputs_TD, state.config.backend, cold_bytes(state))
+    layers = rotation(
+        case.dense,
+        case.sites,
+        case.setups,
+        case.inputs_TD,
+        state.config.backend,
+        cold_bytes(state),
+        state.config.weights,
+    )
     firing = firing_share(case.dense, case.sites, case.inputs_TD)
     for fraction in _fractions(state, case):
         for layer, setup in zip(layers.experts, layers.setups, strict=True):
@@ -97,14 +113,19 @@ def _ffn_row(state: Setting, layers: Layers, tokens: int) -> dict[str, Any]:
         taken = _alternate(state, calls, warmup=2)
         dense, moe = ([seconds / count for seconds in times] for times in taken)
     else:
-        dense, moe = _alternate(state, calls, warmup=count)
+        if layers.peer:
+            calls.append(ffn_call(layers.peer, layers.inputs_TD, tokens, 0))
+        dense, moe, *peers = _alternate(state, calls, warmup=count)
+        dense = fastest([dense, *peers])
     names = {layer.last_backend for layer in layers.experts}
     row = {"mode": "ffn", "tokens": tokens, "batch": None, "seq": None, "layers": count, "other_seconds": None}
     row["launch"] = launch
     return row | measured(costs, [], names) | Paired(dense, moe).summary() | {"bound": ffn_bound(costs, state.rates)}
 
 
-def _whole_row(state: Setting, case: BenchCase, other: Any, mode: str, batch: int, seq: int) -> dict[str, Any]:
+def _whole_row(
+    state: Setting, case: BenchCase, other: Any, peer: Any, mode: str, batch: int, seq: int
+) -> dict[str, Any]:
     assert state.rates is not None
     longest = seq + (0 if mode == "prefill" else state.config.new_tokens)
     random_ids(case.dense.config, 1, longest, 0, state.device)  # too long is said before anything is timed
@@ -119,8 +140,9 @@ def _whole_row(state: Setting, case: BenchCase, other: Any, mode: str, batch: in
     watched.prepare()
     with recorder.watch(case.experts):
         watched.run()
-    taken = _alternate(state, [call(case.dense), call(case.moe), call(other)], warmup=2)
-    paired = Paired(taken[0], taken[1]).summary()
+    subjects = [case.dense, case.moe, other, *([] if peer is None else [peer])]
+    taken = _alternate(state, [call(subject) for subject in subjects], warmup=2)
+    paired = Paired(fastest([taken[0], *taken[3:]]), taken[1]).summary()
     other_seconds = sorted(taken[2])[len(taken[2]) // 2]
     tokens = batch * seq if mode == "prefill" else batch
     costs = list(recorder.costs.values())
@@ -141,7 +163,8 @@ def _fixed(state: Setting, case: BenchCase, mode: str, tokens: int) -> tuple[lis
         layer = case.installed.get(site.name)
         if site.stack == stack and not isinstance(layer, MoEFFN):
             always = layer if isinstance(layer, PrunedFFN) else None
-            costs.append(fixed_cost(site, always, tokens, case.dense.dtype.itemsize))
+            size = 1 if state.config.weights == "int8" else case.dense.dtype.itemsize
+            costs.append(fixed_cost(site, always, tokens, size))
             names.add("dense" if always is None else always.last_backend)
     return costs, names
 
@@ -175,6 +198,7 @@ def measured(routed: Sequence[FFNCost], fixed: Sequence[FFNCost], backends: set[
 def _complete(state: Setting, case: BenchCase, row: dict[str, Any]) -> dict[str, Any]:
     """What all rows of a case share."""
     row["dtype"] = str(case.dense.dtype).removeprefix("torch.")
+    row["weights"] = state.config.weights
     row["activation"] = case.sites[0].activation
     row["device"], row["threads"], row["clock"] = str(state.device), torch.get_num_threads(), state.config.clock
     row["of_bound"] = row["speedup"] / row["bound"]

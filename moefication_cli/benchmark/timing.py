@@ -117,14 +117,18 @@ def threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def measure_rates(device: torch.device, dtype: torch.dtype, clock: str = "wall") -> Rates:
-    """The best of a few large matrix products (P) and of a few reads of uncached weights by a vector (W)."""
+def measure_rates(device: torch.device, dtype: torch.dtype, clock: str = "wall", integer: bool = False) -> Rates:
+    """The best of a few large matrix products (P; with `integer` of int8 ones, on the CPU) and of a few reads of uncached weights
+    by a vector (W).
+    """
     width = 1024 if device.type == "cpu" else 8192
     x, w = (torch.ones(width, width, device=device, dtype=dtype) for _ in range(2))
     rows = READ_BYTES[device.type] // (1024 * dtype.itemsize)
     vector = torch.ones(1, 1024, device=device, dtype=dtype)
     matrix = torch.ones(rows, 1024, device=device, dtype=dtype)
-    multiply, read = Call(lambda: functional.linear(x, w)), Call(lambda: functional.linear(vector, matrix))
+    whole = torch.ones(width, width, dtype=torch.int8)
+    products = (lambda: torch._int_mm(whole, whole.t())) if integer else (lambda: functional.linear(x, w))
+    multiply, read = Call(products), Call(lambda: functional.linear(vector, matrix))
     with torch.inference_mode():
         taken = alternate((multiply, read), repeats=_PROBES, seconds=9, warmup=1, device=device, clock=clock)
     best = [min(seconds) for seconds in taken]

@@ -198,6 +198,9 @@ class BenchConfig(Options):
     dtype: str | None = option(
         None, "float32 or bfloat16 (default: float32 on CPU, the checkpoint's on CUDA)", panel=CONTROL
     )
+    weights: Literal["int8"] | None = option(
+        None, "int8: dense and MoE with int8 weights, on the CPU; dense is the faster of two ways", panel=CONTROL
+    )
     threads: int | None = option(None, "CPU threads (default: what torch takes)", minimum=1, panel=CONTROL)
     clock: Literal["wall", "cpu"] = option(
         "wall",

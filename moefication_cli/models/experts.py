@@ -10,8 +10,9 @@ from torch import nn
 from moefication_cli.errors import ConfigError, CorruptArtifactError
 from moefication_cli.ffn import ExpertWeights
 from moefication_cli.models.folder.moe_folder import MoEFolder, MoELayer
+from moefication_cli.models.int8 import quantise_model
 from moefication_cli.models.masking import TokenMask
-from moefication_cli.models.saving import save_converted
+from moefication_cli.models.saving import refuse_to_save, save_converted
 from moefication_cli.models.sites import FFNSite, find_sites
 from moefication_cli.models.surgery import FFNLayer, install, live_weights, pack, uninstall
 from moefication_cli.routing.rules import TopK
@@ -43,7 +44,12 @@ class Experts:
             if layer.dense:
                 continue
             if fraction == 1 and layer.router is None:  # all neurons on: the dense layer
-                uninstall(self._model, site)
+                ffn = live_weights(self._model, site)
+                if ffn.quantised:  # whose own modules multiply no int8
+                    whole = ExpertWeights(ffn, 1, site.num_neurons)
+                    install(self._model, site, PrunedFFN(whole, self.backend), self._token_mask)
+                else:
+                    uninstall(self._model, site)
                 continue
             made = _moe_ffn(self._model, site, layer, self.backend, fraction, top_k)
             install(self._model, site, made, self._token_mask)
@@ -67,17 +73,21 @@ def attach_experts(
     backend: str = "auto",
     fraction: float | None = None,
     top_k: int | None = None,
+    weights: str | None = None,
 ) -> None:
     """Install the layers read from `folder` in the dense model of that folder, whose `save_pretrained` then writes both.
 
-    `model.moefication` is their `Experts`. Raises CorruptArtifactError if they do not fit.
+    `model.moefication` is their `Experts`. With `weights="int8"` all matrices of linear layers become int8 (see `models.int8`).
+    Raises CorruptArtifactError if they do not fit.
     """
     sites = find_sites(model, moe.settings.get("ffn"))
     if [site.name for site in sites] != [layer.name for layer in moe.layers]:
         raise CorruptArtifactError(f"{folder}: the layers in moefication.json are not the FFNs of the model", _AGAIN)
+    if weights == "int8":  # before anything holds views on the float matrices
+        quantise_model(model, [site for site, layer in zip(sites, moe.layers, strict=True) if not layer.dense])
     model.moefication = Experts(model, sites, moe.layers, backend)
     model.moefication.set(fraction, top_k)
-    model.save_pretrained = partial(save_converted, model, moe)
+    model.save_pretrained = refuse_to_save if weights == "int8" else partial(save_converted, model, moe)
     experts = sum(not layer.dense for layer in moe.layers)
     log.info("%s: mixture of experts in %d of %d FFNs, backend %s", folder, experts, len(sites), backend)
 

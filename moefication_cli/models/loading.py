@@ -22,6 +22,7 @@ from moefication_cli.models.folder.moe_folder import FOLDER, MoEFolder, read_moe
 from moefication_cli.models.folder.seal import check_seal
 from moefication_cli.models.folder.source import LOAD_ERRORS, Source, load_config, resolve_source
 from moefication_cli.models.heads import TASK_AUTO, task_of
+from moefication_cli.models.int8 import check_weights_option
 from moefication_cli.models.sites import refuse_quantised
 
 log = logging.getLogger(__name__)
@@ -173,6 +174,7 @@ def load(
     trust_remote_code: bool = False,
     verify: bool = False,
     quiet: bool = True,
+    weights: str | None = None,
     **model_options: Any,
 ) -> Any:
     """What `moefication apply` wrote, a folder or a hub id, as the mixture of experts: a transformers model in evaluation mode.
@@ -183,15 +185,20 @@ def load(
     `fraction` and `top_k` are those of `Experts.set`. `dtype`, `revision`, `device_map` (one device: experts that accelerate
     spreads or offloads are refused) and whatever else `from_pretrained` takes, such as `attn_implementation`, mean the same here;
     with a `device_map`, `device` is not looked at.
+    `weights="int8"`: all linear layers are made int8 when loaded (see `models.int8`), on the CPU, with float32 activations; such a model
+    cannot be saved.
     Weights that the experts were not made for are refused, by the sizes of the files and 64 rows of each of the FFNs'
     matrices; `verify` compares every byte of the weight files. `save_pretrained` of the model writes such a folder again.
-    Raises ConfigError (path, fraction or top_k of another kind), MissingArtifactError (not a converted model),
+    Raises ConfigError (path, fraction, top_k or weights of another kind), MissingArtifactError (not a converted model),
     CorruptArtifactError (routers or weights missing, altered, not fitting) and what `load_model` raises. Plain
     `from_pretrained` of the same folder gives the dense model.
     """
     if not isinstance(path, str | Path):
         raise ConfigError(f"load takes the path of a folder, not {path!r}", "load('RUN/model')")
     check_budget(fraction, top_k)
+    if weights is not None:
+        target = device if isinstance(device, torch.device) else resolve_device(device)
+        check_weights_option(weights, target, resolve_dtype(dtype, target))
     folder = _local_folder(path, revision, trust_remote_code)
     moe = read_moe_folder(folder)
     check_weights(folder, moe, verify)
@@ -206,7 +213,7 @@ def load(
         device_map=device_map,
         **model_options,
     )
-    attach_experts(loaded.model, folder, moe, backend, fraction, top_k)
+    attach_experts(loaded.model, folder, moe, backend, fraction, top_k, weights)
     return loaded.model
 
 

@@ -17,6 +17,16 @@ from moefication_cli.runtime.layer import MoEFFN
 from moefication_cli.store import jsonio
 
 
+def refuse_to_save(save_directory: str | Path, **options: Any) -> None:
+    """`save_pretrained` of a model with int8 weights. Raises ConfigError: its float weights, which the folder's format and its seal are
+    of, are gone, and what is rounded must not pass for them.
+    """
+    raise ConfigError(
+        f"{save_directory}: a model loaded with int8 weights cannot be saved, its float weights are rounded",
+        "load it without weights=, save that, and quantise when loading",
+    )
+
+
 def save_converted(model: Any, moe: MoEFolder, save_directory: str | Path, **options: Any) -> None:
     """`model.save_pretrained(save_directory, ...)` as transformers has it, and the experts as they are installed now.
 

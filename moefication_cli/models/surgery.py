@@ -25,6 +25,7 @@ from moefication_cli.ffn import ExpertWeights, FFNWeights
 from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.sites import FFNSite
 
+SCALE = "weight_scale"  # buffer beside an int8 weight (see `models.int8`)
 _STATE = "_moefication"  # in the __dict__ of an installed FFN's `up`
 
 
@@ -145,8 +146,9 @@ class _Installed:
             self._renew(learns, moved=self.seen != 0)
             self.seen = 0 if learns else weight.data_ptr()
         mask = self.token_mask.mask_for(self.site.stack, x.shape[:-1]) if self.token_mask is not None else None
-        if x.dtype != weight.dtype:
-            x = x.to(weight.dtype)
+        dtype = weight.dtype if weight.is_floating_point() else torch.float32
+        if x.dtype != dtype:
+            x = x.to(dtype)
         return self.layer(x) if mask is None else self.layer(x, mask.to(x.device).view(x.shape[:-1]))
 
     def _renew(self, learns: bool, moved: bool) -> None:
@@ -241,6 +243,8 @@ def _part(model: nn.Module, path: str | None) -> Any:
 def _pack(up: Any, gate: Any, down: Any) -> None:
     parts = [part for part in (up, None if gate is up else gate, down) if part is not None]
     dtype = max((part.weight.dtype for part in parts), key=lambda kind: kind.itemsize)
+    if not dtype.is_floating_point:  # made neuron-major when they were quantised
+        return
     for part in parts:
         old, learns = part.weight, part.weight.requires_grad
         neurons_first = (part is down) == isinstance(part, Conv1D)
@@ -279,4 +283,12 @@ def _same_memory(new: FFNWeights, old: FFNWeights) -> bool:
 
 def _views(up: Any, gate: Any, down: Any, site: FFNSite) -> FFNWeights:
     modules = {"up": up, "gate": gate, "down": down}
-    return site.weights_of(lambda piece: piece.of(getattr(modules[piece.part], piece.kind)))
+    ffn = site.weights_of(lambda piece: piece.of(getattr(modules[piece.part], piece.kind)))
+    if not ffn.quantised:
+        return ffn
+    scales = {
+        f"scale_{piece.part}_F": getattr(modules[piece.part], SCALE)[piece.start : piece.stop]
+        for piece in site.slices()
+        if piece.kind == "weight"
+    }
+    return replace(ffn, **scales)

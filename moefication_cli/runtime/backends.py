@@ -72,7 +72,7 @@ def _unreadable(weights: ExpertWeights, dtype: torch.dtype) -> str | None:
     if ffn.activation not in ACTIVATIONS:
         return f"it does not know the activation {ffn.activation}"
     for name, w_FD in (("up", ffn.w_up_FD), ("gate", ffn.w_gate_FD), ("down", ffn.w_down_FD)):
-        if w_FD is not None and w_FD.dtype != dtype:
+        if w_FD is not None and (torch.float32 if w_FD.dtype == torch.int8 else w_FD.dtype) != dtype:
             return f"the {name} projection is {w_FD.dtype} and the input {dtype}"
         if w_FD is not None and not w_FD.is_contiguous():
             return f"the {name} projection is not neuron-major and contiguous"
@@ -156,6 +156,8 @@ def choose(
             _warn_once(f"backend {name} is not available: {missing}; the next best is used")
         return missing is None
 
+    if weights.ffn.quantised:  # dense makes float32 copies of all matrices in every call
+        return "numba" if not needs_grad and can("numba") else "torch"
     if active_fraction >= 0.9:
         few = device.type == "cpu" and num_tokens < ALL_ON_TOKENS and active_fraction == 1
         return "numba" if few and not needs_grad and can("numba") else "dense"

@@ -51,7 +51,7 @@ class MoEFFN:
         if rule is not None:
             rule.check(weights.num_experts)
         if backend != "auto":
-            available(backend, weights.ffn.w_up_FD.device, weights.ffn.w_up_FD.dtype, weights)
+            available(backend, weights.ffn.w_up_FD.device, weights.ffn.dtype, weights)
         self.weights = weights
         self.router = router
         self.rule = rule

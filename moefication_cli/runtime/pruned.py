@@ -29,7 +29,7 @@ class PrunedFFN:
 
     def __init__(self, weights: ExpertWeights, backend: str = "auto", of_neurons: int | None = None) -> None:
         if backend != "auto":
-            available(backend, weights.ffn.w_up_FD.device, weights.ffn.w_up_FD.dtype, weights)
+            available(backend, weights.ffn.w_up_FD.device, weights.ffn.dtype, weights)
         self.weights, self.backend, self.last_backend = weights, backend, ""
         self.of_neurons = of_neurons or weights.ffn.num_neurons
         self._prepared: tuple[ExpertWeights, CompiledLayer | None] | None = None
@@ -66,7 +66,7 @@ class PrunedFFN:
             return None
         weights, ffn = self.weights, self.weights.ffn
         try:
-            available("numba", ffn.w_up_FD.device, ffn.w_up_FD.dtype, weights)
+            available("numba", ffn.w_up_FD.device, ffn.dtype, weights)
         except UnavailableError:
             if self.backend == "numba":
                 raise

@@ -67,7 +67,7 @@ def compensation(x_TD: Tensor, mask_TE: Tensor, weights: ExpertWeights) -> Tenso
 def unrouted(x: Tensor, weights: ExpertWeights) -> Tensor:
     """y of the shape of x [..., D] of an FFN without a router: its shared neurons, and what stands in for the others."""
     ffn, extra = weights.ffn, weights.compensation
-    head = ffn.rows(0, weights.num_shared)
+    head = ffn.rows(0, weights.num_shared).dequantised()
     y = head.hidden(x).to(head.w_down_FD.dtype) @ head.w_down_FD
     y = y.to(sum_dtype(y.dtype))
     if extra is not None:
@@ -78,7 +78,7 @@ def unrouted(x: Tensor, weights: ExpertWeights) -> Tensor:
 
 def masked(x_TD: Tensor, selected: Tensor, weights: ExpertWeights) -> Tensor:
     """y_TD of the dense FFN whose neurons in unselected experts are zeroed. Raises ConfigError for a bad selection."""
-    ffn = weights.ffn
+    ffn = weights.ffn.dequantised()
     mask_TE = selection_mask(selected, x_TD.shape[0], weights.num_experts)
     h_TF = ffn.hidden(x_TD)
     keep_TF = torch.ones_like(h_TF, dtype=torch.bool)

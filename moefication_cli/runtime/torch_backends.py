@@ -21,7 +21,7 @@ STRIDE_BYTES = 16  # grouped_mm: "strides should be multiple of 16 bytes"
 
 def dense(x_TD: Tensor, selected: Tensor | None, weights: ExpertWeights) -> Tensor:
     """y_TD of the whole FFN, whatever is selected; every expert counts as on, so no compensation."""
-    ffn = weights.ffn
+    ffn = weights.ffn.dequantised()
     h_TF = ffn.hidden(x_TD).to(ffn.w_down_FD.dtype)
     return functional.linear(h_TF, ffn.w_down_FD.t(), ffn.b_down_D).to(x_TD.dtype)
 
@@ -29,11 +29,13 @@ def dense(x_TD: Tensor, selected: Tensor | None, weights: ExpertWeights) -> Tens
 def always_on(x_TD: Tensor, mask_TE: Tensor, weights: ExpertWeights) -> Tensor:
     """y_TD of the parts that no selection touches: bias, shared neurons, compensation; float32 for half-precision weights."""
     ffn = weights.ffn
-    y_TD = torch.zeros(x_TD.shape, dtype=sum_dtype(ffn.w_down_FD.dtype), device=x_TD.device)
+    y_TD = torch.zeros(
+        x_TD.shape, dtype=sum_dtype(torch.float32 if ffn.quantised else ffn.w_down_FD.dtype), device=x_TD.device
+    )
     if ffn.b_down_D is not None:
         y_TD = y_TD + ffn.b_down_D
     if weights.num_shared:
-        shared = ffn.rows(0, weights.num_shared)
+        shared = ffn.rows(0, weights.num_shared).dequantised()
         y_TD = y_TD + shared.hidden(x_TD).to(shared.w_down_FD.dtype) @ shared.w_down_FD
     extra_TD = compensation(x_TD, mask_TE, weights)
     return y_TD if extra_TD is None else y_TD + extra_TD
@@ -52,7 +54,7 @@ def by_expert(x_TD: Tensor, selected: Tensor, weights: ExpertWeights) -> Tensor:
         tokens_P = token_P[begin : begin + count]
         begin += count
         first = weights.num_shared + expert * size
-        own = ffn.rows(first, first + size)
+        own = ffn.rows(first, first + size).dequantised()
         h_PN = own.hidden(x_TD[tokens_P]).to(own.w_down_FD.dtype)
         y_TD.index_add_(0, tokens_P, (h_PN @ own.w_down_FD).to(y_TD.dtype))
     return y_TD.to(x_TD.dtype)

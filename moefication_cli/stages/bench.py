@@ -14,7 +14,8 @@ from moefication_cli.benchmark.subjects import MODES, Setting, cases
 from moefication_cli.benchmark.timing import hardware, measure_rates, threads
 from moefication_cli.config import BenchConfig
 from moefication_cli.errors import ConfigError
-from moefication_cli.models.loading import resolve_device
+from moefication_cli.models.int8 import check_weights_option
+from moefication_cli.models.loading import resolve_device, resolve_dtype
 from moefication_cli.runs.control import Control, Result
 from moefication_cli.runtime.backends import BACKENDS
 
@@ -41,6 +42,11 @@ def bench(target: str | None, config: BenchConfig, control: Control) -> Result:
         list(dict.fromkeys(config.seq)),
         None if config.fractions is None else list(dict.fromkeys(config.fractions)),
     )
+    if config.weights is not None and config.experts:
+        raise ConfigError(
+            "--weights int8 is not for the experts of stock models", "leave out one of --weights, --experts"
+        )
+    check_weights_option(config.weights, state.device, resolve_dtype(config.dtype, state.device))
     most = 4 * (os.cpu_count() or 1)
     if config.threads is not None and config.threads > most:
         raise ConfigError(
@@ -57,10 +63,16 @@ def bench(target: str | None, config: BenchConfig, control: Control) -> Result:
         for case in cases(state, target):
             dtype = case.dense.dtype
             if state.rates is None:
-                state.rates = measure_rates(state.device, dtype, config.clock)
+                state.rates = measure_rates(state.device, dtype, config.clock, integer=config.weights == "int8")
             for row in control.track(rows_of(state, case), "bench"):
                 state.rows.append(row)
         return _result(state, name, torch.get_num_threads())
+
+
+def _stored(state: Setting) -> str:
+    """How weights are stored, and what activations are."""
+    dtype = str(state.rows[0]["dtype"])
+    return dtype if state.config.weights is None else f"{state.config.weights} weights and {dtype} activations"
 
 
 def _planned(state: Setting, name: str) -> Result:
@@ -113,8 +125,8 @@ def _result(state: Setting, name: str, num_threads: int) -> Result:
         table.append(shown | {key: row[key] for key in ("speedup", "min", "max", "bound", "backend")})
     processor = machine["accelerator"] or machine["processor"]
     notes = [
-        f"{name} on {processor}, {num_threads} threads, {state.config.clock} clock, {state.rows[0]['dtype']}"
-        f"{_path(state)}, torch {machine['torch']}: "
+        f"{name} on {processor}, {num_threads} threads, {state.config.clock} clock, {_stored(state)}{_path(state)}, "
+        f"torch {machine['torch']}: "
         f"{state.rates.flops_per_second / 1e9:.0f} GFLOP/s and {state.rates.bytes_per_second / 1e9:.1f} GB/s measured",
         "speedup: median of paired rounds, with min and max; bound: larger of arithmetic and bytes, router, union of "
         "the batch's experts and all that is no FFN counted, skipped zeros of ReLU not",

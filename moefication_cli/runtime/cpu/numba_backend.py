@@ -1,6 +1,7 @@
 """The `numba` backend: a layer's tensors as a table of addresses, and one compiled call per forward pass.
 
-CPU, float32 and bfloat16 (weights and inputs alike), every activation of `weights.ACTIVATIONS`, every Router and Rule. Forward only.
+CPU, float32 and bfloat16 (weights and inputs alike) and int8 weights with float32 inputs; every activation of
+`weights.ACTIVATIONS`, every Router and Rule. Forward only.
 Threads come from the OpenMP pool torch itself uses: a second pool (numba's own) would fight the first one for the cores.
 Where torch's library offers no GOMP interface the call runs on one thread. Compiled code is cached beside the package.
 """
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moefication_cli.errors import ConfigError, UnavailableError
-from moefication_cli.ffn import ExpertWeights
+from moefication_cli.ffn import ExpertWeights, FFNWeights
 from moefication_cli.routing.router import Router, TwoLayerRouter
 from moefication_cli.routing.rules import Rule, Threshold, TopK
 from moefication_cli.runtime.cpu import bfloat16_paths
@@ -38,6 +39,7 @@ ACTIVATION_CODES = {
     "square": kernels.SQUARE,
 }
 DTYPES = (torch.float32, torch.bfloat16)
+FEW_TOKENS = 2  # of int8 weights: up to here reading them takes the time, and tokens stay float32
 SERIAL_WORK = 300_000  # multiply-adds of a call below which a second thread costs more than it brings
 TOKENS_TO_SPLIT = 96  # from here on threads take tokens, below they take experts
 TILED_TOKENS = 512  # of a bfloat16 call by tiles at most: the second step's sums stay in the second-level cache
@@ -75,6 +77,10 @@ def _openmp() -> tuple[int, int]:
 
 def _kernels(dtype: torch.dtype) -> tuple[int, int]:
     """Addresses of the projection and of the piece for weights of `dtype`."""
+    if dtype == torch.int8:
+        from moefication_cli.runtime.cpu import numba_int8
+
+        return numba_int8.project_int8.address, numba_int8.piece_int8.address
     if dtype == torch.float32:
         return kernels.project_float32.address, kernels.piece_float32.address
     from moefication_cli.runtime.cpu import numba_bfloat16  # compiled only where it is used
@@ -97,14 +103,16 @@ class CompiledLayer:
         router: Router | None = None,
         rule: Rule | None = None,
         bfloat16_path: str | None = None,
+        integer_dots: bool | None = None,
     ) -> None:
+        """`integer_dots`: of int8 weights, whether more than FEW_TOKENS tokens are multiplied in integers (default: where the CPU can)."""
         ffn, fix = weights.ffn, weights.compensation
-        dtype = ffn.w_up_FD.dtype
+        stored, dtype = ffn.w_up_FD.dtype, ffn.dtype
         wide = (ffn.w_up_FD, ffn.w_down_FD) if ffn.w_gate_FD is None else (ffn.w_up_FD, ffn.w_down_FD, ffn.w_gate_FD)
         for tensor in wide:
-            if tensor.device.type != "cpu" or tensor.dtype not in DTYPES or tensor.dtype != dtype:
+            if tensor.device.type != "cpu" or tensor.dtype not in (*DTYPES, torch.int8) or tensor.dtype != stored:
                 raise UnavailableError(
-                    f"backend numba computes float32 or bfloat16 on the CPU; a projection is {tensor.dtype} on {tensor.device}",
+                    f"backend numba reads float32, bfloat16 or int8 on the CPU; a projection is {tensor.dtype} on {tensor.device}",
                     "use --backend torch",
                 )
             if not tensor.is_contiguous():
@@ -114,14 +122,14 @@ class CompiledLayer:
         self.weights, self.dtype, self.width = weights, dtype, ffn.d_model
         self._wide, self._kept = wide, list[Tensor]()
         table = np.zeros(slot.LAYER_SLOTS, np.int64)
-        size = dtype.itemsize
         table[slot.W_UP], table[slot.W_DOWN] = ffn.w_up_FD.data_ptr(), ffn.w_down_FD.data_ptr()
         table[slot.W_GATE] = 0 if ffn.w_gate_FD is None else ffn.w_gate_FD.data_ptr()
         table[slot.B_UP], table[slot.B_GATE] = self._address(ffn.b_up_F), self._address(ffn.b_gate_F)
         table[slot.B_DOWN] = self._address(ffn.b_down_D)
         table[slot.D], table[slot.E] = ffn.d_model, weights.num_experts
         table[slot.N], table[slot.S] = weights.expert_size, weights.num_shared
-        table[slot.ACT], table[slot.W_BYTES] = activation_code(ffn.activation), size
+        table[slot.ACT], table[slot.W_BYTES] = activation_code(ffn.activation), stored.itemsize
+        table[slot.X_BYTES], table[slot.C_BYTES] = dtype.itemsize, dtype.itemsize
         if fix is not None:
             table[slot.CONSTANT] = self._address(fix.constant_D)
             if fix.w_in_RD is not None and fix.w_out_RD is not None:
@@ -154,7 +162,8 @@ class CompiledLayer:
         self._always = weights.num_shared * ffn.flops_per_neuron + (0 if router is None else router.flops)
         self._per_expert = weights.expert_size * ffn.flops_per_neuron
         self._active = active
-        table[slot.PROJECT], table[slot.PIECES] = _kernels(dtype)
+        table[slot.PROJECT], table[slot.PIECES] = _kernels(stored)
+        table[slot.C_PROJECT], table[slot.C_PIECES] = _kernels(dtype)
         table[slot.ROUTE] = kernels.project_float32.address
         self.bfloat16_path = None
         if dtype == torch.bfloat16:
@@ -164,10 +173,33 @@ class CompiledLayer:
         if table[slot.PRODUCT] and max(weights.expert_size, weights.num_shared) >= TILED_LEAST_EXPERT:
             self._tiled_least = TILED_LEAST_TOKENS
         self._table = table
-        self._layer = int(table.ctypes.data)
+        self._layer = self._many = int(table.ctypes.data)  # address for few tokens, and for more
+        if ffn.quantised:
+            self._add_scales(ffn, integer_dots)
         self._parallel, give_way = _openmp()
         self._functions = (forward.run.address, forward.run_chunks.address, self._parallel, give_way)
         self._serial_calls = 0
+
+    def _add_scales(self, ffn: FFNWeights, integer_dots: bool | None) -> None:
+        """Completes the table for int8 matrices, and makes a second one for tokens that are quantised as well."""
+        from moefication_cli.runtime.cpu.simd_int8 import has_integer_dots
+
+        table = self._table
+        parts = (ffn.scale_up_F, ffn.scale_gate_F, ffn.scale_down_F)
+        scales_3F = torch.stack(
+            [ffn.w_up_FD.new_zeros(ffn.num_neurons, dtype=torch.float32) if p is None else p for p in parts]
+        )
+        table[slot.SCALES], table[slot.SCALE_BYTES] = self._address(scales_3F), 4 * ffn.num_neurons
+        if not (has_integer_dots() if integer_dots is None else integer_dots):
+            return
+        from moefication_cli.runtime.cpu import numba_int8_dots as dots
+
+        self._integer = table.copy()
+        self._integer[slot.INTEGER], self._integer[slot.PIECES] = (
+            dots.quantise_token.address,
+            dots.piece_integer.address,
+        )
+        self._many = int(self._integer.ctypes.data)
 
     def _address(self, tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int:
         """Where the tensor lies, contiguous and in `dtype`; converted copies (biases, small tensors) are kept alive here."""
@@ -220,9 +252,10 @@ class CompiledLayer:
         elif threads > 1 and self._serial_calls > 0:
             self._serial_calls -= 1
             threads = 1
+        layer = self._layer if num_tokens <= FEW_TOKENS else self._many
         start = time.perf_counter()
         picked = forward.forward(
-            self._layer, *self._functions, x.data_ptr(), y.data_ptr(), num_tokens, kind, address, k,
+            layer, *self._functions, x.data_ptr(), y.data_ptr(), num_tokens, kind, address, k,
             0 if real_T is None else real_T.data_ptr(), 0 if counts_E is None else counts_E.data_ptr(), threads, chunk,
         )  # fmt: skip
         if threads > 1 and chunk == 0 and time.perf_counter() - start > BUSY_SECONDS + work / BUSY_WORK_PER_SECOND:

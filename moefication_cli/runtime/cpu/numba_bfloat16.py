@@ -18,7 +18,9 @@ def project_bfloat16(rows, m, w, row_bytes, n, length, h, h_bytes):
     project(BF16, rows, m, w, row_bytes, n, length, h, h_bytes)
 
 
-@cached_cfunc(HERE, "void(" + ", ".join(["int64"] * 14) + ")", error_model="numpy")
-def piece_bfloat16(call, rows, ys, m, up, gate, down, b_up, b_gate, n, length, row_bytes, act, scratch):
+@cached_cfunc(HERE, "void(" + ", ".join(["int64"] * 16) + ")", error_model="numpy")
+def piece_bfloat16(
+    call, rows, ys, m, up, gate, down, b_up, b_gate, scales, scale_bytes, n, length, row_bytes, act, scratch
+):
     """`piece` for bfloat16 weights."""
     piece(BF16, call, rows, ys, m, up, gate, down, b_up, b_gate, n, length, row_bytes, act, scratch)

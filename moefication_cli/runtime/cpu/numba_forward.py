@@ -59,7 +59,7 @@ def _experts(s, scratch):
         v.at(layer, slot.B_GATE),
     )
     accumulators = np.int64(0)
-    xf, kept, row_bytes = v.at(s, slot.XF), v.at(s, slot.KEPT), width * size
+    kept = v.at(s, slot.KEPT)
     while True:
         begin = take(s, slot.EXPERTS, step)
         if begin >= total:
@@ -94,11 +94,9 @@ def _experts(s, scratch):
             n = min(piece, last - first)
             for start in range(0, count, BATCH):
                 m = min(BATCH, count - start)
-                for i in range(m + 4):
-                    t = v.get_i64(listed + 8 * (start + min(i, m - 1)))
-                    v.put_i64(rows + 8 * i, xf + t * 4 * width)
-                    v.put_i64(ys + 8 * i, accumulators + t * 4 * width if i < m else nobody)
                 w1, w2, w3, b1, b2 = up, gate, down, b_up, b_gate
+                x, x_bytes, row_bytes = v.at(s, slot.XQ), v.at(s, slot.XQ_BYTES), width * size
+                pieces, project = v.at(layer, slot.PIECES), v.at(layer, slot.PROJECT)
                 if item >= n_shared and item < n_shared + n_rank:
                     w1, w2, w3, b1, b2 = (
                         v.at(layer, slot.C_IN),
@@ -107,13 +105,18 @@ def _experts(s, scratch):
                         np.int64(0),
                         np.int64(0),
                     )
+                    x, x_bytes, row_bytes = v.at(s, slot.XF), 4 * width, width * v.at(layer, slot.C_BYTES)
+                    pieces, project = v.at(layer, slot.C_PIECES), v.at(layer, slot.C_PROJECT)
+                for i in range(m + 4):
+                    t = v.get_i64(listed + 8 * (start + min(i, m - 1)))
+                    v.put_i64(rows + 8 * i, x + t * x_bytes)
+                    v.put_i64(ys + 8 * i, accumulators + t * 4 * width if i < m else nobody)
                 at = first * row_bytes
                 w2 += at if w2 != 0 else 0
                 b1 += 4 * first if b1 != 0 else 0
                 b2 += 4 * first if b2 != 0 else 0
-                project = v.at(layer, slot.PROJECT)
-                v.call_14(
-                    v.at(layer, slot.PIECES),
+                v.call_16(
+                    pieces,
                     project,
                     rows,
                     ys,
@@ -123,6 +126,8 @@ def _experts(s, scratch):
                     w3 + at,
                     b1,
                     b2,
+                    v.at(layer, slot.SCALES) + 4 * first,
+                    v.at(layer, slot.SCALE_BYTES),
                     n,
                     width,
                     row_bytes,
@@ -137,7 +142,7 @@ def _finish(s, t, first, last, partials):
     """y_t[first:last] = bias + compensation + the sum of all threads' accumulators; zero at padding."""
     layer = v.at(s, slot.LAYER)
     width, experts, tokens = v.at(layer, slot.D), v.at(layer, slot.E), v.at(s, slot.T)
-    kept, size = v.get_i64(v.at(s, slot.KEPT) + 8 * t), v.at(layer, slot.W_BYTES)
+    kept, size = v.get_i64(v.at(s, slot.KEPT) + 8 * t), v.at(layer, slot.X_BYTES)
     constant, bias = v.at(layer, slot.CONSTANT), v.at(layer, slot.B_DOWN)
     for c in range(first, last, 16):
         lanes, y = min(last - c, 16), v.zero()
@@ -165,10 +170,14 @@ def _arrange(s, base):
     """Places the buffers of a call behind `base`; gives the end."""
     layer = v.at(s, slot.LAYER)
     tokens, width, experts, team = v.at(s, slot.T), v.at(layer, slot.D), v.at(layer, slot.E), v.at(s, slot.TEAM)
-    narrow = v.at(layer, slot.W_BYTES) == 2
+    narrow = v.at(layer, slot.X_BYTES) == 2
     end = _up(base)
     v.put(s, slot.XF, end if narrow else v.at(s, slot.X))
     end = _up(end + (4 * tokens * width if narrow else 0))
+    integer, q_bytes = v.at(layer, slot.INTEGER) != 0, (width + 63) // 64 * 64 + 64
+    v.put(s, slot.XQ, end if integer else v.at(s, slot.XF))
+    v.put(s, slot.XQ_BYTES, q_bytes if integer else 4 * width)
+    end = _up(end + (q_bytes * tokens if integer else 0))
     direct = team == 1 and not narrow
     v.put(s, slot.ACC, v.at(s, slot.Y) if direct else end)
     end = _up(end + (0 if direct else 4 * team * tokens * width))
@@ -201,6 +210,19 @@ def run(s):
     scratch = v.at(s, slot.SCRATCH) + v.at(s, slot.SCRATCH_BYTES) * v.atomic_add(s + 8 * slot.TICKET, 1)
     if v.at(s, slot.XF) != v.at(s, slot.X):  # bfloat16 inputs are widened once
         widen(s)
+    if v.at(layer, slot.INTEGER) != 0:  # quantised once, not once for every expert
+        while True:
+            t = take(s, slot.QUANTISE, 1)
+            if t >= tokens:
+                break
+            v.call_3(
+                v.at(layer, slot.INTEGER),
+                v.at(s, slot.XF) + t * 4 * width,
+                width,
+                v.at(s, slot.XQ) + t * v.at(s, slot.XQ_BYTES),
+            )
+            done(s, slot.QUANTISE, 1)
+        wait(s, slot.QUANTISE, tokens)
     if v.at(s, slot.KIND) == slot.FROM_ROUTER:
         for second in range(2 if v.at(layer, slot.R_OUT) != 0 else 1):
             route(s, scratch, second == 1)
@@ -228,7 +250,7 @@ def run_chunks(s):
     """Many tokens: chunk after chunk, each as a team of one with its own table and scratch."""
     own = v.at(s, slot.STATES) + v.at(s, slot.SCRATCH_BYTES) * v.atomic_add(s + 8 * slot.TICKET, 1)
     layer, chunk, tokens = v.at(s, slot.LAYER), v.at(s, slot.CHUNK), v.at(s, slot.T)
-    row = v.at(layer, slot.D) * v.at(layer, slot.W_BYTES)
+    row = v.at(layer, slot.D) * v.at(layer, slot.X_BYTES)
     while True:
         first = v.atomic_add(s + 8 * slot.NEXT, chunk)
         if first >= tokens:

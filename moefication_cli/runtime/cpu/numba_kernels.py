@@ -219,7 +219,9 @@ def project_float32(rows, m, w, row_bytes, n, length, h, h_bytes):
     project(F32, rows, m, w, row_bytes, n, length, h, h_bytes)
 
 
-@cached_cfunc(HERE, "void(" + ", ".join(["int64"] * 14) + ")", error_model="numpy")
-def piece_float32(call, rows, ys, m, up, gate, down, b_up, b_gate, n, length, row_bytes, act, scratch):
+@cached_cfunc(HERE, "void(" + ", ".join(["int64"] * 16) + ")", error_model="numpy")
+def piece_float32(
+    call, rows, ys, m, up, gate, down, b_up, b_gate, scales, scale_bytes, n, length, row_bytes, act, scratch
+):
     """`piece` for float32 weights."""
     piece(F32, call, rows, ys, m, up, gate, down, b_up, b_gate, n, length, row_bytes, act, scratch)

@@ -11,7 +11,10 @@ R_IN, R_B_IN, R_OUT, R_B_OUT, R_WIDTH, R_ACT, R_NORMALISE, TOP_K, THRESHOLD, W_B
 )
 # bfloat16 by tiles (`numba_tiled`): addresses of the product, and of what goes before and after it; 0 if the layer is not computed so
 PRODUCT, BEGIN, END = range(28, 31)
-LAYER_SLOTS = 31
+# Of int8 matrices: scales [3, F] float32 (up, gate, down) and bytes per row of them; what quantises tokens too, or 0.
+# The low-rank compensation has kernels of its own there: its matrices stay float32.
+SCALES, SCALE_BYTES, INTEGER, X_BYTES, C_PROJECT, C_PIECES, C_BYTES = range(31, 38)
+LAYER_SLOTS = 38
 # A call. ON is [E, T] bytes, KEPT [T] int64: how many experts the token has, or -1 at padding.
 LAYER, X, Y, T, KIND, SELECTED, K, REAL, COUNTS, YIELD, TEAM, PIECE, CHUNK, RUN = range(14)
 XF, ACC, ON, KEPT, Z, Z_BYTES, SCORES, SCORE_BYTES, SCRATCH, SCRATCH_BYTES, STATES = range(14, 25)
@@ -19,6 +22,12 @@ XF, ACC, ON, KEPT, Z, Z_BYTES, SCORES, SCORE_BYTES, SCRATCH, SCRATCH_BYTES, STAT
 LISTS, LIST_BYTES, HIDDEN, UNIT, UNITS, COLUMNS = range(25, 31)
 # Written by all threads, away from the entries above; PICKED counts the experts of all tokens.
 ERROR, TICKET, PARTIALS, PICKED, NEXT, DONE = 32, 33, 34, 35, 40, 48
+XQ, XQ_BYTES = (
+    56,
+    57,
+)  # what the experts read: quantised tokens and bytes of each, or XF; read only, so behind the counters
 CALL_SLOTS = 64
-WIDEN, FIRST, SECOND, SELECT, EXPERTS, FINISH, LIST = range(7)  # steps; each has a counter at NEXT and one at DONE
+WIDEN, FIRST, SECOND, SELECT, EXPERTS, FINISH, LIST, QUANTISE = range(
+    8
+)  # steps; each has a counter at NEXT and one at DONE
 FROM_ROUTER, FROM_IDS, FROM_MASK, FROM_NOTHING = range(4)  # KIND; the last: shared neurons only

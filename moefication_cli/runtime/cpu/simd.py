@@ -2,7 +2,7 @@
 
 Why not plain loops: the kernels live on register blocking (16 accumulators of 16 lanes), masked tails and bfloat16
 conversion in registers, which the loop vectoriser does not do reliably. LLVM lowers the same IR to AVX2 or NEON.
-Addresses are int64 byte addresses and `tag` is a zero whose numba type says what lies there: float32, or uint16 for bfloat16.
+Addresses are int64 byte addresses and `tag` is a zero whose numba type says what lies there: float32, uint16 for bfloat16, or int8.
 Nothing here checks bounds. Editing this file does not invalidate numba's cache of the kernels that use it: touch them too.
 """
 
@@ -58,7 +58,11 @@ def _int_vector(value: int) -> Any:
 
 
 def element(tag: Any) -> Any:
-    return F32 if tag == types.float32 else I16
+    return F32 if tag == types.float32 else I8 if tag == types.int8 else I16
+
+
+def item_bytes(tag: Any) -> int:
+    return 4 if tag == types.float32 else 1 if tag == types.int8 else 2
 
 
 def pointer(builder: Any, address: Any, pointee: Any) -> Any:
@@ -71,7 +75,9 @@ def _call(builder: Any, name: str, result: Any, args: Sequence[Any]) -> Any:
 
 
 def _widen(builder: Any, raw: Any) -> Any:
-    """bfloat16 bits -> float32: the upper half of the word."""
+    """bfloat16 bits -> float32: the upper half of the word. int8: the number."""
+    if raw.type == ir.VectorType(I8, LANES):
+        return builder.sitofp(builder.sext(raw, ir.VectorType(I32, LANES)), VEC)
     if raw.type == I16:
         return builder.bitcast(builder.shl(builder.zext(raw, I32), ir.Constant(I32, 16)), F32)
     if raw.type == ir.VectorType(I16, LANES):
@@ -108,10 +114,10 @@ def splat_value(builder: Any, value: Any) -> Any:
 def load_vector(builder: Any, tag: Any, address: Any, count: Any = None) -> Any:
     """Sixteen float32 values of the type `tag` stands for; with `count` only that many are read and the rest is zero."""
     kind = ir.VectorType(element(tag), LANES)
-    where, align = pointer(builder, address, kind), 4 if tag == types.float32 else 2
+    where, align = pointer(builder, address, kind), item_bytes(tag)
     if count is None:
         return _widen(builder, builder.load(where, align=align))
-    name = f"llvm.masked.load.v16{'f32' if tag == types.float32 else 'i16'}.p0"
+    name = f"llvm.masked.load.v16{'f32' if tag == types.float32 else f'i{8 * item_bytes(tag)}'}.p0"
     arguments = [where, ir.Constant(I32, align), _lanes_below(builder, count), ir.Constant(kind, None)]
     return _widen(builder, _call(builder, name, kind, arguments))
 
@@ -324,7 +330,7 @@ gelu_tanh = _unary(_gelu_tanh)
 tanh = _unary(_tanh)
 store_keys = operation(types.none, 2, _store_keys)
 count_at_least = operation(types.int64, 3, _count_at_least)
-call_1, call_8, call_14 = _calls(1), _calls(8), _calls(14)
+call_1, call_3, call_8, call_16 = _calls(1), _calls(3), _calls(8), _calls(16)
 at = operation(types.int64, 2, lambda builder, args, kinds: builder.load(_slot(builder, args)))  # (table, slot)
 put = operation(types.none, 3, _put_slot)  # (table, slot, value)
 total = operation(types.float32, 1, _total)

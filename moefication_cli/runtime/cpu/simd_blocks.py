@@ -1,6 +1,6 @@
 """The three register blocks the CPU kernels are made of, as LLVM IR on top of `simd`: dot products, dense and sparse updates.
 
-Activations are float32, weights float32 or bfloat16 (see `simd`), everything is row-major and addressed in bytes.
+Activations are float32, weights float32, bfloat16 or int8 (see `simd`), everything is row-major and addressed in bytes.
 A block holds up to 16 accumulators of 16 lanes; with 512-bit registers on a Zen 4 core it reaches about 100 GFLOP/s in float32.
 No bounds are checked and nothing is allocated here; callers repeat a row's address to fill a block that is too wide.
 """
@@ -18,8 +18,8 @@ from moefication_cli.runtime.cpu.simd import (
     LANES,
     VEC,
     constant,
-    element,
     fused,
+    item_bytes,
     load_vector,
     operation,
     pointer,
@@ -58,7 +58,7 @@ def _dots(tokens: int, neurons: int) -> Any:
 
     def emit(builder: Any, args: Any, kinds: Any) -> None:
         w, row_bytes, rows_left, length, h, h_bytes = args[5:]
-        width = 4 if element(kinds[0]) == F32 else 2
+        width = item_bytes(kinds[0])
         last = builder.sub(rows_left, _int(1))
         rows = []
         for c in range(neurons):
@@ -103,7 +103,7 @@ def _updates(tokens: int, vectors: int) -> Any:
     def emit(builder: Any, args: Any, kinds: Any) -> None:
         w, row_bytes, count, h, h_bytes, lanes = args[5:]
         lanes = lanes if vectors == 1 else None
-        width = 4 if element(kinds[0]) == F32 else 2
+        width = item_bytes(kinds[0])
         columns = [
             (r, v, builder.add(args[1 + r], _int(v * LANES * _FLOAT_BYTES)))
             for r in range(tokens)
@@ -138,7 +138,7 @@ def _gathered(vectors: int) -> Any:
     def emit(builder: Any, args: Any, kinds: Any) -> None:
         _, y, addresses, values, count, offset, lanes = args
         lanes = lanes if vectors == 1 else None
-        width = 4 if element(kinds[0]) == F32 else 2
+        width = item_bytes(kinds[0])
         places = [builder.add(y, _int(v * LANES * _FLOAT_BYTES)) for v in range(vectors)]
         slots = _accumulators(builder, [load_vector(builder, types.float32, place, lanes) for place in places])
 

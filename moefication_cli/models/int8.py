@@ -1,0 +1,99 @@
+"""int8 weights of a loaded model: its FFNs' matrices for the kernels of `runtime.cpu`, all other linear layers for torch's.
+
+Made from the float model in memory, one matrix after the other, so that at most one float copy is alive beside the int8 ones. Every matrix
+is symmetric per row (`ffn.quantise_rows`); of FFNs a row is a neuron, also of the down projection, whose scale multiplies the
+neuron's activation. Embeddings, norms, biases, routers and compensations stay as they are. CPU and float32 activations.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from moefication_cli.errors import ConfigError, UnavailableError
+from moefication_cli.ffn import quantise_rows
+from moefication_cli.models.sites import FFNSite
+from moefication_cli.models.surgery import SCALE
+
+WEIGHTS = ("int8",)  # what `load(weights=...)` takes
+
+
+class Int8Linear(nn.Linear):
+    """y = x W^T + b for an int8 W, the tokens rounded to int8 too, symmetric per token; sums are exact, in int32 (`torch._int_mm`).
+
+    Rounding tokens one by one and not all together is what torchao's `Int8DynamicActivationInt8WeightConfig` does.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        nn.Module.__init__(self)  # nn.Linear's would make a float matrix first
+        quantised, scale = quantise_rows(weight)
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(quantised, requires_grad=False)
+        self.register_buffer(SCALE, scale)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y[..., out] of x[..., in]; NaN and infinity in a token make its row NaN."""
+        x_TD = x.reshape(-1, self.in_features)
+        scale_T1 = x_TD.abs().amax(dim=1, keepdim=True) / 127
+        steps_TD = (x_TD / scale_T1.clamp(min=torch.finfo(torch.float32).tiny)).round_().to(torch.int8)
+        y = torch._int_mm(steps_TD, self.weight.t()).float().mul_(scale_T1).mul_(self.get_buffer(SCALE))
+        return (y if self.bias is None else y.add_(self.bias)).view(*x.shape[:-1], self.out_features)
+
+
+def check_weights_option(weights: str | None, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Raises ConfigError for weights of another kind, a dtype that int8 does not go with, UnavailableError for a device."""
+    if weights is None:
+        return
+    if weights not in WEIGHTS:
+        raise ConfigError(f"weights {weights!r} are not one of {', '.join(WEIGHTS)}", 'load(PATH, weights="int8")')
+    if device.type != "cpu":
+        raise UnavailableError(
+            f"int8 weights are computed on the CPU, not on {device}", "use device cpu, or leave int8 out"
+        )
+    if dtype != torch.float32:
+        raise ConfigError(f"int8 weights go with float32 activations, not {dtype}", "leave out the dtype")
+
+
+def quantise_model(model: nn.Module, experts: list[FFNSite]) -> None:
+    """Makes all matrices int8 in place, and the model one for inference only.
+
+    FFNs in `experts` keep their modules, which then need a layer installed that reads int8; all other linear layers become `Int8Linear`.
+    """
+    model.requires_grad_(False)
+    taken: set[int] = set()
+    for site in experts:
+        _quantise_ffn(model, site)
+        taken |= {id(model.get_submodule(path)) for path in (site.up, site.down, site.gate) if path is not None}
+    made: dict[int, Int8Linear] = {}
+    for parent in list(model.modules()):
+        for name, part in list(parent._modules.items()):
+            if id(part) in taken or isinstance(part, Int8Linear) or not isinstance(part, nn.Linear | Conv1D):
+                continue
+            if id(part) not in made:  # a fused projection may have two names
+                weight: Tensor = part.weight.detach()
+                made[id(part)] = Int8Linear(weight.t() if isinstance(part, Conv1D) else weight, part.bias)
+            setattr(parent, name, made[id(part)])
+
+
+def _quantise_ffn(model: nn.Module, site: FFNSite) -> None:
+    for path in dict.fromkeys((site.up, site.gate, site.down)):
+        if path is None:
+            continue
+        part: Any = model.get_submodule(path)
+        neurons_first = (path == site.down) == isinstance(part, Conv1D)
+        rows = part.weight.detach() if neurons_first else part.weight.detach().t()
+        quantised, scale = quantise_rows(rows)
+        part.weight = nn.Parameter(quantised if neurons_first else quantised.t(), requires_grad=False)
+        part.register_buffer(SCALE, scale)
+
+
+def linear_bytes(model: nn.Module) -> int:
+    """Bytes of all weight matrices of linear layers and of their scales."""
+    total = 0
+    for part in model.modules():
+        if isinstance(part, nn.Linear | Conv1D | Int8Linear):
+            for held in (part.weight, part._buffers.get(SCALE)):
+                total += 0 if held is None else held.numel() * held.element_size()  # type: ignore[operator,union-attr]
+    return total
