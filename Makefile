@@ -3,7 +3,6 @@
 #   make bench   the full benchmark (long)                 make clean   remove the environment and caches
 #   make cuda    what a GPU is needed for, figures in cuda.json
 #   make soak    kills, damage and bad command lines at full size (long)
-#   make    kills, damage and bad command lines at full size (long)
 # The first of these that is 3.11 or newer and can make environments is used; make PYTHON=... names another.
 PYTHONS := python3.11 python3.12 python3.13 python3.14 python3 python
 VENV := .venv

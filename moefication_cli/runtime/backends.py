@@ -20,9 +20,9 @@ from moefication_cli.runtime import reference, torch_backends
 
 log = logging.getLogger(__name__)
 ALL_ON_TOKENS = 96  # below, the compiled kernel is faster than torch's matmuls even when every neuron runs
-# On CUDA (H200, tests/benchmarks/cuda.md) the Triton kernels read an eighth-billion weights in half the dense time for one
-# token and are level at 16, and their launches from Python take 0.35 ms where nothing replays them as a CUDA graph: as long as
-# it takes to read 1 GiB. Many tokens through `grouped` were slower than dense for every size of experts.
+# On CUDA (H200, tests/benchmarks/cuda.md) the Triton kernels take half the dense time for one token through an FFN of 271 MB and
+# the same time for 16. Without a CUDA graph their launches from Python take 0.35 ms, as long as reading 1 GiB does. Many
+# tokens through `grouped` were slower than dense for every size of experts.
 CUDA_FEW_TOKENS, CUDA_LEAST_BYTES = 8, 1 << 30
 # The backends that do not wait for the GPU on CUDA: their calls fit in a CUDA graph
 NEVER_WAITING = {"dense", "triton"}
@@ -136,6 +136,14 @@ def _warn_once(message: str) -> None:
     log.warning(message)
 
 
+def say_dense_on_cuda() -> None:
+    """Warns, once, that `auto` computes more on a GPU than was selected, and what to do where that is not wanted."""
+    _warn_once(
+        "FFNs on the GPU are computed dense, which is faster there for all but those of 1 GiB and more at up to 8 tokens; "
+        'in a CUDA graph one token through smaller ones can gain by load(..., backend="triton")'
+    )
+
+
 def choose(
     device: torch.device,
     dtype: torch.dtype,
@@ -168,9 +176,5 @@ def choose(
         num_bytes = ffn.w_up_FD.numel() * ffn.w_up_FD.element_size() * (3 if ffn.gated else 2)
         if num_tokens <= CUDA_FEW_TOKENS and num_bytes >= CUDA_LEAST_BYTES and can("triton"):
             return "triton"
-        _warn_once(
-            "FFNs on the GPU are computed dense where that is faster: all but those of 1 GiB and more at up to 8 tokens. "
-            'In a CUDA graph, one token through smaller ones can gain by load(..., backend="triton")'
-        )
         return "dense"
     return "numba" if can("numba") else "torch"

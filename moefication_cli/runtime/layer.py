@@ -15,7 +15,14 @@ from moefication_cli.errors import ConfigError
 from moefication_cli.ffn import ExpertWeights
 from moefication_cli.routing.router import Router
 from moefication_cli.routing.rules import Rule, TopK
-from moefication_cli.runtime.backends import ALL_ON_TOKENS, BACKENDS, CUDA_FEW_TOKENS, available, choose
+from moefication_cli.runtime.backends import (
+    ALL_ON_TOKENS,
+    BACKENDS,
+    CUDA_FEW_TOKENS,
+    available,
+    choose,
+    say_dense_on_cuda,
+)
 
 if TYPE_CHECKING:
     from moefication_cli.runtime.cpu.numba_backend import CompiledLayer
@@ -216,6 +223,8 @@ class MoEFFN:
         if name == "dense" and not (self.may_go_dense or self._all_on):
             grouped = x_TD.is_cuda and BACKENDS["grouped"].missing(x_TD.device, x_TD.dtype, weights) is None
             return "grouped" if grouped else "torch"
+        if name == "dense" and x_TD.is_cuda and not self._all_on:
+            say_dense_on_cuda()
         return name
 
     def _count(self, selected: Tensor | None, x_TD: Tensor) -> None:
