@@ -59,7 +59,7 @@ def activation_code(name: str) -> int:
 
 
 @lru_cache(maxsize=1)
-def _openmp() -> tuple[int, int]:
+def openmp() -> tuple[int, int]:
     """Addresses of GOMP_parallel, in the OpenMP library torch has loaded, and of sched_yield; zeros where there is none."""
     found = []
     for name in ("GOMP_parallel", "sched_yield"):
@@ -75,7 +75,7 @@ def _openmp() -> tuple[int, int]:
     return found[0], found[1]
 
 
-def _kernels(dtype: torch.dtype) -> tuple[int, int]:
+def kernels_for(dtype: torch.dtype) -> tuple[int, int]:
     """Addresses of the projection and of the piece for weights of `dtype`."""
     if dtype == torch.int8:
         from moefication_cli.runtime.cpu import numba_int8
@@ -162,8 +162,8 @@ class CompiledLayer:
         self._always = weights.num_shared * ffn.flops_per_neuron + (0 if router is None else router.flops)
         self._per_expert = weights.expert_size * ffn.flops_per_neuron
         self._active = active
-        table[slot.PROJECT], table[slot.PIECES] = _kernels(stored)
-        table[slot.C_PROJECT], table[slot.C_PIECES] = _kernels(dtype)
+        table[slot.PROJECT], table[slot.PIECES] = kernels_for(stored)
+        table[slot.C_PROJECT], table[slot.C_PIECES] = kernels_for(dtype)
         table[slot.ROUTE] = kernels.project_float32.address
         self.bfloat16_path = None
         if dtype == torch.bfloat16:
@@ -176,7 +176,7 @@ class CompiledLayer:
         self._layer = self._many = int(table.ctypes.data)  # address for few tokens, and for more
         if ffn.quantised:
             self._add_scales(ffn, integer_dots)
-        self._parallel, give_way = _openmp()
+        self._parallel, give_way = openmp()
         self._functions = (forward.run.address, forward.run_chunks.address, self._parallel, give_way)
         self._serial_calls = 0
 

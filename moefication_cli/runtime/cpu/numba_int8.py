@@ -16,11 +16,11 @@ from moefication_cli.runtime.cpu import simd_int8 as v8
 from moefication_cli.runtime.cpu.numba_kernels import (
     F32,
     RELU2,
-    _activation,
     _fill_rows,
     _fired,
     _spread_dense,
     _spread_fired,
+    activate,
     internal,
     project,
 )
@@ -31,7 +31,7 @@ INT8 = np.int8(0)
 
 
 @internal
-def _quantise(source, scale, n, target, end):
+def quantise(source, scale, n, target, end):
     """n float32, times a scale each unless `scale` is 0, as a quantised row. NaN and infinity make its scale NaN."""
     most, probe, added = v.zero(), v.zero(), v.zero()
     for j in range(0, n, 16):
@@ -84,7 +84,7 @@ def _spread_integer(ys, m, w, row_bytes, n, length, h, h_bytes, scale, quantised
     end, q_bytes = (n + 15) // 16 * 16, 2 * h_bytes
     padded = (m + 3) // 4 * 4
     for i in range(padded):
-        _quantise(h + i * h_bytes, scale, n, quantised + i * q_bytes, end)
+        quantise(h + i * h_bytes, scale, n, quantised + i * q_bytes, end)
     for i in range(0, m, 4):
         y0, y1 = v.get_i64(ys + 8 * i), v.get_i64(ys + 8 * i + 8)
         y2, y3 = v.get_i64(ys + 8 * i + 16), v.get_i64(ys + 8 * i + 24)
@@ -143,7 +143,7 @@ def make_piece(integer):
             inner = g
             _inner(call, rows, m, gate, b_gate, scales + scale_bytes, n, length, row_bytes, g, h_bytes)
         for at in range(0, padded * h_bytes, 64):
-            value = _activation(act, v.load(F32, inner + at))
+            value = activate(act, v.load(F32, inner + at))
             if gate != 0:
                 value = v.mul(value, v.load(F32, h + at))
             v.store(F32, h + at, value)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from moefication_cli.compiled import cached_cfunc
-from moefication_cli.runtime.cpu.numba_int8 import _quantise, make_piece
+from moefication_cli.runtime.cpu.numba_int8 import make_piece, quantise
 
 HERE = Path(__file__).parent
 
@@ -13,7 +13,7 @@ _piece = make_piece(True)
 @cached_cfunc(HERE, "void(int64, int64, int64)", error_model="numpy")
 def quantise_token(x, length, target):
     """One token x [length], float32, as the quantised row that `piece_integer` reads."""
-    _quantise(x, 0, length, target, (length + 63) // 64 * 64)
+    quantise(x, 0, length, target, (length + 63) // 64 * 64)
 
 
 @cached_cfunc(HERE, "void(" + ", ".join(["int64"] * 16) + ")", error_model="numpy")

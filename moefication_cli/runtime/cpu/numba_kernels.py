@@ -25,7 +25,8 @@ internal = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, error_model="num
 
 
 @internal
-def _activation(code, x):
+def activate(code, x):
+    """The activation of that code, lane by lane."""
     if code == RELU:
         return v.relu(x)
     if code == RELU2 or code == SQUARE:
@@ -203,7 +204,7 @@ def piece(tag, call, rows, ys, m, up, gate, down, b_up, b_gate, n, length, row_b
         v.call_8(call, rows, m, gate, row_bytes, n, length, g, h_bytes)
     inner = h if gate == 0 else g
     for at in range(0, padded * h_bytes, 64):
-        value = _activation(act, v.load(F32, inner + at))
+        value = activate(act, v.load(F32, inner + at))
         if gate != 0:
             value = v.mul(value, v.load(F32, h + at))
         v.store(F32, h + at, value)

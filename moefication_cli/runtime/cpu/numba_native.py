@@ -16,8 +16,8 @@ from torch import Tensor
 from moefication_cli.compiled import cached_cfunc, cached_njit
 from moefication_cli.errors import ConfigError, UnavailableError
 from moefication_cli.runtime.cpu import simd as v
-from moefication_cli.runtime.cpu.numba_backend import DTYPES, SERIAL_WORK, _kernels, _openmp, activation_code
-from moefication_cli.runtime.cpu.numba_kernels import BATCH, F32, _activation, internal
+from moefication_cli.runtime.cpu.numba_backend import DTYPES, SERIAL_WORK, activation_code, kernels_for, openmp
+from moefication_cli.runtime.cpu.numba_kernels import BATCH, F32, activate, internal
 
 HERE = Path(__file__).parent
 
@@ -64,7 +64,7 @@ def _hidden(s, item, scratch):
         weight = v.splat(v.get_f32(v.at(s, WEIGHTS) + 4 * (first + i)))
         out = v.at(s, HIDDEN) + v.at(s, HIDDEN_BYTES) * (first + i) + 4 * begin
         for j in range(0, n, 16):
-            value = v.mul(_activation(v.at(s, ACT), v.load(F32, g + i * line + 4 * j)), weight)
+            value = v.mul(activate(v.at(s, ACT), v.load(F32, g + i * line + 4 * j)), weight)
             if matrices == 2:
                 value = v.mul(value, v.load(F32, h + i * line + 4 * j))
             v.store_part(F32, out + 4 * j, value, min(16, n - j))
@@ -208,7 +208,7 @@ def native_experts(
     wide_TD = x_TD.detach().float().contiguous()
     y_TD = torch.zeros_like(wide_TD)
     ids_TK, weights_TK = ids_TK.long().contiguous(), weights_TK.detach().float().contiguous()
-    parallel, give_way = _openmp()
+    parallel, give_way = openmp()
     top_k = ids_TK.shape[1]
     step = max(1, MOST_HIDDEN // max(1, top_k * neurons))
     for first in range(0, len(wide_TD) if top_k else 0, step):
@@ -216,7 +216,7 @@ def native_experts(
         work = ids.numel() * neurons * width * (2 + gated)
         threads = torch.get_num_threads() if work >= SERIAL_WORK and parallel else 1
         failed = forward_native(
-            run_native.address, parallel, give_way, _kernels(up.dtype)[0], x.data_ptr(), y_TD[first:].data_ptr(),
+            run_native.address, parallel, give_way, kernels_for(up.dtype)[0], x.data_ptr(), y_TD[first:].data_ptr(),
             ids.data_ptr(), weights_TK[first:].data_ptr(), up.data_ptr(), down.data_ptr(), len(x), top_k, num_experts,
             width, neurons, gated, act, up.dtype.itemsize, threads,
         )  # fmt: skip

@@ -17,7 +17,7 @@ from moefication_cli.compiled import cached_cfunc, cached_njit
 from moefication_cli.runtime.cpu import numba_table as slot
 from moefication_cli.runtime.cpu import simd as v
 from moefication_cli.runtime.cpu import simd_tiles as tile
-from moefication_cli.runtime.cpu.numba_kernels import F32, IDENTITY, _activation, internal
+from moefication_cli.runtime.cpu.numba_kernels import F32, IDENTITY, activate, internal
 from moefication_cli.runtime.cpu.numba_routing import done, route, select, take, wait, widen
 
 HERE = Path(__file__).parent
@@ -172,9 +172,9 @@ def _hidden(s, item, scratch):
                 lanes, at = max(0, min(16, n - 16 * side)), 128 * r + 64 * side
                 value = v.load_part(F32, h + at, lanes)
                 if gated:
-                    value = v.mul(value, _activation(code, v.load_part(F32, g + at, lanes)))
+                    value = v.mul(value, activate(code, v.load_part(F32, g + at, lanes)))
                 else:
-                    value = _activation(code, value)
+                    value = activate(code, value)
                 v.store(BF16, out + 64 * r + 32 * side, value)
 
 

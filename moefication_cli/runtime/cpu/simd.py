@@ -69,7 +69,7 @@ def pointer(builder: Any, address: Any, pointee: Any) -> Any:
     return builder.inttoptr(address, pointee.as_pointer())
 
 
-def _call(builder: Any, name: str, result: Any, args: Sequence[Any]) -> Any:
+def emit_call(builder: Any, name: str, result: Any, args: Sequence[Any]) -> Any:
     kind = ir.FunctionType(result, [a.type for a in args])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
 
@@ -119,7 +119,7 @@ def load_vector(builder: Any, tag: Any, address: Any, count: Any = None) -> Any:
         return _widen(builder, builder.load(where, align=align))
     name = f"llvm.masked.load.v16{'f32' if tag == types.float32 else f'i{8 * item_bytes(tag)}'}.p0"
     arguments = [where, ir.Constant(I32, align), _lanes_below(builder, count), ir.Constant(kind, None)]
-    return _widen(builder, _call(builder, name, kind, arguments))
+    return _widen(builder, emit_call(builder, name, kind, arguments))
 
 
 def store_vector(builder: Any, tag: Any, address: Any, value: Any, count: Any = None) -> None:
@@ -129,7 +129,7 @@ def store_vector(builder: Any, tag: Any, address: Any, value: Any, count: Any = 
         builder.store(_narrow(builder, tag, value), where, align=align)
         return
     name = f"llvm.masked.store.v16{'f32' if tag == types.float32 else 'i16'}.p0"
-    _call(
+    emit_call(
         builder,
         name,
         ir.VoidType(),
@@ -171,9 +171,9 @@ def _put(kind: Any) -> Callable[..., Any]:
 
 def _exp(builder: Any, x: Any) -> Any:
     """exp to 2 ulp over the float32 range: 2^n times a degree-6 polynomial on [-ln2/2, ln2/2]."""
-    x = _call(builder, "llvm.minnum.v16f32", VEC, [x, constant(88.0)])
-    x = _call(builder, "llvm.maxnum.v16f32", VEC, [x, constant(-87.0)])
-    n = _call(builder, "llvm.rint.v16f32", VEC, [builder.fmul(x, constant(1.4426950408889634))])
+    x = emit_call(builder, "llvm.minnum.v16f32", VEC, [x, constant(88.0)])
+    x = emit_call(builder, "llvm.maxnum.v16f32", VEC, [x, constant(-87.0)])
+    n = emit_call(builder, "llvm.rint.v16f32", VEC, [builder.fmul(x, constant(1.4426950408889634))])
     r = fused(builder, n, constant(-0.693359375), x)
     r = fused(builder, n, constant(2.12194440e-4), r)
     poly = constant(1.0 / 720.0)
@@ -184,7 +184,7 @@ def _exp(builder: Any, x: Any) -> Any:
 
 
 def fused(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    return _call(builder, "llvm.fma.v16f32", VEC, [a, b, c])
+    return emit_call(builder, "llvm.fma.v16f32", VEC, [a, b, c])
 
 
 def _sigmoid(builder: Any, x: Any) -> Any:
@@ -194,7 +194,7 @@ def _sigmoid(builder: Any, x: Any) -> Any:
 
 def _gelu(builder: Any, x: Any) -> Any:
     """0.5 x (1 + erf(x / sqrt 2)), erf by Abramowitz and Stegun 7.1.26 (absolute error 1.5e-7)."""
-    z = builder.fmul(_call(builder, "llvm.fabs.v16f32", VEC, [x]), constant(0.7071067811865476))
+    z = builder.fmul(emit_call(builder, "llvm.fabs.v16f32", VEC, [x]), constant(0.7071067811865476))
     t = builder.fdiv(constant(1.0), fused(builder, z, constant(0.3275911), constant(1.0)))
     poly = constant(1.061405429)
     for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
@@ -240,7 +240,7 @@ def _wait_for(builder: Any, args: Any, kinds: Any) -> None:
     count = builder.add(builder.load(polls), ir.Constant(I64, 1))
     builder.store(count, polls)
     if machine() in ("x86_64", "AMD64"):
-        _call(builder, "llvm.x86.sse2.pause", ir.VoidType(), [])
+        emit_call(builder, "llvm.x86.sse2.pause", ir.VoidType(), [])
     patient = builder.icmp_signed("<", count, ir.Constant(I64, 2000))
     builder.cbranch(builder.or_(patient, builder.icmp_signed("==", args[2], ir.Constant(I64, 0))), check, give)
     builder.position_at_end(give)
@@ -299,7 +299,7 @@ def _count_at_least(builder: Any, args: Any, kinds: Any) -> Any:
     with cgutils.for_range(builder, args[1]) as loop:
         where = builder.add(args[0], builder.mul(loop.index, ir.Constant(I64, 4 * LANES)))
         found = builder.icmp_signed(">=", builder.load(pointer(builder, where, kind), align=4), least)
-        ones = _call(builder, "llvm.ctpop.i16", I16, [builder.bitcast(found, I16)])
+        ones = emit_call(builder, "llvm.ctpop.i16", I16, [builder.bitcast(found, I16)])
         builder.store(builder.add(builder.load(total), builder.zext(ones, I64)), total)
     return builder.load(total)
 

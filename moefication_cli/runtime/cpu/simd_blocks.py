@@ -31,16 +31,16 @@ from moefication_cli.runtime.cpu.simd import (
 _FLOAT_BYTES = 4
 
 
-def _int(value: int) -> Any:
+def int_constant(value: int) -> Any:
     return ir.Constant(I64, value)
 
 
-def _loop(builder: Any, count: Any, body: Callable[[Any], None]) -> None:
+def emit_loop(builder: Any, count: Any, body: Callable[[Any], None]) -> None:
     with cgutils.for_range(builder, count) as loop:
         body(loop.index)
 
 
-def _accumulators(builder: Any, values: Sequence[Any]) -> list[Any]:
+def make_accumulators(builder: Any, values: Sequence[Any]) -> list[Any]:
     """Stack slots that LLVM promotes to registers."""
     return [cgutils.alloca_once_value(builder, value) for value in values]
 
@@ -59,25 +59,28 @@ def _dots(tokens: int, neurons: int) -> Any:
     def emit(builder: Any, args: Any, kinds: Any) -> None:
         w, row_bytes, rows_left, length, h, h_bytes = args[5:]
         width = item_bytes(kinds[0])
-        last = builder.sub(rows_left, _int(1))
+        last = builder.sub(rows_left, int_constant(1))
         rows = []
         for c in range(neurons):
-            index = builder.select(builder.icmp_signed("<", _int(c), last), _int(c), last)
+            index = builder.select(builder.icmp_signed("<", int_constant(c), last), int_constant(c), last)
             rows.append(builder.add(w, builder.mul(index, row_bytes)))
-        slots = _accumulators(builder, [constant(0.0)] * (tokens * neurons))
+        slots = make_accumulators(builder, [constant(0.0)] * (tokens * neurons))
 
         def step(at: Any, count: Any) -> None:
-            w_off, x_off = builder.mul(at, _int(LANES * width)), builder.mul(at, _int(LANES * _FLOAT_BYTES))
+            w_off, x_off = (
+                builder.mul(at, int_constant(LANES * width)),
+                builder.mul(at, int_constant(LANES * _FLOAT_BYTES)),
+            )
             columns = [load_vector(builder, kinds[0], builder.add(row, w_off), count) for row in rows]
             for r in range(tokens):
                 x = load_vector(builder, types.float32, builder.add(args[1 + r], x_off), count)
                 for c, column in enumerate(columns):
                     _update(builder, slots[r * neurons + c], x, column)
 
-        whole = builder.ashr(length, _int(4))
-        _loop(builder, whole, lambda index: step(index, None))
-        rest = builder.and_(length, _int(LANES - 1))
-        with builder.if_then(builder.icmp_signed("!=", rest, _int(0)), likely=False):
+        whole = builder.ashr(length, int_constant(4))
+        emit_loop(builder, whole, lambda index: step(index, None))
+        rest = builder.and_(length, int_constant(LANES - 1))
+        with builder.if_then(builder.icmp_signed("!=", rest, int_constant(0)), likely=False):
             step(whole, rest)
         values = [builder.load(slot) for slot in slots]
         sums = sum_each(builder, values + [constant(0.0)] * (LANES - len(values)))
@@ -86,7 +89,7 @@ def _dots(tokens: int, neurons: int) -> Any:
             pick = ir.Constant(ir.VectorType(I32, 4), list(range(4 * group, 4 * group + 4)))
             part = builder.shuffle_vector(sums, ir.Constant(VEC, ir.Undefined), pick)
             r, c = divmod(4 * group, neurons)
-            offset = builder.add(builder.mul(h_bytes, _int(r)), _int(c * _FLOAT_BYTES))
+            offset = builder.add(builder.mul(h_bytes, int_constant(r)), int_constant(c * _FLOAT_BYTES))
             where = pointer(builder, builder.add(h, offset), four)
             builder.store(builder.fadd(builder.load(where, align=4), part), where, align=4)
 
@@ -105,24 +108,27 @@ def _updates(tokens: int, vectors: int) -> Any:
         lanes = lanes if vectors == 1 else None
         width = item_bytes(kinds[0])
         columns = [
-            (r, v, builder.add(args[1 + r], _int(v * LANES * _FLOAT_BYTES)))
+            (r, v, builder.add(args[1 + r], int_constant(v * LANES * _FLOAT_BYTES)))
             for r in range(tokens)
             for v in range(vectors)
         ]
-        slots = _accumulators(builder, [load_vector(builder, types.float32, y, lanes) for _, _, y in columns])
+        slots = make_accumulators(builder, [load_vector(builder, types.float32, y, lanes) for _, _, y in columns])
 
         def body(n: Any) -> None:
             row = builder.add(w, builder.mul(n, row_bytes))
             loaded = [
-                load_vector(builder, kinds[0], builder.add(row, _int(v * LANES * width)), lanes) for v in range(vectors)
+                load_vector(builder, kinds[0], builder.add(row, int_constant(v * LANES * width)), lanes)
+                for v in range(vectors)
             ]
             for r in range(tokens):
-                at = builder.add(h, builder.add(builder.mul(h_bytes, _int(r)), builder.mul(n, _int(_FLOAT_BYTES))))
+                at = builder.add(
+                    h, builder.add(builder.mul(h_bytes, int_constant(r)), builder.mul(n, int_constant(_FLOAT_BYTES)))
+                )
                 value = splat_value(builder, builder.load(pointer(builder, at, F32)))
                 for v in range(vectors):
                     _update(builder, slots[r * vectors + v], value, loaded[v])
 
-        _loop(builder, count, body)
+        emit_loop(builder, count, body)
         for (_, _, y), slot in zip(columns, slots, strict=True):
             store_vector(builder, types.float32, y, builder.load(slot), lanes)
 
@@ -139,18 +145,18 @@ def _gathered(vectors: int) -> Any:
         _, y, addresses, values, count, offset, lanes = args
         lanes = lanes if vectors == 1 else None
         width = item_bytes(kinds[0])
-        places = [builder.add(y, _int(v * LANES * _FLOAT_BYTES)) for v in range(vectors)]
-        slots = _accumulators(builder, [load_vector(builder, types.float32, place, lanes) for place in places])
+        places = [builder.add(y, int_constant(v * LANES * _FLOAT_BYTES)) for v in range(vectors)]
+        slots = make_accumulators(builder, [load_vector(builder, types.float32, place, lanes) for place in places])
 
         def body(i: Any) -> None:
-            row = builder.load(pointer(builder, builder.add(addresses, builder.mul(i, _int(8))), I64))
-            value = builder.load(pointer(builder, builder.add(values, builder.mul(i, _int(_FLOAT_BYTES))), F32))
+            row = builder.load(pointer(builder, builder.add(addresses, builder.mul(i, int_constant(8))), I64))
+            value = builder.load(pointer(builder, builder.add(values, builder.mul(i, int_constant(_FLOAT_BYTES))), F32))
             spread, start = splat_value(builder, value), builder.add(row, offset)
             for v, slot in enumerate(slots):
-                column = load_vector(builder, kinds[0], builder.add(start, _int(v * LANES * width)), lanes)
+                column = load_vector(builder, kinds[0], builder.add(start, int_constant(v * LANES * width)), lanes)
                 _update(builder, slot, spread, column)
 
-        _loop(builder, count, body)
+        emit_loop(builder, count, body)
         for place, slot in zip(places, slots, strict=True):
             store_vector(builder, types.float32, place, builder.load(slot), lanes)
 

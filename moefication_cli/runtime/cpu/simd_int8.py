@@ -18,7 +18,7 @@ from moefication_cli.runtime.cpu.simd import (
     LANES,
     VEC,
     VECTOR,
-    _call,
+    emit_call,
     fused,
     load_vector,
     operation,
@@ -26,7 +26,7 @@ from moefication_cli.runtime.cpu.simd import (
     splat_value,
     store_vector,
 )
-from moefication_cli.runtime.cpu.simd_blocks import _accumulators, _int, _loop
+from moefication_cli.runtime.cpu.simd_blocks import emit_loop, int_constant, make_accumulators
 
 WIDE = 4 * LANES  # int8 of a vector
 _INTS, _BYTES = ir.VectorType(I32, LANES), ir.VectorType(I8, WIDE)
@@ -53,7 +53,7 @@ def _load(builder: Any, address: Any, count: Any = None) -> Any:
         return builder.load(where, align=1)
     lane = ir.Constant(_BYTES, list(range(WIDE)))
     below = builder.icmp_signed("<", lane, _spread(builder, builder.trunc(count, I8), _BYTES))
-    return _call(
+    return emit_call(
         builder,
         "llvm.masked.load.v64i8.p0",
         _BYTES,
@@ -68,7 +68,7 @@ def _unsigned(builder: Any, weights: Any) -> Any:
 def _accumulate(builder: Any, slot: Any, weights: Any, tokens: Any) -> None:
     """slot[lane] += sum of four products of unsigned weights and signed tokens."""
     found = [builder.bitcast(value, _INTS) for value in (weights, tokens)]
-    builder.store(_call(builder, "llvm.x86.avx512.vpdpbusd.512", _INTS, [builder.load(slot), *found]), slot)
+    builder.store(emit_call(builder, "llvm.x86.avx512.vpdpbusd.512", _INTS, [builder.load(slot), *found]), slot)
 
 
 def _sum_each(builder: Any, vectors: Sequence[Any]) -> Any:
@@ -98,25 +98,25 @@ def _dots(tokens: int, neurons: int) -> Any:
 
     def emit(builder: Any, args: Any, kinds: Any) -> None:
         w, row_bytes, rows_left, length, h, h_bytes = args[4:]
-        last = builder.sub(rows_left, _int(1))
+        last = builder.sub(rows_left, int_constant(1))
         rows = []
         for c in range(neurons):
-            index = builder.select(builder.icmp_signed("<", _int(c), last), _int(c), last)
+            index = builder.select(builder.icmp_signed("<", int_constant(c), last), int_constant(c), last)
             rows.append(builder.add(w, builder.mul(index, row_bytes)))
-        slots = _accumulators(builder, [ir.Constant(_INTS, [0] * LANES)] * (tokens * neurons))
+        slots = make_accumulators(builder, [ir.Constant(_INTS, [0] * LANES)] * (tokens * neurons))
 
         def step(at: Any, count: Any) -> None:
-            offset = builder.mul(at, _int(WIDE))
+            offset = builder.mul(at, int_constant(WIDE))
             columns = [_unsigned(builder, _load(builder, builder.add(row, offset), count)) for row in rows]
             for r in range(tokens):
                 x = _load(builder, builder.add(args[r], offset))
                 for c, column in enumerate(columns):
                     _accumulate(builder, slots[r * neurons + c], column, x)
 
-        whole = builder.ashr(length, _int(6))
-        _loop(builder, whole, lambda index: step(index, None))
-        rest = builder.and_(length, _int(WIDE - 1))
-        with builder.if_then(builder.icmp_signed("!=", rest, _int(0)), likely=False):
+        whole = builder.ashr(length, int_constant(6))
+        emit_loop(builder, whole, lambda index: step(index, None))
+        rest = builder.and_(length, int_constant(WIDE - 1))
+        with builder.if_then(builder.icmp_signed("!=", rest, int_constant(0)), likely=False):
             step(whole, rest)
         values = [builder.load(slot) for slot in slots]
         sums = _sum_each(builder, values + [ir.Constant(_INTS, [0] * LANES)] * (LANES - len(values)))
@@ -125,7 +125,9 @@ def _dots(tokens: int, neurons: int) -> Any:
             pick = ir.Constant(four, list(range(4 * group, 4 * group + 4)))
             part = builder.shuffle_vector(sums, ir.Constant(_INTS, ir.Undefined), pick)
             r, c = divmod(4 * group, neurons)
-            where = pointer(builder, builder.add(h, builder.add(builder.mul(h_bytes, _int(r)), _int(4 * c))), four)
+            where = pointer(
+                builder, builder.add(h, builder.add(builder.mul(h_bytes, int_constant(r)), int_constant(4 * c))), four
+            )
             builder.store(builder.add(builder.load(where, align=4), part), where, align=4)
 
     return operation(types.none, 10, emit)
@@ -172,17 +174,18 @@ def _updates(tokens: int, whole: bool) -> Any:
     def emit(builder: Any, args: Any, kinds: Any) -> None:
         w, row_bytes, count, q, q_bytes, end, columns = args[4:]
         columns = None if whole else columns
-        tokens_at = [builder.add(q, builder.mul(q_bytes, _int(r))) for r in range(tokens)]
+        tokens_at = [builder.add(q, builder.mul(q_bytes, int_constant(r))) for r in range(tokens)]
         starts = [
-            builder.load(pointer(builder, builder.add(at, builder.add(end, _int(4))), I32), align=4) for at in tokens_at
+            builder.load(pointer(builder, builder.add(at, builder.add(end, int_constant(4))), I32), align=4)
+            for at in tokens_at
         ]
-        slots = [_accumulators(builder, [_spread(builder, start, _INTS)] * 4) for start in starts]
-        last = builder.sub(count, _int(1))
+        slots = [make_accumulators(builder, [_spread(builder, start, _INTS)] * 4) for start in starts]
+        last = builder.sub(count, int_constant(1))
 
         def body(group: Any) -> None:
-            first, rows = builder.mul(group, _int(4)), []
+            first, rows = builder.mul(group, int_constant(4)), []
             for k in range(4):
-                n = builder.add(first, _int(k))
+                n = builder.add(first, int_constant(k))
                 n = builder.select(builder.icmp_signed("<", n, last), n, last)
                 at = builder.add(w, builder.mul(n, row_bytes))
                 rows.append(_unsigned(builder, _load(builder, at, columns)))
@@ -193,12 +196,12 @@ def _updates(tokens: int, whole: bool) -> Any:
                 for slot, part in zip(mine, mixed, strict=True):
                     _accumulate(builder, slot, part, spread)
 
-        _loop(builder, builder.ashr(builder.add(count, _int(3)), _int(2)), body)
+        emit_loop(builder, builder.ashr(builder.add(count, int_constant(3)), int_constant(2)), body)
         for r, (at, mine) in enumerate(zip(tokens_at, slots, strict=True)):
             scale = splat_value(builder, builder.load(pointer(builder, builder.add(at, end), F32), align=4))
             for part, sums in enumerate(_in_order(builder, mine)):
-                place = builder.add(args[r], _int(part * LANES * 4))
-                left = None if columns is None else builder.sub(columns, _int(part * LANES))
+                place = builder.add(args[r], int_constant(part * LANES * 4))
+                left = None if columns is None else builder.sub(columns, int_constant(part * LANES))
                 before = load_vector(builder, types.float32, place, left)
                 after = fused(builder, builder.sitofp(sums, VEC), scale, before)
                 store_vector(builder, types.float32, place, after, left)
@@ -207,8 +210,8 @@ def _updates(tokens: int, whole: bool) -> Any:
 
 
 def _larger(builder: Any, args: Any, kinds: Any) -> Any:
-    size = _call(builder, "llvm.fabs.v16f32", VEC, [args[1]])
-    return _call(builder, "llvm.maxnum.v16f32", VEC, [args[0], size])
+    size = emit_call(builder, "llvm.fabs.v16f32", VEC, [args[1]])
+    return emit_call(builder, "llvm.maxnum.v16f32", VEC, [args[0], size])
 
 
 def _store_bytes(builder: Any, args: Any, kinds: Any) -> None:
@@ -227,8 +230,8 @@ def _int_splat(builder: Any, args: Any, kinds: Any) -> Any:
 dots_4x4, dots_1x8, dots_1x4 = _dots(4, 4), _dots(1, 8), _dots(1, 4)
 update_whole, update_part = _updates(4, True), _updates(4, False)
 larger = operation(VECTOR, 2, _larger)  # max(a, |b|) of each lane
-largest = operation(types.float32, 1, lambda b, args, kinds: _call(b, "llvm.vector.reduce.fmax.v16f32", F32, args))
-nearest = operation(VECTOR, 1, lambda b, args, kinds: _call(b, "llvm.rint.v16f32", VEC, args))
+largest = operation(types.float32, 1, lambda b, args, kinds: emit_call(b, "llvm.vector.reduce.fmax.v16f32", F32, args))
+nearest = operation(VECTOR, 1, lambda b, args, kinds: emit_call(b, "llvm.rint.v16f32", VEC, args))
 store_bytes = operation(types.none, 2, _store_bytes)  # (address, vector of integers): sixteen int8
 of_ints = operation(VECTOR, 1, _of_ints)  # the bits of sixteen int32 -> their values
 int_splat = operation(VECTOR, 1, _int_splat)  # the bits of sixteen times an int32

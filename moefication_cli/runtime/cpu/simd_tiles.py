@@ -16,7 +16,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils, types
 
-from moefication_cli.runtime.cpu.simd import I8, I16, I32, I64, LANES, VEC, _call, constant, operation, pointer
+from moefication_cli.runtime.cpu.simd import I8, I16, I32, I64, LANES, VEC, constant, emit_call, operation, pointer
 
 PAIRS = ir.VectorType(I32, LANES)  # 16 pairs, or one row of a tile
 LINE = ir.VectorType(I16, 2 * LANES)
@@ -60,7 +60,7 @@ def _line(builder: Any, address: Any, count: Any) -> Any:
     if count is None:
         return builder.load(where, align=2)
     arguments = [where, ir.Constant(I32, 2), _below(builder, count), ir.Constant(LINE, None)]
-    return _call(builder, "llvm.masked.load.v32i16.p0", LINE, arguments)
+    return emit_call(builder, "llvm.masked.load.v32i16.p0", LINE, arguments)
 
 
 def _store_line(builder: Any, address: Any, value: Any) -> None:
@@ -70,7 +70,7 @@ def _store_line(builder: Any, address: Any, value: Any) -> None:
 def _fetch(builder: Any, address: Any) -> None:
     """Asks for a line in the second-level cache."""
     arguments = [pointer(builder, address, I8), ir.Constant(I32, 0), ir.Constant(I32, 2), ir.Constant(I32, 1)]
-    _call(builder, "llvm.prefetch.p0", _VOID, arguments)
+    emit_call(builder, "llvm.prefetch.p0", _VOID, arguments)
 
 
 def _interleave(builder: Any, a: Any, b: Any) -> tuple[Any, Any]:
@@ -141,7 +141,7 @@ def _gather_lines(masked: bool) -> Any:
 
 
 def _amx(builder: Any, name: str, *args: Any) -> None:
-    _call(builder, f"llvm.x86.{name}", _VOID, [ir.Constant(_BYTE, a) if isinstance(a, int) else a for a in args])
+    emit_call(builder, f"llvm.x86.{name}", _VOID, [ir.Constant(_BYTE, a) if isinstance(a, int) else a for a in args])
 
 
 def _begin(builder: Any, args: Any, kinds: Any) -> None:
@@ -188,7 +188,7 @@ def _product_amx(rows: int) -> Any:
 def _dot_pairs(builder: Any, total: Any, a: Any, b: Any) -> Any:
     kind = ir.VectorType(_BFloat(), 2 * LANES)
     values = [total, builder.bitcast(a, kind), builder.bitcast(b, kind)]
-    return _call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", VEC, values)
+    return emit_call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", VEC, values)
 
 
 def _product_avx512(rows: int) -> Any:
