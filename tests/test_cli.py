@@ -246,7 +246,7 @@ def test_defaults_are_written_once() -> None:
 
 def test_backend_names_are_documented() -> None:
     assert {"reference", "torch", "grouped", "numba", "triton", "fastmoe", "dense"} == set(BACKENDS)
-    assert set(get_args(config.TaskName)) == {"classification", "text2text", "lm"}
+    assert set(get_args(config.TaskName)) == {"classification", "text2text", "lm", "mlm", "embedding"}
 
 
 def wait_for(condition: Any, seconds: float = 60) -> None:
