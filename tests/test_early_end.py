@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli_runner import Runner
 from test_interruption import KILLER, SAVE, contents
 from test_stages import world  # noqa: F401  a fixture
@@ -32,7 +33,7 @@ STAGES: dict[str, tuple[str, str, list[str]]] = {
 def signalled(where: str, words: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", SIGNALS, where, *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli_runner import Runner
 from test_stages import world  # noqa: F401  a fixture
 
@@ -78,7 +79,7 @@ def test_every_stage_survives_sigkill(
         words = [command, str(run), *options.get(command, [])]
         killed = subprocess.run(
             [sys.executable, "-c", KILLER, where, *words],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
             capture_output=True,
             check=False,
         )
