@@ -20,7 +20,17 @@ from moefication_cli.compiled import cached_cfunc, cached_njit
 from moefication_cli.runtime.cpu import numba_table as slot
 from moefication_cli.runtime.cpu import simd as v
 from moefication_cli.runtime.cpu.numba_kernels import BATCH, F32, IDENTITY, internal
-from moefication_cli.runtime.cpu.numba_routing import done, route, select, take, wait, widen
+from moefication_cli.runtime.cpu.numba_routing import (
+    aligned,
+    describe_call,
+    done,
+    place_routing,
+    route_and_select,
+    take,
+    wait,
+    widen,
+    work_together,
+)
 
 HERE = Path(__file__).parent
 
@@ -161,42 +171,26 @@ def _finish(s, t, first, last, partials):
 
 
 @internal
-def _up(address):
-    return (address + 63) // 64 * 64
-
-
-@internal
 def _arrange(s, base):
     """Places the buffers of a call behind `base`; gives the end."""
     layer = v.at(s, slot.LAYER)
     tokens, width, experts, team = v.at(s, slot.T), v.at(layer, slot.D), v.at(layer, slot.E), v.at(s, slot.TEAM)
     narrow = v.at(layer, slot.X_BYTES) == 2
-    end = _up(base)
+    end = aligned(base)
     v.put(s, slot.XF, end if narrow else v.at(s, slot.X))
-    end = _up(end + (4 * tokens * width if narrow else 0))
+    end = aligned(end + (4 * tokens * width if narrow else 0))
     integer, q_bytes = v.at(layer, slot.INTEGER) != 0, (width + 63) // 64 * 64 + 64
     v.put(s, slot.XQ, end if integer else v.at(s, slot.XF))
     v.put(s, slot.XQ_BYTES, q_bytes if integer else 4 * width)
-    end = _up(end + (q_bytes * tokens if integer else 0))
+    end = aligned(end + (q_bytes * tokens if integer else 0))
     direct = team == 1 and not narrow
     v.put(s, slot.ACC, v.at(s, slot.Y) if direct else end)
-    end = _up(end + (0 if direct else 4 * team * tokens * width))
-    v.put(s, slot.ON, end)
-    end = _up(end + experts * tokens)
-    v.put(s, slot.KEPT, end)
-    end = _up(end + 8 * tokens)
-    z_bytes, score_bytes = 4 * ((v.at(layer, slot.R_WIDTH) + 31) // 16 * 16), 4 * ((experts + 31) // 16 * 16)
-    v.put(s, slot.Z, end)
-    v.put(s, slot.Z_BYTES, z_bytes)
-    end = _up(end + (tokens + 4) * z_bytes + 64)
-    two = v.at(layer, slot.R_OUT) != 0
-    v.put(s, slot.SCORES, end if two else v.at(s, slot.Z))
-    v.put(s, slot.SCORE_BYTES, score_bytes if two else z_bytes)
-    end = _up(end + ((tokens + 4) * score_bytes + 64 if two else 0))
+    end = aligned(end + (0 if direct else 4 * team * tokens * width))
+    end = place_routing(s, end)
     piece = v.at(s, slot.PIECE)
     lists = 8 * (tokens + 2 * BATCH + 24) + 4 * (width + 16)
     blocks = (min(BATCH, tokens) + 4) * (16 * ((piece + 7) // 8 * 8) + 8) + 256
-    each = _up(max(lists + blocks, 4 * (experts + 32)))
+    each = aligned(max(lists + blocks, 4 * (experts + 32)))
     v.put(s, slot.SCRATCH, end)
     v.put(s, slot.SCRATCH_BYTES, each)
     return end + team * each
@@ -223,16 +217,7 @@ def run(s):
             )
             done(s, slot.QUANTISE, 1)
         wait(s, slot.QUANTISE, tokens)
-    if v.at(s, slot.KIND) == slot.FROM_ROUTER:
-        for second in range(2 if v.at(layer, slot.R_OUT) != 0 else 1):
-            route(s, scratch, second == 1)
-    while True:
-        t = take(s, slot.SELECT, 1)
-        if t >= tokens:
-            break
-        select(s, t, scratch)
-        done(s, slot.SELECT, 1)
-    wait(s, slot.SELECT, tokens)
+    route_and_select(s, scratch)
     _experts(s, scratch)
     partials = v.at(s, slot.PARTIALS)
     parts = (width + 511) // 512 if team > 1 else 1
@@ -286,17 +271,8 @@ def forward(
     """
     state = np.zeros(slot.CALL_SLOTS, np.int64)
     s = np.int64(state.ctypes.data)
-    v.put(s, slot.LAYER, layer)
+    describe_call(s, layer, give_way, x, y, tokens, kind, selected, k, real, counts, threads)
     v.put(s, slot.RUN, run_all)
-    v.put(s, slot.X, x)
-    v.put(s, slot.Y, y)
-    v.put(s, slot.T, tokens)
-    v.put(s, slot.KIND, kind)
-    v.put(s, slot.SELECTED, selected)
-    v.put(s, slot.K, k)
-    v.put(s, slot.REAL, real)
-    v.put(s, slot.COUNTS, counts)
-    v.put(s, slot.YIELD, give_way)
     v.put(s, slot.CHUNK, chunk)
     v.put(
         s,
@@ -306,22 +282,18 @@ def forward(
             max(8, max(v.at(layer, slot.N), max(v.at(layer, slot.S), v.at(layer, slot.C_RANK)))),
         ),
     )
-    v.put(s, slot.TEAM, threads)
     if chunk > 0:
         v.put(s, slot.T, chunk)
         v.put(s, slot.TEAM, 1)
-        each = _up(_arrange(s, 0) + 8 * slot.CALL_SLOTS + 128)
+        each = aligned(_arrange(s, 0) + 8 * slot.CALL_SLOTS + 128)
         scratch = np.empty(threads * each // 8 + 16, np.int64)
-        v.put(s, slot.STATES, _up(np.int64(scratch.ctypes.data)))
+        v.put(s, slot.STATES, aligned(np.int64(scratch.ctypes.data)))
         v.put(s, slot.SCRATCH_BYTES, each)
         v.put(s, slot.T, tokens)
     else:
         scratch = np.empty(_arrange(s, 0) // 8 + 32, np.int64)
         _arrange(s, np.int64(scratch.ctypes.data))
     worker = run_all if chunk == 0 else run_some
-    if threads > 1:
-        v.call_parallel(parallel, worker, s, threads)
-    else:
-        v.call_1(worker, s)
+    work_together(parallel, worker, s, threads)
     scratch[0] = 0  # keeps it alive until here
     return state[slot.PICKED] if state[slot.ERROR] == 0 else -1

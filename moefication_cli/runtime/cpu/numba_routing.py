@@ -170,3 +170,68 @@ def select(s, t, keys):
                 v.put_u8(on + e * tokens, np.uint8(value))
     v.put_i64(v.at(s, slot.KEPT) + 8 * t, kept)
     v.atomic_add(s + 8 * slot.PICKED, kept)
+
+
+@internal
+def route_and_select(s, scratch):
+    """Scores, where the router gives them, and then every token's experts: ON and KEPT of the whole call."""
+    tokens = v.at(s, slot.T)
+    if v.at(s, slot.KIND) == slot.FROM_ROUTER:
+        for second in range(2 if v.at(v.at(s, slot.LAYER), slot.R_OUT) != 0 else 1):
+            route(s, scratch, second == 1)
+    while True:
+        t = take(s, slot.SELECT, 1)
+        if t >= tokens:
+            break
+        select(s, t, scratch)
+        done(s, slot.SELECT, 1)
+    wait(s, slot.SELECT, tokens)
+
+
+@internal
+def aligned(address):
+    """The next address that is a multiple of 64."""
+    return (address + 63) // 64 * 64
+
+
+@internal
+def place_routing(s, end):
+    """Places what routing writes behind `end`, an aligned address; gives the new end."""
+    layer, tokens = v.at(s, slot.LAYER), v.at(s, slot.T)
+    experts, two = v.at(layer, slot.E), v.at(layer, slot.R_OUT) != 0
+    v.put(s, slot.ON, end)
+    end = aligned(end + experts * tokens)
+    v.put(s, slot.KEPT, end)
+    end = aligned(end + 8 * tokens)
+    z_bytes, score_bytes = 4 * ((v.at(layer, slot.R_WIDTH) + 31) // 16 * 16), 4 * ((experts + 31) // 16 * 16)
+    v.put(s, slot.Z, end)
+    v.put(s, slot.Z_BYTES, z_bytes)
+    end = aligned(end + (tokens + 4) * z_bytes + 64)
+    v.put(s, slot.SCORES, end if two else v.at(s, slot.Z))
+    v.put(s, slot.SCORE_BYTES, score_bytes if two else z_bytes)
+    return aligned(end + ((tokens + 4) * score_bytes + 64 if two else 0))
+
+
+@internal
+def describe_call(s, layer, give_way, x, y, tokens, kind, selected, k, real, counts, threads):
+    """Writes what was asked for into the call's table; arguments as `numba_forward.forward`."""
+    v.put(s, slot.LAYER, layer)
+    v.put(s, slot.X, x)
+    v.put(s, slot.Y, y)
+    v.put(s, slot.T, tokens)
+    v.put(s, slot.KIND, kind)
+    v.put(s, slot.SELECTED, selected)
+    v.put(s, slot.K, k)
+    v.put(s, slot.REAL, real)
+    v.put(s, slot.COUNTS, counts)
+    v.put(s, slot.YIELD, give_way)
+    v.put(s, slot.TEAM, threads)
+
+
+@internal
+def work_together(parallel, worker, s, threads):
+    """Runs `worker` on the call's table, on as many threads."""
+    if threads > 1:
+        v.call_parallel(parallel, worker, s, threads)
+    else:
+        v.call_1(worker, s)

@@ -18,18 +18,23 @@ from moefication_cli.runtime.cpu import numba_table as slot
 from moefication_cli.runtime.cpu import simd as v
 from moefication_cli.runtime.cpu import simd_tiles as tile
 from moefication_cli.runtime.cpu.numba_kernels import F32, IDENTITY, activate, internal
-from moefication_cli.runtime.cpu.numba_routing import done, route, select, take, wait, widen
+from moefication_cli.runtime.cpu.numba_routing import (
+    aligned,
+    describe_call,
+    done,
+    place_routing,
+    route_and_select,
+    take,
+    wait,
+    widen,
+    work_together,
+)
 
 HERE = Path(__file__).parent
 
 BF16 = np.uint16(0)
 MOST_NEURONS = 256  # of a unit
 MOST_COLUMNS = 512  # of an item of the second step: its float32 sums of 512 tokens are 1 MiB
-
-
-@internal
-def _up(address):
-    return (address + 63) // 64 * 64
 
 
 @internal
@@ -143,7 +148,7 @@ def _hidden(s, item, scratch):
     bias = 0 if rank or v.at(layer, slot.B_UP) == 0 else v.at(layer, slot.B_UP) + 4 * first
     b_gate = 0 if not gated or v.at(layer, slot.B_GATE) == 0 else v.at(layer, slot.B_GATE) + 4 * first
     rows = scratch
-    h = _up(rows + 8 * 32)
+    h = aligned(rows + 8 * 32)
     g = h + 4096
     a = g + 4096
     b = a + tile.STEP * steps
@@ -230,7 +235,7 @@ def _outputs(s, item, scratch):
     y = scratch
     for at in range(0, tokens * padded, 16):
         v.store(F32, y + 4 * at, v.zero())
-    _sum_units(s, first, columns, padded, y, _up(y + 4 * tokens * padded))
+    _sum_units(s, first, columns, padded, y, aligned(y + 4 * tokens * padded))
     for t in range(tokens):
         kept = v.get_i64(v.at(s, slot.KEPT) + 8 * t)
         for c in range(0, columns, 16):
@@ -248,28 +253,18 @@ def _arrange(s, base):
     layer, tokens = v.at(s, slot.LAYER), v.at(s, slot.T)
     width, experts, team = v.at(layer, slot.D), v.at(layer, slot.E), v.at(s, slot.TEAM)
     padded = (tokens + 31) // 32 * 32
-    v.put(s, slot.XF, _up(base))
-    end = _up(v.at(s, slot.XF) + (4 * tokens * width if v.at(s, slot.KIND) == slot.FROM_ROUTER else 0))
-    v.put(s, slot.ON, end)
-    v.put(s, slot.KEPT, _up(end + experts * tokens))
-    end = _up(v.at(s, slot.KEPT) + 8 * tokens)
-    z_bytes, score_bytes = 4 * ((v.at(layer, slot.R_WIDTH) + 31) // 16 * 16), 4 * ((experts + 31) // 16 * 16)
-    two = v.at(layer, slot.R_OUT) != 0
-    v.put(s, slot.Z, end)
-    v.put(s, slot.Z_BYTES, z_bytes)
-    end = _up(end + (tokens + 4) * z_bytes + 64)
-    v.put(s, slot.SCORES, end if two else v.at(s, slot.Z))
-    v.put(s, slot.SCORE_BYTES, score_bytes if two else z_bytes)
-    end = _up(end + ((tokens + 4) * score_bytes + 64 if two else 0))
+    v.put(s, slot.XF, aligned(base))
+    end = aligned(v.at(s, slot.XF) + (4 * tokens * width if v.at(s, slot.KIND) == slot.FROM_ROUTER else 0))
+    end = place_routing(s, end)
     v.put(s, slot.LISTS, end)
-    v.put(s, slot.LIST_BYTES, _up(4 * (tokens + 2)))
+    v.put(s, slot.LIST_BYTES, aligned(4 * (tokens + 2)))
     end += v.at(s, slot.LIST_BYTES) * (experts + 2)
     v.put(s, slot.HIDDEN, end)
-    end = _up(end + 2 * v.at(s, slot.UNIT) * padded * v.at(s, slot.UNITS))
+    end = aligned(end + 2 * v.at(s, slot.UNIT) * padded * v.at(s, slot.UNITS))
     steps, columns = (width + 31) // 32, v.at(s, slot.COLUMNS)
     first = 8 * 32 + 64 + 2 * 4096 + 3 * tile.STEP * steps
     second = 4 * tokens * columns + 64 + 4096 + 2 * columns * v.at(s, slot.UNIT)
-    each = _up(max(max(first, second), 4 * (experts + 32)) + 64)
+    each = aligned(max(max(first, second), 4 * (experts + 32)) + 64)
     v.put(s, slot.SCRATCH, end)
     v.put(s, slot.SCRATCH_BYTES, each)
     return end + team * each
@@ -279,19 +274,11 @@ def _arrange(s, base):
 def run_tiled(s):
     """All steps for the tokens of `s`, alone or as one thread of its team."""
     layer = v.at(s, slot.LAYER)
-    tokens, width, experts = v.at(s, slot.T), v.at(layer, slot.D), v.at(layer, slot.E)
+    width, experts = v.at(layer, slot.D), v.at(layer, slot.E)
     scratch = v.at(s, slot.SCRATCH) + v.at(s, slot.SCRATCH_BYTES) * v.atomic_add(s + 8 * slot.TICKET, 1)
     if v.at(s, slot.KIND) == slot.FROM_ROUTER:
         widen(s)
-        for second in range(2 if v.at(layer, slot.R_OUT) != 0 else 1):
-            route(s, scratch, second == 1)
-    while True:
-        t = take(s, slot.SELECT, 1)
-        if t >= tokens:
-            break
-        select(s, t, scratch)
-        done(s, slot.SELECT, 1)
-    wait(s, slot.SELECT, tokens)
+    route_and_select(s, scratch)
     while True:
         which = take(s, slot.LIST, 1)
         if which >= experts + 2:
@@ -321,17 +308,7 @@ def forward_tiled(layer, worker, parallel, give_way, x, y, tokens, kind, selecte
     """`numba_forward.forward` for the few hundred tokens at once that its two steps are for, x and y bfloat16."""
     state = np.zeros(slot.CALL_SLOTS, np.int64)
     s = np.int64(state.ctypes.data)
-    v.put(s, slot.LAYER, layer)
-    v.put(s, slot.X, x)
-    v.put(s, slot.Y, y)
-    v.put(s, slot.T, tokens)
-    v.put(s, slot.KIND, kind)
-    v.put(s, slot.SELECTED, selected)
-    v.put(s, slot.K, k)
-    v.put(s, slot.REAL, real)
-    v.put(s, slot.COUNTS, counts)
-    v.put(s, slot.YIELD, give_way)
-    v.put(s, slot.TEAM, threads)
+    describe_call(s, layer, give_way, x, y, tokens, kind, selected, k, real, counts, threads)
     each, shared, rank, width = v.at(layer, slot.N), v.at(layer, slot.S), v.at(layer, slot.C_RANK), v.at(layer, slot.D)
     unit = min(MOST_NEURONS, ((each if each > 0 else shared) + 31) // 32 * 32)
     units = (shared + unit - 1) // unit + (rank + unit - 1) // unit + v.at(layer, slot.E) * ((each + unit - 1) // unit)
@@ -342,9 +319,6 @@ def forward_tiled(layer, worker, parallel, give_way, x, y, tokens, kind, selecte
     v.put(s, slot.COLUMNS, ((width + items - 1) // items + 31) // 32 * 32)
     scratch = np.empty(_arrange(s, 0) // 8 + 32, np.int64)
     _arrange(s, np.int64(scratch.ctypes.data))
-    if threads > 1:
-        v.call_parallel(parallel, worker, s, threads)
-    else:
-        v.call_1(worker, s)
+    work_together(parallel, worker, s, threads)
     scratch[0] = 0  # keeps it alive until here
     return state[slot.PICKED] if state[slot.ERROR] == 0 else -1
