@@ -44,6 +44,18 @@ def cache_folder(folder: Path) -> Path:
     return parent / f"kernels-{source_key(folder)}"
 
 
+@lru_cache
+def cpu_features() -> frozenset[str]:
+    """What numba compiles for, in LLVM's names (`avx512vnni`): the machine's features, or those of NUMBA_CPU_FEATURES.
+
+    numba keys its cache of compiled kernels by the same.
+    """
+    from numba.core.registry import cpu_target
+
+    said = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+    return frozenset(name[1:] for name in said if name.startswith("+"))
+
+
 def cached_njit(folder: Path, *signature: str, **options: Any) -> Callable[[Kernel], Kernel]:
     """`numba.njit(*signature, **options)` for a function of a file in `folder`, its compiled code in `cache_folder`."""
 

@@ -5,24 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from cli_runner import Runner
+from test_bench import QUICK
 from tiny_models import save_tiny, tiny_inputs, tiny_model
 
 from moefication_cli.benchmark.int8 import dynamic_twin, fastest
-
-QUICK = [
-    "--tokens",
-    "1,8",
-    "--seq",
-    "8",
-    "--prompt-tokens",
-    "4",
-    "--new-tokens",
-    "3",
-    "--seconds",
-    "0",
-    "--repeats",
-    "3",
-]
 
 
 @pytest.mark.parametrize(("name", "modes"), [("opt", 4), ("t5", 4), ("phi3", 4), ("bert-bare", 3), ("gpt2", 4)])

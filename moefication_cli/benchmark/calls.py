@@ -44,9 +44,8 @@ def rotation_call(
 
     if not graph:
         return Call(run)
-    beside = torch.cuda.Stream(
-        inputs_TD[0].device
-    )  # what is captured must have run on another stream than the default one
+    # What is captured must have run on another stream than the default one
+    beside = torch.cuda.Stream(inputs_TD[0].device)
     beside.wait_stream(torch.cuda.current_stream(beside.device))
     with torch.cuda.stream(beside):
         run()

@@ -11,7 +11,7 @@ from experts import error, float32, ids, judge, make, some, tokens
 from torch import Tensor, nn
 
 from moefication_cli.errors import UnavailableError
-from moefication_cli.ffn import Compensation, ExpertWeights, FFNWeights
+from moefication_cli.ffn import ExpertWeights
 from moefication_cli.routing.router import TwoLayerRouter
 from moefication_cli.routing.rules import Cumulative, Threshold, TopK
 from moefication_cli.runtime import reference
@@ -192,12 +192,9 @@ class TestCuda:
     @pytest.mark.parametrize("gated", [False, True])
     def test_equals_the_reference(self, name: str, dtype: torch.dtype, gated: bool) -> None:
         cpu = make(d=64, E=16, N=16, S=16, gated=gated, act="silu" if gated else "relu", fix=True, dtype=dtype)
-        moved = {f.name: getattr(cpu.ffn, f.name) for f in dataclasses.fields(cpu.ffn)}
-        ffn = FFNWeights(**{k: t.cuda() if isinstance(t, Tensor) else t for k, t in moved.items()})
         fix = cpu.compensation
         assert fix is not None and fix.constant_D is not None
-        parts = Compensation(*(getattr(fix, f.name).cuda() for f in dataclasses.fields(fix)))
-        w = ExpertWeights(ffn, 16, 16, parts)
+        w = moved(cpu, "cuda")
         try:
             available(name, torch.device("cuda"), dtype, w)
         except UnavailableError as missing:

@@ -9,27 +9,21 @@ import ctypes
 import sys
 from functools import lru_cache
 
+from moefication_cli.compiled import cpu_features
 from moefication_cli.errors import UnavailableError
 
 PATHS = ("amx", "avx512_bf16", "float32")
-_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = (
-    158,
-    0x1023,
-    18,
-)  # x86-64 Linux: asm/unistd_64.h, asm/prctl.h, fpu/types.h
+# x86-64 Linux: asm/unistd_64.h, asm/prctl.h, fpu/types.h
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 
 
 @lru_cache(maxsize=1)
 def available_paths() -> tuple[str, ...]:
     """The paths this machine can run."""
-    from numba.core.registry import cpu_target
-
-    # What numba compiles for, and what its cache of compiled kernels is keyed by: NUMBA_CPU_FEATURES may differ from the machine
-    features = set(cpu_target.target_context.codegen().magic_tuple()[2].split(","))
     found = [PATHS[2]]
-    if "+avx512bf16" in features and "+avx512bw" in features:
+    if {"avx512bf16", "avx512bw"} <= cpu_features():
         found.insert(0, PATHS[1])
-        if {"+amx-tile", "+amx-bf16"} <= features and _may_use_tiles():
+        if {"amx-tile", "amx-bf16"} <= cpu_features() and _may_use_tiles():
             found.insert(0, PATHS[0])
     return tuple(found)
 

@@ -11,6 +11,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import types
 
+from moefication_cli.compiled import cpu_features
 from moefication_cli.runtime.cpu.simd import (
     F32,
     I8,
@@ -34,9 +35,7 @@ _INTS, _BYTES = ir.VectorType(I32, LANES), ir.VectorType(I8, WIDE)
 
 def has_integer_dots() -> bool:
     """Whether this CPU has the instruction."""
-    from llvmlite.binding import get_host_cpu_features
-
-    return bool(get_host_cpu_features().get("avx512vnni")) and bool(get_host_cpu_features().get("avx512bw"))
+    return {"avx512vnni", "avx512bw"} <= cpu_features()
 
 
 def _spread(builder: Any, value: Any, kind: Any) -> Any:

@@ -15,9 +15,9 @@ from torch import Tensor
 from moefication_cli.errors import ConfigError, UnavailableError
 from moefication_cli.ffn import ExpertWeights
 from moefication_cli.routing.router import Router, TwoLayerRouter
-from moefication_cli.routing.rules import Rule, Threshold, TopK, as_mask
+from moefication_cli.routing.rules import Rule, Threshold, TopK
 from moefication_cli.runtime.cuda import triton_kernels as kernels
-from moefication_cli.runtime.reference import check_selection
+from moefication_cli.runtime.reference import selection_mask
 
 TOKENS = 16  # per tile, unless there is only one token: the least that tensor cores multiply
 
@@ -75,8 +75,7 @@ class TritonLayer:
         x = x.contiguous()
         num_tokens = x.numel() // self.width
         if selected is not None:
-            check_selection(selected, num_tokens, weights.num_experts)
-            selected = as_mask(selected.long() if selected.dtype != torch.bool else selected, weights.num_experts)
+            selected = selection_mask(selected, num_tokens, weights.num_experts)
         if num_tokens == 0:
             return torch.empty_like(x)
         # Triton launches on the current device, whatever the tensors are on
