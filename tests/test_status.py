@@ -1,6 +1,7 @@
 """status, verify, clean and runs: what a person sees of a run, on a tiny converted OPT."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -139,6 +140,21 @@ def test_one_flipped_bit_in_any_file_is_found(made: Path, run_cli: Runner) -> No
             assert run_cli("verify", made / "model").code == 4, path
         path.write_bytes(whole)
     assert run_cli("verify", made).code == 0
+
+
+def test_a_changed_digit_that_gives_the_same_number_is_found(made: Path, run_cli: Runner) -> None:
+    """1.0000000000000001 is 1.0: the seal of the parsed value fits, the file is not the one that was written."""
+    for path in (made / "split" / "manifest.json", made / "model" / "moefication" / "moefication.json"):
+        whole = path.read_text()
+        number = re.search(r": (\d+\.\d*[1-9])(?=[,\n])", whole)
+        assert number, path
+        longer = f"{number[1]}{'0' * 20}1"
+        assert float(longer) == float(number[1])
+        path.write_text(whole[: number.start(1)] + longer + whole[number.end(1) :])
+        target = made if path.name == "manifest.json" else made / "model"
+        assert run_cli("verify", target, "--json").code == 4, path
+        path.write_text(whole)
+        assert run_cli("verify", target).code == 0
 
 
 def test_verify_names_everything_that_is_damaged(made: Path, run_cli: Runner) -> None:

@@ -10,9 +10,12 @@ from moefication_cli.models.folder.seal import altered_others
 from moefication_cli.models.loading import check_weights
 from moefication_cli.runs.control import Control, Result
 from moefication_cli.runs.today import GONE, model_today
+from moefication_cli.store import jsonio
 from moefication_cli.store.artifact import StagePaths, damaged_files, stages_in
 from moefication_cli.store.manifest import BASE_MODEL
 from moefication_cli.store.rundir import RunDir
+
+_ALTERED = "is not as it was written"
 
 
 def verify(target: str, control: Control) -> Result:
@@ -26,7 +29,7 @@ def verify(target: str, control: Control) -> Result:
         checked = 1
     elif (root / RECORD).is_file():
         command = "moefication export RUN --to FORMAT --out DIR"
-        rows = [_row("export", f"{root / name} is not as it was written", command) for name in altered_files(root)]
+        rows = [_row("export", f"{root / name} {_ALTERED}", command) for name in altered_files(root)]
         checked = 1
     elif (root / "run.json").is_file():
         run = RunDir(root)
@@ -66,6 +69,8 @@ def _stage(run: RunDir, stage: str) -> list[dict[str, Any]]:
         return [_row(stage, error.message, command)]
     if manifest is None:
         return []
+    if not jsonio.as_written(paths.manifest):
+        return [_row(stage, f"{paths.manifest} {_ALTERED}", command)]
     rows = [_row(stage, error.message, command) for error in damaged_files(paths, manifest, run.hashes)]
     run.hashes.save()
     return rows
@@ -79,6 +84,8 @@ def _folder(folder: Path) -> list[dict[str, Any]]:
         check_weights(folder, moe, verify=True)
     except MoEficationError as error:
         return [_row("model", error.message, command)]
+    if not jsonio.as_written(settings := folder / FOLDER / SETTINGS):
+        return [_row("model", f"{settings} {_ALTERED}", command)]
     return [_row("model", error.message, command) for error in altered_others(folder, moe.settings.get("weights", {}))]
 
 

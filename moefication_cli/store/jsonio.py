@@ -96,4 +96,16 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def write(path: Path, value: Any) -> None:
     """Write `value` as indented canonical JSON, atomically."""
-    atomic_write(path, canonical(value, indent=2) + b"\n")
+    atomic_write(path, _written(value))
+
+
+def as_written(path: Path) -> bool:
+    """Whether the file has exactly the bytes that `write` gives for what it holds.
+
+    A digest of the parsed value passes over some changed bits: two numbers whose 17th digits differ can be the same float.
+    """
+    return path.read_bytes() == _written(read_object(path))
+
+
+def _written(value: Any) -> bytes:
+    return canonical(value, indent=2) + b"\n"
