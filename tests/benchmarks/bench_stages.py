@@ -4,13 +4,15 @@
     python tests/benchmarks/bench_stages.py collect    collect-activations, with and without token weights, against the plain forward pass
     python tests/benchmarks/bench_stages.py ranks      split and train-router with one and two processes of one thread
     python tests/benchmarks/bench_stages.py memory     peak memory of split, train-router and apply at 7B shape
+    python tests/benchmarks/bench_stages.py safety     share of each stage's seconds that hashing, flushing and renaming take
 
-`router` and `collect` read `--model` and `--data` (default: bert-relu-minilm-sst2 and sst2 in shared/ beside the checkout);
+`router`, `collect` and `safety` read `--model` and `--data` (default: bert-relu-minilm-sst2 and sst2 in shared/ beside the checkout);
 the others generate random weights and activations under `--scratch`, which is kept, and whose finished stages are not
 made again. Both sides of a ratio are taken in one run; `cpu` seconds hardly move on a busy machine, `seconds` do.
 """
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -19,13 +21,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
 
+from moefication_cli.cli.app import exit_code
+from moefication_cli.cli.console import Console
 from moefication_cli.config import CollectConfig, RouterConfig, SplitConfig
 from moefication_cli.models.loading import load_model
 from moefication_cli.routing.routers import router_kind
@@ -213,6 +219,40 @@ def memory(args: argparse.Namespace) -> Iterator[Row]:
                "seconds": seconds, "layers": len(sites), "tokens": tokens}  # fmt: skip
 
 
+def safety(args: argparse.Namespace) -> Iterator[Row]:
+    """Seconds in sha256, fsync and rename of each stage, on a shared model and on two layers of the 7B shape."""
+    small, folder = RunDir(args.scratch / "safety"), args.scratch / "memory"
+    data = ["--data", str(args.data)]
+    commands = [
+        ["collect-activations", str(small.root), "--model", str(args.model), *data, "--max-tokens", str(args.tokens or 65_536)],
+        *([name, str(small.root)] for name in ("split", "train-router", "apply")),
+        ["eval", str(small.root), *data, "--limit", "500"],
+    ]
+    large = generated(folder, llama_7b, 16_384)
+    commands += [[name, str(large.root)] for name in ("split", "train-router", "apply")]
+    for words in commands:
+        spent: dict[str, float] = {}
+        with ExitStack() as patches:
+            for owner, name in ((hashlib, "file_digest"), (os, "fsync"), (Path, "replace")):
+                patches.enter_context(mock.patch.object(owner, name, counted(getattr(owner, name), name, spent)))
+            code, seconds, _ = timed(lambda: exit_code(Console(json_mode=True), [*words, "--force", "--json"]))  # noqa: B023
+        assert code == 0, words
+        where = "7B shape, 2 layers" if words[1] == str(large.root) else args.model.name
+        share = sum(spent.values()) / seconds
+        yield {"what": f"safety: {words[0]}", "model": where, "seconds": seconds, **spent, "share": share}
+
+
+def counted(function: Callable[..., Any], name: str, spent: dict[str, float]) -> Callable[..., Any]:
+    """The same function, its seconds added to `spent[name]`."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        result, seconds, _ = timed(lambda: function(*args, **kwargs))
+        spent[name] = spent.get(name, 0.0) + seconds
+        return result
+
+    return run
+
+
 def peak(command: list[str]) -> tuple[float, float]:
     """(GiB, seconds) of a command that must succeed."""
     begun = time.perf_counter()
@@ -229,7 +269,7 @@ def show(row: Row) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"router": router, "collect": collect, "ranks": ranks, "memory": memory}
+    parts = {"router": router, "collect": collect, "ranks": ranks, "memory": memory, "safety": safety}
     parser.add_argument("part", choices=[*parts, "worker"])
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--tokens", type=int)

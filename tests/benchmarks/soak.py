@@ -4,6 +4,9 @@
 
 kills      SIGKILL at a random moment of a random command, fine-tuning, export and report included: the same command run
            again completes, leaves nothing over and writes the same bytes; 100 of them, or as many as fit the minutes
+full       every command on a disk without room, and on one that fills up while it works: exit 1, nothing lost, completes later
+unwritable every command on a read-only disk and without permission: exit 1, nothing changed
+users      two processes start every command at the same time: one works, the other waits or exits 5; one result
 damage     one flipped bit in each file of a run and of its model folder, and 20 truncations: `verify` finds each
 mistakes   1,000 generated bad command lines and configuration files: no traceback, documented exit codes, JSON parses
 status     of a run with 96 layers, warm: under a second
@@ -29,6 +32,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 import transformers  # noqa: E402
+import soak_faults  # noqa: E402
 from cli_runner import Outcome  # noqa: E402
 from test_config import check_mistakes  # noqa: E402
 from test_interruption import contents  # noqa: E402
@@ -51,10 +55,10 @@ def here(*words: object) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
-def start(words: list[object]) -> "subprocess.Popen[str]":
-    """The same in a process of its own."""
+def start(words: list[object], user: int | None = None) -> "subprocess.Popen[str]":
+    """The same in a process of its own, as that user."""
     command = [sys.executable, "-m", "moefication_cli", *map(str, words)]
-    kinds = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    kinds = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "user": user}
     return subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, **kinds)
 
 
@@ -90,6 +94,11 @@ def deterministic(path: Path) -> dict[str, bytes]:
     return {name: data for name, data in contents(path).items() if not name.startswith(apart)}
 
 
+def outputs(path: Path) -> tuple[set[str], dict[str, bytes]]:
+    """The names of all files, and the contents of those that must come out the same."""
+    return set(contents(path)), deterministic(path)
+
+
 def leftovers(folder: Path) -> list[str]:
     names = [path.name for path in folder.rglob("*") if not {".cache", ".locks"} & set(path.parts)]
     return [name for name in names if name.endswith((".tmp", ".partial", ".old")) or name == ".work"]
@@ -108,6 +117,7 @@ def kills(folder: Path, rng: random.Random, until: float) -> str:
         _, err = process.communicate()
         assert process.returncode == 0, (words, err)
         seconds.append(time.monotonic() - started)
+        folder.with_name(f"seconds-{number}").write_text(str(seconds[-1]))
         shutil.copytree(folder, folder.with_name(f"after-{number}"))
     done = killed = 0
     while done < KILLS and (time.monotonic() < until or done == 0):
@@ -127,9 +137,7 @@ def kills(folder: Path, rng: random.Random, until: float) -> str:
         case = (f"{words[0]} killed after {moment:.2f} of {seconds[number]:.2f} s", err)
         assert again.returncode == 0, case
         assert not leftovers(folder), (case, leftovers(folder))
-        whole = folder.with_name(f"after-{number}") / writes
-        assert contents(folder / writes).keys() == contents(whole).keys(), case
-        assert deterministic(folder / writes) == deterministic(whole), case
+        assert outputs(folder / writes) == outputs(folder.with_name(f"after-{number}") / writes), case
         done += 1
     return f"{done} commands, {killed} killed before their end; all completed, nothing left over, the same bytes"
 
@@ -206,12 +214,16 @@ def main() -> int:
     asked = parser.parse_args()
     rng, missed = random.Random(asked.seed), 0
     with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)  # for the user without permission
         folder = Path(name) / "work"
         folder.mkdir()
         parts = {
             "mistakes": lambda: mistakes(Path(name), asked.seed),
             "status": lambda: status(Path(name)),
             "kills": lambda: kills(folder, rng, time.monotonic() + 60 * asked.minutes),
+            "full": lambda: soak_faults.full(folder, commands(folder), start, outputs, rng),
+            "unwritable": lambda: soak_faults.unwritable(folder, commands(folder), start),
+            "users": lambda: soak_faults.users(folder, commands(folder), start, outputs),
             "damage": lambda: damage(folder, rng),
         }
         for part, check in parts.items():
@@ -220,7 +232,7 @@ def main() -> int:
                 said = check()
             except AssertionError as error:
                 said, missed = f"MISSED: {error}", missed + 1
-            print(f"{part:9} {said} ({time.monotonic() - started:.0f} s)", flush=True)
+            print(f"{part:10} {said} ({time.monotonic() - started:.0f} s)", flush=True)
     return 1 if missed else 0
 
 
