@@ -42,7 +42,7 @@ HOMES = {
     "llama_cpp": {"export"},
     "lm_eval": {"evaluation"},
     "click": set(),
-    "pickle": {"models"},  # the name of the error torch.load raises, nothing else
+    "pickle": {"models", "split"},  # the name of the error torch.load raises, nothing else
 }
 
 

@@ -16,7 +16,6 @@ from moefication_cli.split.partition import (
     Partition,
     check_divides,
     divisors,
-    parse_metis_partition,
     random_partition,
     with_shared,
 )
@@ -118,23 +117,6 @@ def test_with_shared_numbers_the_rest_in_order():
     for shared in ([1, 1], [1, 6], [-1, 2], [1]):
         with pytest.raises(ConfigError):
             with_shared(Partition(torch.tensor([1, 0, 1, 0])), torch.tensor(shared), 6)
-
-
-def test_metis_partition_files():
-    assert parse_metis_partition("1\n0\n1\r\n0\n\n", 4).tolist() == [1, 0, 1, 0]
-    for text, words in [
-        ("0\n1\n0\n", "3 lines"),
-        ("", "0 lines"),
-        ("0\n-1\n0\n1\n", "line 2"),
-        ("0\nx\n0\n1\n", "line 2"),
-        ("0\n\n0\n1\n", "line 2"),
-        ("0\n1.5\n0\n1\n", "line 2"),
-        ("0\n9\n0\n1\n", "part 9"),
-    ]:
-        with pytest.raises(ConfigError, match=words):
-            parse_metis_partition(text, 4)
-    with pytest.raises(ConfigError, match="2 experts"):
-        parse_metis_partition("0\n1\n2\n3\n", 4, num_experts=2)
 
 
 # --- balanced k-means -------------------------------------------------------------------------------------------

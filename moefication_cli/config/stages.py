@@ -144,7 +144,9 @@ class SplitConfig(ModelConfig):
     )
     profile_tokens: int = option(4096, "activation: tokens that make up a neuron's profile", minimum=1)
     from_partition: str | None = option(
-        None, "Folder or file pattern of gpmetis .part.N files, one per layer", panel=INPUT
+        None,
+        "Folder or file pattern, one file per layer: gpmetis .part.N, or the published code's param_split",
+        panel=INPUT,
     )
     init: str | None = option(
         None, "Warm start from the split of this run directory; the better of warm and cold stays", panel=INPUT

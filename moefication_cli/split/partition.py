@@ -1,9 +1,8 @@
 """Which expert every FFN neuron belongs to: the `Partition` and the ways to get one without any data.
 
-Source: MoEfication (arXiv 2110.01786), section 3.2, "random splitting", and its METIS route, whose result `gpmetis`
-writes as a `.part.N` file (one part number per line).
+Source: MoEfication (arXiv 2110.01786), section 3.2, "random splitting".
 Shapes: `expert_F` int64 [F]; -1 marks a shared (always-on) neuron, the rest is exactly balanced over E experts of
-N neurons, F = F_shared + E*N. This module reads no file and repairs no balance (see `metis.repair_balance`).
+N neurons, F = F_shared + E*N. This module reads no file (see `partition_files`) and repairs no balance (`metis.repair_balance`).
 """
 
 from dataclasses import dataclass
@@ -141,36 +140,3 @@ def random_partition(num_neurons: int, num_experts: int, seed: int, shared_F: Te
     expert_F = torch.empty(count, dtype=torch.int64)
     expert_F[shuffled] = torch.arange(count) % num_experts
     return with_shared(Partition(expert_F), shared_idx, num_neurons)
-
-
-def parse_metis_partition(text: str, num_neurons: int, num_experts: int | None = None) -> Tensor:
-    """`expert_F` int64 [F] from the text of a `gpmetis` `.part.N` file: one part number per line, one line a neuron.
-
-    METIS allows parts of different sizes, so the result need not be balanced: pass it to `metis.repair_balance`,
-    or to `Partition`, which refuses what is not. Raises ConfigError, naming the line, when a line is not a part
-    number, a number is not below `num_experts` (where given), or the lines are not one per neuron.
-    """
-    lines = text.split("\n")
-    while lines and not lines[-1].strip():
-        lines.pop()
-    labels = []
-    for number, line in enumerate(lines, start=1):
-        word = line.strip()
-        if not (word.isascii() and word.isdigit()):
-            raise ConfigError(
-                f"line {number} of the partition file is {word[:40]!r}, not a part number",
-                "pass the .part.N file that gpmetis wrote for this layer",
-            )
-        labels.append(int(word))
-        if labels[-1] >= (num_experts if num_experts is not None else num_neurons):
-            limit = f"{num_experts} experts" if num_experts is not None else f"{num_neurons} neurons"
-            raise ConfigError(
-                f"line {number} of the partition file names part {word[:40]}, too large for {limit}",
-                "run gpmetis with the number of experts you ask for here",
-            )
-    if len(labels) != num_neurons:
-        raise ConfigError(
-            f"the partition file has {len(labels)} lines but the layer has {num_neurons} neurons",
-            "check that the file belongs to this layer and model",
-        )
-    return torch.tensor(labels, dtype=torch.int64)

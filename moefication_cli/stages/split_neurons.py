@@ -24,7 +24,9 @@ from moefication_cli.runs.inputs import (
 from moefication_cli.runs.room import check_room
 from moefication_cli.split.methods import expert_counts, split_layer, split_method
 from moefication_cli.split.metis import repair_balance
-from moefication_cli.split.partition import Partition, check_divides, parse_metis_partition
+from moefication_cli.split.partition import Partition
+from moefication_cli.split.partition_files import find_partition_file, read_partition_file
+from moefication_cli.store import jsonio
 from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.rundir import RunDir
 
@@ -50,10 +52,12 @@ def split_neurons(run: RunDir, config: SplitConfig = SplitConfig(), control: Con
     profiled = (method.reads_activations or config.shared_fraction > 0) and not config.from_partition
     activations = run.require("activations") if profiled else None
     inputs = {"graph": graph, "activations": activations}
+    pattern = config.from_partition
+    digests = {"partition": _partition_digest(run, model, pattern)} if pattern else {}
     cost = split_cost(model, config)
     if control.dry_run:
         return estimate("split", model, run.path("split"), cost, inputs)
-    with control.ranks.begin(run, "split", layer_options(config, control, model, inputs)) as work:
+    with control.ranks.begin(run, "split", layer_options(config, control, model, inputs, digests)) as work:
         check_room(work, model, cost, control, "fewer --profile-tokens")
         for index in control.track(work.pending(), "split", len(model.sites)):
             partition, metrics = _split_index(model, activations, graph, index, config, control)
@@ -73,7 +77,7 @@ def _split_index(
     """(partition, metrics) of one FFN: reads what its method needs."""
     site, seed = model.sites[index], layer_seed(control.seed, index)
     if config.from_partition:
-        partition = _read_partition_file(config.from_partition, graph, index, site)
+        partition = _read_partition(_partition_path(config.from_partition, site), graph, index, site)
         return partition, {"num_experts": partition.num_experts, "num_shared": 0, "expert_size": partition.expert_size}
     tokens = None if activations is None else read_tokens(activations, index, config.profile_tokens, seed)
     warm = None if config.init is None else read_partition(RunDir(Path(config.init)).read_stage("split"), index)
@@ -90,31 +94,20 @@ def _split_index(
         raise ConfigError(f"layer {index} ({site.name}): {error.message}", error.hint) from None
 
 
-def _read_partition_file(pattern: str, graph: Artifact | None, index: int, site: FFNSite) -> Partition:
-    folder = Path(pattern)
-    name = f"layer_{index:03d}"
-    found = sorted(folder.glob(f"*{name}*.part.*") if folder.is_dir() else folder.parent.glob(folder.name))
-    if len(found) > 1:
-        found = [path for path in found if name in path.name]
-    if len(found) != 1:
-        raise ConfigError(
-            f"--from-partition {pattern}: {len(found)} partition files for layer {index} ({site.name})",
-            f"gpmetis writes {name}.graph.part.N beside each exported graph",
-        )
-    if not found[0].is_file():  # reading a pipe or a device could wait for ever
-        raise ConfigError(f"--from-partition {found[0]} is not a file", "name the .part.N files that gpmetis wrote")
-    suffix = found[0].suffix.removeprefix(".")
-    num_experts = int(suffix) if suffix.isdigit() else None
-    try:
-        expert_F = parse_metis_partition(found[0].read_text(encoding="utf-8"), site.num_neurons, num_experts)
-        num_experts = num_experts or int(expert_F.max()) + 1
-        check_divides(site.num_neurons, num_experts)
-    except ConfigError as error:
-        raise ConfigError(f"{found[0]}: {error.message}", error.hint) from None
+def _read_partition(path: Path, graph: Artifact | None, index: int, site: FFNSite) -> Partition:
+    expert_F, num_experts = read_partition_file(path, site.num_neurons)
     if bool((torch.bincount(expert_F, minlength=num_experts) == site.num_neurons // num_experts).all()):
         return Partition(expert_F)
     if graph is None:
-        raise ConfigError(
-            f"{found[0]}: its parts have different sizes", "build the graph, so that they can be balanced"
-        )
+        raise ConfigError(f"{path}: its parts have different sizes", "build the graph, so that they can be balanced")
     return repair_balance(read_graph(graph, index), expert_F, num_experts)
+
+
+def _partition_path(pattern: str, site: FFNSite) -> Path:
+    up = next(part for part in site.slices() if part.part == "up" and part.kind == "weight")
+    return find_partition_file(pattern, site.index, up.parameter)
+
+
+def _partition_digest(run: RunDir, model: RunModel, pattern: str) -> str:
+    """Identifies what all partition files hold."""
+    return jsonio.digest([run.hashes.sha256(_partition_path(pattern, site)) for site in model.sites])

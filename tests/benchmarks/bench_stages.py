@@ -224,7 +224,15 @@ def safety(args: argparse.Namespace) -> Iterator[Row]:
     small, folder = RunDir(args.scratch / "safety"), args.scratch / "memory"
     data = ["--data", str(args.data)]
     commands = [
-        ["collect-activations", str(small.root), "--model", str(args.model), *data, "--max-tokens", str(args.tokens or 65_536)],
+        [
+            "collect-activations",
+            str(small.root),
+            "--model",
+            str(args.model),
+            *data,
+            "--max-tokens",
+            str(args.tokens or 65_536),
+        ],
         *([name, str(small.root)] for name in ("split", "train-router", "apply")),
         ["eval", str(small.root), *data, "--limit", "500"],
     ]

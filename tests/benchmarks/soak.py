@@ -31,8 +31,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
-import transformers  # noqa: E402
 import soak_faults  # noqa: E402
+import transformers  # noqa: E402
 from cli_runner import Outcome  # noqa: E402
 from test_config import check_mistakes  # noqa: E402
 from test_interruption import contents  # noqa: E402
