@@ -25,6 +25,7 @@ from moefication_cli.config.stages import (
     GraphConfig,
     ModelConfig,
     RouterConfig,
+    RunModelConfig,
     Score,
     SplitConfig,
     TaskConfig,
@@ -45,6 +46,6 @@ from moefication_cli.config.tools import (
 __all__ = [
     "LAYERS", "ApplyConfig", "BenchConfig", "CleanConfig", "CollectConfig", "ControlConfig", "DataConfig", "DemoConfig",
     "EvalConfig", "ExportConfig", "FinetuneConfig", "FormatName", "GraphConfig", "ModelConfig", "Options", "RelufyConfig",
-    "ReportConfig", "RouterConfig", "RunConfig", "Score", "SplitConfig", "StatusConfig", "TaskConfig", "TaskName",
-    "TuneConfig", "compared_values", "option", "options_of", "recorded_values", "same_option",
+    "ReportConfig", "RouterConfig", "RunConfig", "RunModelConfig", "Score", "SplitConfig", "StatusConfig", "TaskConfig",
+    "TaskName", "TuneConfig", "compared_values", "option", "options_of", "recorded_values", "same_option",
 ]  # fmt: skip

@@ -61,6 +61,18 @@ class ModelConfig(Options):
 
 
 @dataclass(frozen=True)
+class RunModelConfig(ModelConfig):
+    """The model of a run, which may be a file with weights alone."""
+
+    model_config: str | None = option(
+        None,
+        "Where --model is a file with weights alone: the folder with its config.json and tokenizer; RUN/source is made of both",
+        compared=False,
+        panel=INPUT,
+    )
+
+
+@dataclass(frozen=True)
 class TaskConfig(Options):
     """How text becomes model input; remembered in run.json."""
 
@@ -99,7 +111,7 @@ class DataConfig(Options):
 
 
 @dataclass(frozen=True)
-class CollectConfig(ModelConfig, TaskConfig, DataConfig):
+class CollectConfig(RunModelConfig, TaskConfig, DataConfig):
     """collect-activations: run the model over data, store each FFN's inputs and its neurons' statistics."""
 
     max_tokens: int = option(
@@ -127,7 +139,7 @@ class GraphConfig(Options):
 
 
 @dataclass(frozen=True)
-class SplitConfig(ModelConfig):
+class SplitConfig(RunModelConfig):
     """split: which expert does each neuron belong to?"""
 
     method: Literal["random", "kmeans", "graph", "activation"] = option(

@@ -12,12 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moefication_cli.config import ModelConfig, RouterConfig, TaskConfig, compared_values, options_of, recorded_values
+from moefication_cli.config import (
+    ModelConfig,
+    RouterConfig,
+    RunModelConfig,
+    TaskConfig,
+    compared_values,
+    options_of,
+    recorded_values,
+)
 from moefication_cli.errors import ConfigError, MissingArtifactError
 from moefication_cli.ffn import ExpertWeights, FFNWeights
 from moefication_cli.models.folder.checkpoint import Checkpoint
 from moefication_cli.models.sites import FFNSite
 from moefication_cli.routing.tokens import Tokens
+from moefication_cli.runs.bare_model import folder_of_file
 from moefication_cli.runs.control import Control, Result, chosen_layers
 from moefication_cli.split.graph import Graph
 from moefication_cli.split.partition import Partition
@@ -66,6 +75,8 @@ def open_model(run: RunDir, config: ModelConfig | None, control: Control) -> Run
     named: dict[str, Any] = {}
     if config is not None:
         named = {"model": absolute(config.model), "revision": config.revision, "ffn": config.ffn}
+        if isinstance(config, RunModelConfig) and (made := folder_of_file(run, config, control)) is not None:
+            named["model"] = str(made)
     model = named.get("model") or info.model
     if model is None:
         if config is None:  # a stage that works on what others have made

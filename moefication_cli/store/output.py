@@ -134,8 +134,8 @@ class Output:
 
 
 @contextmanager
-def begin_output(path: Path, kind: str, options: StageOptions) -> Iterator[Output]:
-    """Work on the folder `path`, which the command `kind` writes; one process at a time.
+def begin_output(path: Path, kind: str, options: StageOptions, timeout: float = 0.0) -> Iterator[Output]:
+    """Work on the folder `path`, which the command `kind` writes; one process at a time, another waits `timeout` seconds.
 
     Raises what `Output.look` raises, LockedError, MoEficationError (not writable), CorruptArtifactError (an altered record).
     """
@@ -145,7 +145,7 @@ def begin_output(path: Path, kind: str, options: StageOptions) -> Iterator[Outpu
         yield output
         return
     files.make_dirs(output.path.parent)
-    with locks.held(output.path.with_name(f".{output.path.name}.lock"), str(path), timeout=0.0):
+    with locks.held(output.path.with_name(f".{output.path.name}.lock"), str(path), timeout=timeout):
         output.prepare()
         try:
             yield output

@@ -52,6 +52,12 @@ class TensorPlan:
     source: Callable[[], Tensor] | None = None
 
 
+def is_side_file(path: Path) -> bool:
+    """Whether it belongs to a model's folder beside the weights: configuration, tokenizer, processor, licence."""
+    wanted = any(path.match(pattern) for pattern in SIDE_FILES) and path.suffix not in (".safetensors", ".bin")
+    return wanted and path.is_file()
+
+
 def copy_side_files(folder: Path, out_dir: Path, code: bool) -> list[Path]:
     """Copies configuration, tokenizer, processor and licence files, and the modules of a sentence-transformers folder.
 
@@ -59,8 +65,7 @@ def copy_side_files(folder: Path, out_dir: Path, code: bool) -> list[Path]:
     """
     written = []
     for source in sorted(folder.iterdir()):
-        wanted = any(source.match(pattern) for pattern in SIDE_FILES) or (code and source.suffix == ".py")
-        if wanted and source.is_file() and source.suffix not in (".safetensors", ".bin"):
+        if is_side_file(source) or (code and source.suffix == ".py" and source.is_file()):
             target = out_dir / source.name
             files.atomic_write(target, source.read_bytes())
             written.append(target)

@@ -79,7 +79,10 @@ def resolve_source(ref: str | Path, revision: str | None = None, trust_remote_co
         folder = _download(text, revision, trust_remote_code)
         commit = folder.name
     if not folder.is_dir():
-        raise ConfigError(f"model not found: {text} is not a folder", "give the folder that holds config.json")
+        raise ConfigError(
+            f"model not found: {text} is not a folder",
+            "give the folder that holds config.json; run, collect-activations and split take a file with --model-config DIR",
+        )
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{text} has no config.json", "give a Hugging Face model folder (save_pretrained writes one)")
     return Source(text, folder, weight_files(folder), commit)
@@ -189,17 +192,22 @@ class TensorFile:
             raise ConfigError(f"{self.path} cannot be read ({first_line(error)})", "download the model again") from None
 
 
-def _load_bin(path: Path) -> dict[str, Tensor]:
+def load_pickled(path: Path) -> Any:
+    """What torch.load(weights_only=True) gives, mapped where the format allows. Raises ConfigError for what it refuses."""
     try:
         try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # files from before torch 1.6 cannot be mapped
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise ConfigError(
             f"{path} was refused by torch.load(weights_only=True) ({first_line(error)})",
             "convert it to safetensors somewhere you trust it (save_pretrained does that)",
         ) from None
+
+
+def _load_bin(path: Path) -> dict[str, Tensor]:
+    loaded = load_pickled(path)
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise ConfigError(f"{path} is not a plain state dict", "convert it to safetensors with save_pretrained")
     return loaded
