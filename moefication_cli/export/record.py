@@ -8,9 +8,11 @@ from typing import Any
 
 from moefication_cli.errors import ConfigError, CorruptArtifactError
 from moefication_cli.store import files, jsonio
+from moefication_cli.store.manifest import check_file_name
 
 RECORD = "moefication_export.json"
 _SCHEMA = "moefication/export@1"
+_KEYS = {"schema", "format", "model", "files", "seal"}
 
 
 def write_record(folder: Path, to: str, model: str) -> None:
@@ -19,14 +21,22 @@ def write_record(folder: Path, to: str, model: str) -> None:
     The card is left out: people write in it before they publish.
     """
     found = {name: entry for name, entry in files.described_folder(folder).items() if Path(name).name != "README.md"}
-    jsonio.write(folder / RECORD, {"schema": _SCHEMA, "format": to, "model": model, "files": found})
+    record = {"schema": _SCHEMA, "format": to, "model": model, "files": found}
+    jsonio.write(folder / RECORD, jsonio.sealed(record))
 
 
 def read_record(folder: Path, name: str = RECORD) -> dict[str, Any]:
-    """Raises CorruptArtifactError for a record that cannot be read or is of another schema."""
+    """Raises CorruptArtifactError for a record that cannot be read, was altered or is of another schema."""
     record = jsonio.read_object(folder / name)
     if record.get("schema") != _SCHEMA or not isinstance(record.get("files"), dict):
         raise CorruptArtifactError(f"{folder / name} is not a record of this version", "export again to another folder")
+    if odd := sorted(record.keys() - _KEYS):
+        raise CorruptArtifactError(f"{folder / name} has unknown key {odd[0]!r}", "export again to another folder")
+    jsonio.check_seal(record, folder / name)
+    for file, entry in record["files"].items():
+        check_file_name(file, folder / name)
+        if not isinstance(entry, dict) or entry.keys() != {"sha256", "bytes"}:
+            raise CorruptArtifactError(f"{folder / name} does not describe {file}", "export again to another folder")
     return record
 
 
@@ -63,10 +73,8 @@ def file_record(file: Path) -> Path:
 
 def write_file_record(file: Path, made: Path, to: str, model: str) -> None:
     """Record that `file` will hold what `made` holds; call it first, because a file without a record is refused."""
-    jsonio.write(
-        file_record(file),
-        {"schema": _SCHEMA, "format": to, "model": model, "files": {file.name: files.described(made)}},
-    )
+    record = {"schema": _SCHEMA, "format": to, "model": model, "files": {file.name: files.described(made)}}
+    jsonio.write(file_record(file), jsonio.sealed(record))
 
 
 def file_made_before(file: Path, to: str, model: str) -> bool:

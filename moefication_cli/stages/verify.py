@@ -16,6 +16,7 @@ from moefication_cli.store.manifest import BASE_MODEL
 from moefication_cli.store.rundir import RunDir
 
 _ALTERED = "is not as it was written"
+_RESTORE = "restore run.json, or start a new run directory"
 
 
 def verify(target: str, control: Control) -> Result:
@@ -29,7 +30,8 @@ def verify(target: str, control: Control) -> Result:
         checked = 1
     elif (root / RECORD).is_file():
         command = "moefication export RUN --to FORMAT --out DIR"
-        rows = [_row("export", f"{root / name} {_ALTERED}", command) for name in altered_files(root)]
+        altered = altered_files(root) + [RECORD] * (not jsonio.as_written(root / RECORD))
+        rows = [_row("export", f"{root / name} {_ALTERED}", command) for name in altered]
         checked = 1
     elif (root / "run.json").is_file():
         run = RunDir(root)
@@ -53,7 +55,9 @@ def _run_record(run: RunDir) -> list[dict[str, Any]]:
     try:
         info = run.info
     except CorruptArtifactError as error:
-        return [_row("run.json", error.message, "restore run.json, or start a new run directory")]
+        return [_row("run.json", error.message, _RESTORE)]
+    if not jsonio.as_written(path := run.root / "run.json"):
+        return [_row("run.json", f"{path} {_ALTERED}", _RESTORE)]
     now = model_today(run).get(BASE_MODEL)
     if now is None or info.fingerprint in (None, now):
         return []

@@ -7,6 +7,7 @@ Canonical: UTF-8, sorted keys, no NaN or infinity. Reading refuses NaN, infinity
 import enum
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,6 +51,22 @@ def _default(value: Any) -> Any:
 def digest(value: Any) -> str:
     """Hex sha256 of the canonical JSON of `value`."""
     return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def seal(value: Mapping[str, Any]) -> str:
+    """The digest of everything in `value` but its `seal`."""
+    return digest({name: item for name, item in value.items() if name != "seal"})
+
+
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """`value` with its `seal`: one changed bit in the file is then found."""
+    return {**value, "seal": seal(value)}
+
+
+def check_seal(value: Mapping[str, Any], where: Path) -> None:
+    """Raise CorruptArtifactError where the seal does not fit. Without one passes: earlier versions wrote none."""
+    if "seal" in value and value["seal"] != seal(value):
+        raise CorruptArtifactError(f"{where} was altered: its content does not fit its seal", "restore the file")
 
 
 def parse(data: bytes | str, where: Path | str) -> Any:

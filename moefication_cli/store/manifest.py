@@ -66,7 +66,7 @@ class Manifest:
         schema = schema_of(stage)
         digest = _content_digest(schema, _compared(rest["config"]), files)
         made = cls(schema=schema, stage=stage, files=files, digest=digest, **rest)
-        return replace(made, seal=_seal(made.to_json()))
+        return replace(made, seal=jsonio.seal(made.to_json()))
 
     @property
     def values(self) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class Manifest:
         check_schema(value.get("schema"), stage.split("/")[0], where)
         value = {"seal": "", **value}
         check_fields(value, cls, where)
-        if value["seal"] and value["seal"] != _seal(value):
+        if value["seal"] and value["seal"] != jsonio.seal(value):
             raise corrupt(where, "was altered: its content does not fit its seal")
         manifest = cls(**value)
         if manifest.stage != stage:
@@ -123,10 +123,6 @@ class Manifest:
 
 def _compared(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {name: entry["value"] for name, entry in config.items() if entry["compared"]}
-
-
-def _seal(value: Mapping[str, Any]) -> str:
-    return jsonio.digest({name: item for name, item in value.items() if name != "seal"})
 
 
 def _content_digest(schema: str, compared: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> str:

@@ -106,6 +106,8 @@ class RunDir:
         check_schema(value.get("schema"), "run", path)
         # Versions before 0.3 remembered the permission to run a model's code; it is given anew to each command
         value.pop("trust_remote_code", None)
+        jsonio.check_seal(value, path)
+        value.pop("seal", None)
         check_fields(value, RunInfo, path)
         return RunInfo(**value)
 
@@ -129,7 +131,7 @@ class RunDir:
         with locks.held(self.root / ".locks" / "run.lock", "run.json", max(self.lock_timeout, 10.0)):
             info = self.info
             check_fields(asdict(info), RunInfo, self.root / "run.json")
-            jsonio.write(self.root / "run.json", asdict(info))
+            jsonio.write(self.root / "run.json", jsonio.sealed(asdict(info)))
             self._noted.clear()
         return info
 

@@ -18,6 +18,7 @@ from moefication_cli.models.folder.checkpoint import Checkpoint
 from moefication_cli.store.files import described as file_described
 from moefication_cli.store.files import sha256 as file_sha256
 from moefication_cli.store.header import Header, read_header
+from moefication_cli.store.manifest import check_file_name
 
 _ROWS = 64
 _AGAIN = "write the folder again: moefication apply RUN --force"
@@ -52,7 +53,7 @@ def altered_others(folder: Path, weights: Mapping[str, Any]) -> list[CorruptArti
     found = []
     for name, entry in weights.get("others", {}).items():
         try:
-            _check_file(folder / name, entry, verify=True)
+            _check_file(folder, name, entry, verify=True)
         except CorruptArtifactError as error:
             found.append(error)
     return found
@@ -66,7 +67,7 @@ def check_seal(folder: Path, weights: Any, verify: bool = False) -> None:
     try:
         for name, entry in weights["files"].items():
             if verify or name != "config.json":  # people edit it, and loading says what is wrong with it
-                _check_file(folder / name, entry, verify)
+                _check_file(folder, name, entry, verify)
         headers: dict[str, Header] = {}
         for name, ffn in weights["ffns"].items():
             if _digest(folder, ffn["tensors"], headers) != ffn["digest"]:
@@ -81,7 +82,9 @@ def check_seal(folder: Path, weights: Any, verify: bool = False) -> None:
         ) from None
 
 
-def _check_file(path: Path, entry: Mapping[str, Any], verify: bool) -> None:
+def _check_file(folder: Path, name: str, entry: Mapping[str, Any], verify: bool) -> None:
+    check_file_name(name, folder / "moefication.json")
+    path = folder / name
     try:
         size = path.stat().st_size
         found = file_sha256(path) if verify else entry["sha256"]
