@@ -62,3 +62,36 @@ def test_the_second_model_of_eval_has_only_ffns_of_its_own(calibrated_run: tuple
         twin.get_parameter(f"{sites[0].down}.weight").zero_()
     assert torch.equal(model(input_ids=tokens).logits, expected)
     assert not torch.allclose(twin(input_ids=tokens).logits, expected, atol=1e-3)
+
+
+def test_int8_rows_are_what_is_loaded_as_int8(calibrated_run: tuple[Path, Path], run_cli: Runner) -> None:
+    run, data = calibrated_run[0], calibrated_run[0].parent / "train.txt"
+    words = ("eval", run, "--data", data, "--documents", "line", "--limit", 40, "--selection", "regression")
+    refused = run_cli(*words, "--weights", "int8", "--json")
+    assert refused.code == 3 and "moefication apply" in refused.json["error"]["hint"]
+    run_cli.ok("apply", run, "--fraction", 0.8, "--keep-dense", 0)
+    found = run_cli.ok(*words, "--weights", "int8")
+    rows = {row["selection"]: row for row in found["rows"]}
+    assert [name for name, row in rows.items() if row["weights"] == "int8"] == ["dense-int8", "regression-int8"]
+    assert [name for name, row in rows.items() if row["applied"]] == ["regression"]
+    dense, int8, exact = rows["dense-int8"], rows["regression-int8"], rows["regression"]
+    assert dense["kind"] == "baseline" and dense["ffn_flops_fraction"] == 1.0 and 1e-6 < dense["kl"] < exact["kl"]
+    assert (
+        int8["ffn_flops_fraction"] == pytest.approx(exact["ffn_flops_fraction"], abs=0.01)
+        and "numba" in int8["backend"]
+    )
+    assert int8["kl_over_float"] == int8["kl"] / exact["kl"] and 0 < abs(int8["kl_over_float"] - 1) < 0.25
+    table = {row["selection"] for row in found["table"]}
+    assert {"dense", "dense-int8", "regression", "regression-int8"} <= table
+    run_cli.ok("report", run)
+    assert "regression-int8" in (run / "report" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [(("--dtype", "bfloat16"), "float32 activations"), (("--lm-eval", "arc_easy"), "--lm-eval")]
+)
+def test_what_int8_rows_do_not_go_with(
+    words: tuple[str, ...], said: str, calibrated_run: tuple[Path, Path], run_cli: Runner
+) -> None:
+    outcome = run_cli("eval", calibrated_run[0], "--weights", "int8", "--device", "cpu", *words, "--json")
+    assert outcome.code == 2 and said in outcome.json["error"]["message"]

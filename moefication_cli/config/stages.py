@@ -294,5 +294,8 @@ class EvalConfig(TaskConfig, DataConfig):
     num_fewshot: int | None = option(
         None, "--lm-eval: examples in the prompt (default: the task's)", minimum=0, compared=False
     )
+    weights: Literal["int8"] | None = option(
+        None, "int8: also rows of the dense model and of RUN/model with int8 weights, on the CPU", panel=CONTROL
+    )
     batch_size: int = option(32, "Sequences per forward pass", minimum=1, panel=CONTROL)
     dtype: str | None = option(None, "Model dtype (default: float32 on CPU, the checkpoint's on CUDA)", panel=CONTROL)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from moefication_cli.config import EvalConfig
-from moefication_cli.evaluation.rows import compare_with, row_of
-from moefication_cli.evaluation.selections import SelectionRow, count_selections
+from moefication_cli.evaluation.rows import compare_int8, compare_with, row_of
+from moefication_cli.evaluation.selections import SelectionRow, StockFFN, count_selections
 from moefication_cli.evaluation.table import EvalInputs, ground_of, rows_by_fraction
 from moefication_cli.models.loading import LoadedModel
 from moefication_cli.models.masking import TokenMask
@@ -91,6 +91,7 @@ def _entries(
     entries = [row_of(row, found, reference, tokens, sizes, seed) for row, found in zip(rows, scores, strict=True)]
     for baseline in BASELINES:
         compare_with(baseline, rows, scores, entries, seed)
+    compare_int8(entries)
     return entries
 
 
@@ -142,7 +143,8 @@ def _run_all(
 def _install(converted: LoadedModel, model: RunModel, row: SelectionRow, mask: TokenMask) -> None:
     net, mask = (converted.model, mask) if row.own is None else (row.own.loaded.model, row.own.mask)
     for site, layer in zip(model.sites, row.layers, strict=True):
-        install(net, site, layer, mask)
+        if not isinstance(layer, StockFFN):
+            install(net, site, layer, mask)
 
 
 def timed_logits(loaded: LoadedModel, batch: Batch) -> tuple[Tensor, float]:

@@ -16,7 +16,7 @@ def row_of(
     """One row of metrics.json; `sizes` is each FFN's part of the dense work, `reference` the dense model's entry."""
     summary = summarise(reference["metric"], scores)
     kl = bootstrap_ci(_filled(scores.kl_B), seed, weights=scores.weight_B)
-    active = [float(layer.active_fraction) for layer in row.layers]  # type: ignore[attr-defined]
+    active = [float(layer.active_fraction) for layer in row.layers]
     flops = flops_fractions(row)
 
     def mean(values: Sequence[float]) -> float:
@@ -32,6 +32,7 @@ def row_of(
         "budget": "uniform",
         "score": None,
         "seed": None,
+        "weights": None,
     }
     return entry | row.meta | {
         "metric": summary.metric,
@@ -71,6 +72,14 @@ def compare_with(
         difference = paired_bootstrap(_filled(mine.kl_B), _filled(base.kl_B), seed, weights=mine.weight_B)
         entry[f"kl_minus_{baseline}"] = difference.value
         entry[f"kl_minus_{baseline}_interval"] = [difference.low, difference.high]
+
+
+def compare_int8(entries: list[dict[str, Any]]) -> None:
+    """Adds to the entry of RUN/model in int8 how its KL to dense compares with that of the float weights."""
+    exact = next((entry["kl"] for entry in entries if entry["applied"]), None)
+    for entry in entries:
+        if entry["weights"] is not None and entry["kind"] == "router":
+            entry["kl_over_float"] = entry["kl"] / exact if exact else None
 
 
 def lost_to(baseline: str, entry: dict[str, Any]) -> str | None:

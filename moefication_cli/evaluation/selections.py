@@ -8,6 +8,7 @@
     teal, cmoe    peers at the same multiply-adds: input sparsity and training-free experts, see `teal.py` and `cmoe.py`
     <router>      a trained router
     dense-finetuned   what RUN/model is with every neuron on, where fine-tuning changed its weights
+    dense-int8, <router>-int8   the dense model and RUN/model with int8 weights (`--weights int8`)
 
 Oracles and static pruning get the fraction as a share of the neurons: they have no router to pay for.
 """
@@ -21,8 +22,10 @@ from torch import Tensor, nn
 
 from moefication_cli.conversion.plan import LayerPlan, RoutedLayer, describe_rule
 from moefication_cli.ffn import Compensation, ExpertWeights, FFNWeights
+from moefication_cli.models.int8 import Int8Linear
 from moefication_cli.models.loading import LoadedModel
 from moefication_cli.models.masking import TokenMask
+from moefication_cli.models.sites import FFNSite
 from moefication_cli.models.surgery import FFNLayer, live_weights
 from moefication_cli.routing.cost import overhead_flops
 from moefication_cli.routing.scores import expert_scores
@@ -34,7 +37,7 @@ from moefication_cli.tasks.examples import Scores
 
 @dataclass(frozen=True)
 class OwnModel:
-    """A model with other weights than the run's, its neurons in the order of the split: a fine-tuned one."""
+    """A model with other weights than the run's, its neurons in the order of the split: a fine-tuned one, or one in int8."""
 
     loaded: LoadedModel
     mask: TokenMask
@@ -47,7 +50,7 @@ class SelectionRow:
     selection: str
     kind: str  # oracle | baseline | router
     fraction: float
-    layers: list[FFNLayer]
+    layers: Sequence[Any]  # FFNLayer, each with `active_fraction`; StockFFN where nothing is to be installed
     applied: bool = False
     meta: dict[str, Any] = field(default_factory=dict)  # top_k, rule, budget, score, seed
     plans: list[LayerPlan] = field(default_factory=list)  # of rows that route: what their routers cost
@@ -87,6 +90,20 @@ class DenseFFN:
 
     def __call__(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
         return self.dense.forward(x)
+
+
+class StockFFN:
+    """Nothing stands in: the modules of the row's own model compute the FFN."""
+
+    active_fraction = 1.0
+    last_backend = "torch"
+
+
+def dense_layer(model: nn.Module, site: FFNSite) -> DenseFFN | StockFFN:
+    """What a layer without experts is: the FFN on the model's weights, or its own modules where those are int8."""
+    if isinstance(model.get_submodule(site.up), Int8Linear):
+        return StockFFN()
+    return DenseFFN(live_weights(model, site))
 
 
 class PinnedFFN:
@@ -184,12 +201,12 @@ def routed_row(
     sharing: str | None = None,
 ) -> SelectionRow:
     """A trained router at a budget, through the real backend, on a model whose neurons are in expert order."""
-    layers: list[FFNLayer] = []
+    layers: list[FFNLayer | StockFFN] = []
     for plan in plans:
-        dense = live_weights(model, plan.layer.site)
         if plan.rule is None:
-            layers.append(DenseFFN(dense))
+            layers.append(dense_layer(model, plan.layer.site))
             continue
+        dense = live_weights(model, plan.layer.site)
         weights = ExpertWeights(dense, plan.num_experts, plan.num_shared, plan.compensation)
         if plan.router is None:
             layers.append(PrunedFFN(weights, backend))
@@ -241,7 +258,7 @@ def flops_fractions(row: SelectionRow) -> list[float]:
         if own is not None:
             found.append(float(own))
             continue
-        share = float(layer.active_fraction)  # type: ignore[attr-defined]
+        share = float(layer.active_fraction)
         plan = row.plans[number] if row.plans else None
         if plan is not None and plan.rule is not None and share < 1:
             site = plan.layer.site

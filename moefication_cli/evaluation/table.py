@@ -17,18 +17,21 @@ from moefication_cli.errors import ConfigError
 from moefication_cli.evaluation.baselines import paper_row, static_row
 from moefication_cli.evaluation.cmoe import cmoe_row
 from moefication_cli.evaluation.selections import (
-    DenseFFN,
     NeuronOracleFFN,
     OwnModel,
     SelectionRow,
+    StockFFN,
+    dense_layer,
     routed_row,
     selected_row,
 )
 from moefication_cli.evaluation.teal import teal_row
+from moefication_cli.models.int8 import quantise_model
 from moefication_cli.models.loading import load_model
 from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.surgery import live_weights, permute_in_place
 from moefication_cli.runs.control import Control
+from moefication_cli.runs.data import load_whole
 from moefication_cli.runs.inputs import RunModel
 from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.rundir import RunDir
@@ -175,19 +178,33 @@ def rows_by_fraction(ground: Ground, selections: list[str], fractions: list[floa
             rows.append(_applied(ground))
         tuned = next((row.own for row in rows if row.own is not None), None)
         if tuned is not None:
-            layers: list[Any] = [DenseFFN(live_weights(tuned.loaded.model, site)) for site in ground.inputs.model.sites]
+            layers: list[Any] = [dense_layer(tuned.loaded.model, site) for site in ground.inputs.model.sites]
             meta = {"finetuned": ground.like.finetuned}
             rows.append(SelectionRow("dense-finetuned", "baseline", 1.0, layers, meta=meta, own=tuned))
+        if ground.config.weights is not None and any(row.applied for row in rows):
+            rows += _int8(ground)
         yield rows
 
 
-def _applied(ground: Ground) -> SelectionRow:
-    """The row of what RUN/model does, on the run's own weights or on the fine-tuned ones of that folder."""
+def _int8(ground: Ground) -> list[SelectionRow]:
+    """The dense model and RUN/model, both with int8 weights."""
+    dense = load_whole(ground.inputs.run, ground.inputs.model, ground.config.task, ground.config.dtype)
+    quantise_model(dense.model, [])
+    layers = [StockFFN() for _ in ground.inputs.model.sites]
+    own = OwnModel(dense, TokenMask(dense.model))
+    beside = SelectionRow("dense-int8", "baseline", 1.0, layers, meta={"weights": "int8"}, own=own)
+    row = _applied(ground, "int8")
+    row.selection, row.applied, row.meta = f"{row.selection}-int8", False, row.meta | {"weights": "int8"}
+    return [beside, row]
+
+
+def _applied(ground: Ground, weights: str | None = None) -> SelectionRow:
+    """The row of what RUN/model does: on the run's own weights, on the fine-tuned ones of that folder, or in int8."""
     applied, like, config = ground.inputs.applied, ground.like, ground.config
     assert applied is not None
     plans = read_plans(applied.path, ground.layers, ground.inputs.model.device)
     net, own = ground.net, None
-    if like.finetuned is not None:
+    if like.finetuned is not None or weights is not None:
         loaded = load_model(
             applied.path,
             task=config.task or ground.inputs.run.info.task,
@@ -198,9 +215,12 @@ def _applied(ground: Ground) -> SelectionRow:
             quiet=True,
         )
         net, own = loaded.model, OwnModel(loaded, TokenMask(loaded.model))
+        if weights is not None:
+            quantise_model(net, [plan.layer.site for plan in plans if plan.rule is not None])
     row = routed_row(str(like.router), net, plans, like.fraction, config.backend, True, like.budget)
-    if own is not None:
-        row.own, row.meta = own, row.meta | {"finetuned": like.finetuned}
+    row.own = own
+    if like.finetuned is not None:
+        row.meta["finetuned"] = like.finetuned
     return row
 
 

@@ -160,10 +160,14 @@ def relufy_fixed_memory(model: RunModel, config: RelufyConfig) -> float:
     return (4.0 + (config.teacher is not None)) * _FLOAT * model_parameters(model)
 
 
-def eval_cost(model: RunModel, data: str | None, limit: int | None, rows: int) -> Cost:
-    """eval: the dense model and every row over the evaluation data, two models in memory."""
+def eval_cost(model: RunModel, data: str | None, limit: int | None, rows: int, weights: str | None = None) -> Cost:
+    """eval: the dense model and every row over the evaluation data; in memory two models, and with int8 `weights` two of
+    a quarter of the size, the second made from a float one.
+    """
     tokens = min(_text_tokens(data) or _SEQUENCES * _LENGTH, (limit or _SEQUENCES**2) * _LENGTH)
-    return Cost(1e5, forward_flops(model) * tokens * (1 + rows), 2 * _FLOAT * model_parameters(model))
+    models = 2.0 if weights is None else 3.5
+    rows += 0 if weights is None else 2
+    return Cost(1e5, forward_flops(model) * tokens * (1 + rows), models * _FLOAT * model_parameters(model))
 
 
 def model_parameters(model: RunModel) -> float:

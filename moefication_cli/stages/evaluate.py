@@ -9,6 +9,8 @@ from moefication_cli.evaluation.measure import BASELINES, measure
 from moefication_cli.evaluation.plots import plot_quality
 from moefication_cli.evaluation.rows import by_data, lost_to
 from moefication_cli.evaluation.table import SELECTIONS, EvalInputs
+from moefication_cli.models.int8 import check_weights_option
+from moefication_cli.models.loading import resolve_dtype
 from moefication_cli.runs.card import with_quality
 from moefication_cli.runs.control import Control, Result
 from moefication_cli.runs.costs import eval_cost
@@ -47,18 +49,22 @@ def evaluate(run: RunDir, config: EvalConfig, control: Control = Control()) -> R
     MissingArtifactError, StaleArtifactError.
     """
     if config.lm_eval is not None:
+        if config.weights is not None:
+            raise ConfigError("--weights int8 is not measured by --lm-eval", "leave out one of them")
         return harness(run, config, control)
     model = open_model(run, None, control)
+    check_weights_option(config.weights, model.device, resolve_dtype(config.dtype, model.device))
     split = run.require("split")
     routers = {name: run.require(f"router/{name}") for name in run.names("router")}
-    applied = run.require("model") if run.manifest("model") is not None else None
+    wanted = config.weights is not None or run.manifest("model") is not None
+    applied = run.require("model") if wanted else None
     fractions = _fractions(config, applied)
     selections = _selections(config, routers)
     activations = None
     if any(SELECTIONS[name].reads_activations for name in selections if name in SELECTIONS):
         activations = run.require("activations")
     stages = {"split": split, "activations": activations, "model": applied}
-    cost = eval_cost(model, config.data, config.limit, len(fractions) * len(selections))
+    cost = eval_cost(model, config.data, config.limit, len(fractions) * len(selections), config.weights)
     if control.dry_run:
         return estimate("eval", model, run.path(f"eval/{config.name}"), cost, stages)
     used = {f"router/{name}": stage for name, stage in routers.items() if name in selections}
@@ -119,6 +125,8 @@ def _result(run: RunDir, config: EvalConfig, metrics: dict[str, Any], up_to_date
         notes.append(f"{of}value is {dense['metric']}; {beside}; all rows on {part['examples']} examples")
         said = [lost_to(baseline, row) for row in part["rows"] for baseline in BASELINES]
         notes += [of + sentence for sentence in said if sentence is not None]
+        ratios = [row["kl_over_float"] for row in part["rows"] if row.get("kl_over_float") is not None]
+        notes += [f"{of}int8 weights: KL to dense is {ratio:.3f}x that of RUN/model in float" for ratio in ratios]
     path = run.path(f"eval/{config.name}")
     notes.append(f"plot: {path / 'quality.png'}   numbers: {path / 'metrics.json'}")
     payload = {key: value for key, value in metrics.items() if key != "rows"} | {"table": table}
