@@ -41,6 +41,8 @@ HOMES = {
     "gguf": {"export"},
     "llama_cpp": {"export"},
     "lm_eval": {"evaluation"},
+    "openvino": {"benchmark"},
+    "nncf": {"benchmark"},
     "click": set(),
     "pickle": {"models", "split"},  # the name of the error torch.load raises, nothing else
 }

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moefication_cli.benchmark.bounds import FFNCost
 from moefication_cli.benchmark.int8 import dynamic_twin
+from moefication_cli.benchmark.peers import Beside, peer_ffns
 from moefication_cli.benchmark.shapes import set_firing, share
 from moefication_cli.config import BenchConfig
 from moefication_cli.ffn import ACTIVATIONS, Compensation, ExpertWeights
@@ -132,6 +133,7 @@ class Layers:
     inputs_TD: list[Tensor]
     site: FFNSite
     peer: list[Any] = field(default_factory=list)  # dense under torch's dynamic quantisation, of int8
+    beside: list[Beside] = field(default_factory=list)
 
 
 def rotation(
@@ -142,6 +144,7 @@ def rotation(
     backend: str,
     cold_bytes: int,
     weights: str | None = None,
+    peers: Sequence[str] = (),
 ) -> Layers:
     """FFNs of the model, of the kind there is most of, copied until they exceed `cold_bytes` (256 at most)."""
     shapes = [(site.d_model, site.num_neurons, site.gated) for site in sites]
@@ -151,13 +154,14 @@ def rotation(
     item = 1 if weights == "int8" else model.get_submodule(first.up).weight.element_size()  # type: ignore[operator]
     one = first.num_parameters * item
     count = min(_MOST_LAYERS, max(2, len(chosen), -(-cold_bytes // one)))
-    found = Layers([], [], [], [], [], first)
+    found, stock = Layers([], [], [], [], [], first), []
     for number in range(count):
         index = chosen[number % len(chosen)]
         dense = FFN(model, sites[index])
         if number >= len(chosen):
             dense = copy.deepcopy(dense)
         moe = share(dense)
+        stock.append(dense)
         if weights == "int8":
             quantise_model(moe, [_alone(sites[index])])
             peer = dynamic_twin(dense)
@@ -169,6 +173,8 @@ def rotation(
         found.experts.append(setups[index].install(moe, _alone(sites[index]), backend))
         found.setups.append(setups[index])
         found.inputs_TD.append(inputs_TD[index])
+    if peers:
+        found.beside = peer_ffns(peers, stock, found.inputs_TD)
     return found
 
 

@@ -5,7 +5,7 @@ batch x seq (the encoder of an encoder-decoder); `decode`, one generated token p
 tokens, D model width. Prompts are random ids without padding.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from moefication_cli.benchmark.layers import (
     held_bytes,
     rotation,
 )
+from moefication_cli.benchmark.peers import Beside, checked, peer_ffn_call, peer_models, peer_row
 from moefication_cli.benchmark.shapes import without_ffns
 from moefication_cli.benchmark.subjects import BenchCase, Setting, cold_bytes
 from moefication_cli.benchmark.timing import Call, Paired, alternate
@@ -47,7 +48,8 @@ def rows_of(state: Setting, case: BenchCase) -> Iterator[dict[str, Any]]:
     if not whole:
         return
     firing = firing_share(case.dense, case.sites, case.inputs_TD)
-    peer = None
+    peer, ids_BS = None, random_ids(case.dense.config, 1, 8, state.control.seed, state.device)
+    beside = peer_models(state.peers, case.dense, ids_BS) if state.peers else []
     if state.config.weights == "int8":
         peer = dynamic_twin(case.dense)
         quantise_model(case.dense, [])
@@ -61,7 +63,7 @@ def rows_of(state: Setting, case: BenchCase) -> Iterator[dict[str, Any]]:
             for batch in state.batches:
                 for seq in state.seqs if mode == "prefill" else [state.config.prompt_tokens]:
                     with torch.inference_mode():
-                        row = _whole_row(state, case, other, peer, mode, batch, seq)
+                        row = _whole_row(state, case, other, peer, beside, mode, batch, seq)
                     shown = case.fraction if fraction is None else fraction
                     yield _complete(state, case, row | {"fraction": shown, "firing": firing})
     _remember(state, "model", held_bytes(case.dense), held_bytes(case.moe, case.installed.values()))
@@ -76,6 +78,7 @@ def _ffn_rows(state: Setting, case: BenchCase) -> Iterator[dict[str, Any]]:
         state.config.backend,
         cold_bytes(state),
         state.config.weights,
+        state.peers,
     )
     firing = firing_share(case.dense, case.sites, case.inputs_TD)
     for fraction in _fractions(state, case):
@@ -101,6 +104,7 @@ def _ffn_row(state: Setting, layers: Layers, tokens: int) -> dict[str, Any]:
         assert layer.router is not None and layer.rule is not None
         x_TD = x_TD.repeat(-(-tokens // len(x_TD)), 1)[:tokens]
         costs.append(cost_of(layer, layer.rule.select(layer.router.scores(x_TD))))
+    peers: list[dict[str, Any]] = []
     launch, at = None, ((layers.dense, 0), (layers.moe, count // 2))
     calls = [ffn_call(modules, layers.inputs_TD, tokens, start) for modules, start in at]
     if state.device.type == "cuda":
@@ -115,16 +119,26 @@ def _ffn_row(state: Setting, layers: Layers, tokens: int) -> dict[str, Any]:
     else:
         if layers.peer:
             calls.append(ffn_call(layers.peer, layers.inputs_TD, tokens, 0))
-        dense, moe, *peers = _alternate(state, calls, warmup=count)
-        dense = fastest([dense, *peers])
+        own = len(calls)
+        timed = _checked(layers.beside, "ffn", lambda one: peer_ffn_call(one, layers.inputs_TD, tokens))
+        taken = _alternate(state, [*calls, *timed.values()], warmup=count)
+        dense, moe = fastest([taken[0], *taken[2:own]]), taken[1]
+        peers = _peer_rows(layers.beside, "ffn", dict(zip(timed, taken[own:], strict=True)), moe)
     names = {layer.last_backend for layer in layers.experts}
     row = {"mode": "ffn", "tokens": tokens, "batch": None, "seq": None, "layers": count, "other_seconds": None}
-    row["launch"] = launch
+    row |= {"launch": launch, "peers": peers}
     return row | measured(costs, [], names) | Paired(dense, moe).summary() | {"bound": ffn_bound(costs, state.rates)}
 
 
 def _whole_row(
-    state: Setting, case: BenchCase, other: Any, peer: Any, mode: str, batch: int, seq: int
+    state: Setting,
+    case: BenchCase,
+    other: Any,
+    peer: Any,
+    beside: list[Beside],
+    mode: str,
+    batch: int,
+    seq: int,
 ) -> dict[str, Any]:
     assert state.rates is not None
     longest = seq + (0 if mode == "prefill" else state.config.new_tokens)
@@ -141,8 +155,10 @@ def _whole_row(
     with recorder.watch(case.experts):
         watched.run()
     subjects = [case.dense, case.moe, other, *([] if peer is None else [peer])]
-    taken = _alternate(state, [call(subject) for subject in subjects], warmup=2)
-    paired = Paired(fastest([taken[0], *taken[3:]]), taken[1]).summary()
+    timed, own = _checked(beside, mode, lambda one: call(one.runs)), len(subjects)
+    taken = _alternate(state, [*(call(subject) for subject in subjects), *timed.values()], warmup=2)
+    paired = Paired(fastest([taken[0], *taken[3:own]]), taken[1]).summary()
+    paired["peers"] = _peer_rows(beside, mode, dict(zip(timed, taken[own:], strict=True)), taken[1])
     other_seconds = sorted(taken[2])[len(taken[2]) // 2]
     tokens = batch * seq if mode == "prefill" else batch
     costs = list(recorder.costs.values())
@@ -152,6 +168,18 @@ def _whole_row(
     row = {"mode": mode, "tokens": tokens, "batch": batch, "seq": seq, "layers": len(costs) + len(fixed)}
     row |= {"other_seconds": other_seconds, "bound": whole_bound(paired["dense_seconds"], other_seconds, of_ffns)}
     return row | measured(costs, fixed, names) | paired
+
+
+def _checked(beside: Sequence[Beside], mode: str, call: Callable[[Beside], Call]) -> dict[str, Call]:
+    """The calls of the peers that run, by name."""
+    found = {one.name: checked(one, call(one)) for one in beside if one.can(mode)}
+    return {name: made for name, made in found.items() if made is not None}
+
+
+def _peer_rows(
+    beside: Sequence[Beside], mode: str, taken: dict[str, list[float]], moe: Sequence[float]
+) -> list[dict[str, Any]]:
+    return [peer_row(one, mode, taken.get(one.name), moe) for one in beside]
 
 
 def _fixed(state: Setting, case: BenchCase, mode: str, tokens: int) -> tuple[list[FFNCost], set[str]]:

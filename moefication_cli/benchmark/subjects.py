@@ -76,6 +76,7 @@ class Setting:
     batches: list[int]
     seqs: list[int]
     fractions: list[float] | None
+    peers: list[str] = field(default_factory=list)
     rates: Rates | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     memory: list[dict[str, Any]] = field(default_factory=list)

@@ -157,6 +157,9 @@ class TuneConfig(Options):
     batch_size: int = option(32, "Sequences per forward pass", minimum=1, panel=CONTROL)
 
 
+PeerName = Literal["all", "float32", "bfloat16", "compile", "dynamic-int8", "openvino-int8"]
+
+
 @dataclass(frozen=True)
 class BenchConfig(Options):
     """bench: time of the MoE beside the dense model, and how fast it could be."""
@@ -200,6 +203,12 @@ class BenchConfig(Options):
     )
     weights: Literal["int8"] | None = option(
         None, "int8: dense and MoE with int8 weights, on the CPU; dense is the faster of two ways", panel=CONTROL
+    )
+    peers: tuple[PeerName, ...] | None = option(
+        None,
+        "Time in the same turns what needs no conversion, a comma list of float32, bfloat16, compile, dynamic-int8, "
+        "openvino-int8, or all; CPU; each may hold the weights once more",
+        panel=CONTROL,
     )
     threads: int | None = option(None, "CPU threads (default: what torch takes)", minimum=1, panel=CONTROL)
     clock: Literal["wall", "cpu"] = option(

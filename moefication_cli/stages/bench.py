@@ -5,10 +5,12 @@ and shapes, not quality. Writes no files.
 """
 
 import os
+from typing import Any
 
 import torch
 
 from moefication_cli.benchmark.experts import experts_rows
+from moefication_cli.benchmark.peers import PEERS
 from moefication_cli.benchmark.rows import rows_of
 from moefication_cli.benchmark.subjects import MODES, Setting, cases
 from moefication_cli.benchmark.timing import hardware, measure_rates, threads
@@ -41,7 +43,12 @@ def bench(target: str | None, config: BenchConfig, control: Control) -> Result:
         list(dict.fromkeys(config.batch)),
         list(dict.fromkeys(config.seq)),
         None if config.fractions is None else list(dict.fromkeys(config.fractions)),
+        _peers(config),
     )
+    if state.peers and (config.experts or state.device.type != "cpu"):
+        raise ConfigError(
+            "--peers are timed beside models on the CPU", "leave out --experts, and add --device cpu on a GPU"
+        )
     if config.weights is not None and config.experts:
         raise ConfigError(
             "--weights int8 is not for the experts of stock models", "leave out one of --weights, --experts"
@@ -67,6 +74,20 @@ def bench(target: str | None, config: BenchConfig, control: Control) -> Result:
             for row in control.track(rows_of(state, case), "bench"):
                 state.rows.append(row)
         return _result(state, name, torch.get_num_threads())
+
+
+def _peers(config: BenchConfig) -> list[str]:
+    names = config.peers or ()
+    return list(PEERS) if "all" in names else list(dict.fromkeys(names))
+
+
+def _peer_table(row: dict[str, Any], peer: dict[str, Any]) -> dict[str, Any]:
+    """A line of the table: the MoE over a peer, or why there is none."""
+    shown = {key: row[key] for key in ("mode", "tokens", "batch", "seq", "fraction", "expert_size")}
+    seconds, said = peer["seconds"], peer["said"]
+    shown |= {"over": peer["peer"] if said is None else f"{peer['peer']}: {said}"}
+    shown |= {"dense_ms": None if seconds is None else 1e3 * seconds, "moe_ms": 1e3 * row["moe_seconds"]}
+    return shown | {key: peer[key] for key in ("speedup", "min", "max")}
 
 
 def _stored(state: Setting) -> str:
@@ -122,7 +143,10 @@ def _result(state: Setting, name: str, num_threads: int) -> Result:
     for row in state.rows:
         shown = {key: row[key] for key in ("mode", "tokens", "batch", "seq", "fraction", "expert_size", "activation")}
         shown |= {"firing": row["firing"], "dense_ms": 1e3 * row["dense_seconds"], "moe_ms": 1e3 * row["moe_seconds"]}
+        if state.peers:
+            shown = {"over": "dense"} | shown
         table.append(shown | {key: row[key] for key in ("speedup", "min", "max", "bound", "backend")})
+        table += [_peer_table(row, peer) for peer in row["peers"]]
     processor = machine["accelerator"] or machine["processor"]
     notes = [
         f"{name} on {processor}, {num_threads} threads, {state.config.clock} clock, {_stored(state)}{_path(state)}, "
@@ -131,6 +155,12 @@ def _result(state: Setting, name: str, num_threads: int) -> Result:
         "speedup: median of paired rounds, with min and max; bound: larger of arithmetic and bytes, router, union of "
         "the batch's experts and all that is no FFN counted, skipped zeros of ReLU not",
     ]
+    differing = {peer["peer"]: peer["error"] for row in state.rows for peer in row["peers"]
+                 if peer["within_rounding"] is False}  # fmt: skip
+    for name, error in differing.items():
+        notes.append(
+            f"warning: the output of {name} differs from dense by {error:.2g}, more than its rounding explains"
+        )
     for entry in state.memory:
         what = "whole model" if entry["of"] == "model" else "FFNs"
         notes.append(
