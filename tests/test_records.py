@@ -76,3 +76,13 @@ def test_records_of_earlier_versions_have_no_seal(records: list[Path], run_cli: 
         del value["seal"]
         jsonio.write(path, value)
         assert run_cli("verify", path.parent).code == 0
+
+
+def test_an_edited_run_json_is_read_by_stages_and_named_by_verify(records: list[Path], run_cli: Runner) -> None:
+    path, _ = records
+    value = json.loads(path.read_text())
+    jsonio.write(path, value | {"model": "elsewhere/model"})
+    assert RunDir(path.parent).info.model == "elsewhere/model"
+    assert run_cli("verify", path.parent).code == 4
+    RunDir(path.parent).remember(task="text2text")  # the next command that writes it makes it whole
+    assert run_cli("verify", path.parent).code == 0

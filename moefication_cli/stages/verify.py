@@ -53,10 +53,11 @@ def verify(target: str, control: Control) -> Result:
 def _run_record(run: RunDir) -> list[dict[str, Any]]:
     """run.json, and whether the model is still the one it names."""
     try:
-        info = run.info
+        info, path = run.info, run.root / "run.json"
+        jsonio.check_seal(jsonio.read_object(path), path)
     except CorruptArtifactError as error:
         return [_row("run.json", error.message, _RESTORE)]
-    if not jsonio.as_written(path := run.root / "run.json"):
+    if not jsonio.as_written(path):
         return [_row("run.json", f"{path} {_ALTERED}", _RESTORE)]
     now = model_today(run).get(BASE_MODEL)
     if now is None or info.fingerprint in (None, now):
