@@ -14,7 +14,7 @@ from tiny_models import tiny_inputs
 from torch import Tensor
 
 from moefication_cli import load
-from moefication_cli.errors import ConfigError, UnsupportedModelError
+from moefication_cli.errors import ConfigError
 from moefication_cli.models.surgery import installed_layers
 
 
@@ -85,13 +85,6 @@ def test_what_from_pretrained_takes(tmp_path: Path) -> None:
     assert model.dtype == torch.bfloat16 and model.config._attn_implementation == "eager"
     assert load(folder, device="cpu").config._attn_implementation == "sdpa"
     assert len(installed_layers(model)) == 2
-    with pytest.raises(UnsupportedModelError, match="offloaded"):
-        layers = {"lm_head": "cpu", "model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
-        load(
-            folder,
-            device_map={**layers, "model.layers.0": "cpu", "model.layers.1": "disk"},
-            offload_folder=tmp_path / "off",
-        )
     with pytest.raises(ConfigError, match="cannot be loaded"):
         load(folder, device="cpu", attn_implementation="nonsense")
 

@@ -277,3 +277,40 @@ def test_half_precision_source(tmp_path: Path) -> None:
     assert found.faults(half=True) == [] and found.relative_error > 1e-4  # bfloat16 rounds
     with pytest.raises(ConfigError, match="multiple of 8"):
         exported("llama", "mixtral", 0, tmp_path / "small", num_experts=12, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("to", ["mixtral", "gguf"])
+@pytest.mark.parametrize("source", ["opt", "bert"])
+def test_a_model_that_no_format_holds_is_refused_before_anything_is_made(
+    source: str, to: str, run_cli: Runner, tmp_path: Path
+) -> None:
+    save_tiny(source, tmp_path / source)
+    data, run = tmp_path / "train.txt", tmp_path / "run"
+    data.write_text("".join(f"w{i % 30} w{i % 7} w5\n" for i in range(300)))
+    asked = ("--model", tmp_path / source, "--data", data, "--documents", "line", "--expert-size", 8, "--for", to)
+    for more in ((), ("--dry-run",)):
+        found = run_cli("run", run, *asked, *more, "--json")
+        error = found.json["error"]
+        assert found.code == 2 and f"its attention is not that of {source}" in error["message"]
+        assert "apply --embed-code makes a folder" in error["hint"] and "plans what it can" not in error["hint"]
+    assert not (run / "activations").exists()
+
+
+def test_apply_refuses_before_it_plans(calibrated_run: tuple[Path, Path], run_cli: Runner) -> None:
+    run, _ = calibrated_run
+    for more in ((), ("--dry-run",)):
+        found = run_cli("apply", run, "--for", "mixtral", *more, "--json")
+        assert found.code == 2 and "its attention is not that of opt" in found.json["error"]["message"]
+    assert not (run / "model").exists()
+
+
+def test_experts_that_a_precision_cannot_have_are_refused_before_anything_is_made(
+    run_cli: Runner, tmp_path: Path
+) -> None:
+    save_tiny("llama", tmp_path / "llama", dtype=torch.bfloat16)
+    data = tmp_path / "train.txt"
+    data.write_text("w1 w2 w3\n" * 300)
+    asked = ("run", tmp_path / "run", "--model", tmp_path / "llama", "--data", data, "--for", "mixtral")
+    found = run_cli(*asked, "--expert-size", 4, "--json")
+    assert found.code == 2 and "multiple of 8" in found.json["error"]["message"]
+    assert not (tmp_path / "run" / "activations").exists()

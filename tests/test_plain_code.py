@@ -1,5 +1,6 @@
 """The code in a converted folder where this package cannot be imported: bit for bit the `reference` backend."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ from converted import convert
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_inputs
 
+from moefication_cli.models.folder.checkpoint import Checkpoint
 from moefication_cli.models.folder.embedded import embed_code
+from moefication_cli.models.folder.seal import sealed
 from moefication_cli.models.loading import load
 
 AUTO = {
@@ -33,14 +36,13 @@ for name, auto in {auto!r}.items():
     inputs = load_file({root!r} + "/" + name + "/inputs.safetensors")
     with torch.no_grad():
         found = {{"logits": model(**inputs).logits.contiguous()}}
+        model.save_pretrained(folder + "-again")
+        again = getattr(transformers, auto).from_pretrained(folder + "-again", trust_remote_code=True)
+        found["again"] = again(**inputs).logits.contiguous()
         if name == "llama":
             twin = __import__("copy").deepcopy(model)
             found["copied"] = twin(**inputs).logits.contiguous()
             found["generated"] = model.generate(**inputs, max_new_tokens=4, pad_token_id=0)
-            try:
-                model.save_pretrained(folder + "-again")
-            except NotImplementedError as error:
-                print(error)
     save_file(found, {root!r} + "/" + name + "/found.safetensors")
 """
 
@@ -69,7 +71,7 @@ def test_it_is_the_reference_backend_bit_for_bit(tmp_path: Path) -> None:
         embed_code(tmp_path / name / "moe")
         save_file(tiny_inputs(name), tmp_path / name / "inputs.safetensors")
     said = without_the_package(tmp_path, list(AUTO))
-    assert said.strip() == "install moefication to save this mixture; or copy the folder it was loaded from"
+    assert said == ""
     for name in AUTO:
         found, inputs = load_file(tmp_path / name / "found.safetensors"), tiny_inputs(name)
         model = load(tmp_path / name / "moe", device="cpu", backend="reference")
@@ -78,6 +80,18 @@ def test_it_is_the_reference_backend_bit_for_bit(tmp_path: Path) -> None:
             dense = load(tmp_path / name / "moe", device="cpu", fraction=1.0)(**inputs).logits
         assert torch.equal(found["logits"], expected), name
         assert not torch.allclose(found["logits"], dense, atol=1e-3), name  # the control: it is not the dense model
+        # What was saved there: the same mixture by its own code, with the package, and sealed as the package seals
+        saved = tmp_path / name / "moe-again"
+        assert torch.equal(found["again"], expected), name
+        with torch.no_grad():
+            assert torch.equal(load(saved, device="cpu", backend="reference", verify=True)(**inputs).logits, expected)
+        settings, config = (
+            json.loads((saved / file).read_text()) for file in ("moefication/moefication.json", "config.json")
+        )
+        assert settings["weights"] == sealed(Checkpoint(saved)) and len(settings["weights"]["ffns"]) == len(
+            settings["layers"]
+        )
+        assert config == json.loads((tmp_path / name / "moe" / "config.json").read_text())
         if name == "llama":
             assert torch.equal(found["copied"], expected)
             assert torch.equal(found["generated"], model.generate(**inputs, max_new_tokens=4, pad_token_id=0))

@@ -30,6 +30,8 @@ _MOST_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
 _GRAPH_NODES, _LAYER_NODES = 8, {"mixtral": 48, "qwen2_moe": 56, "qwen3_moe": 56}
 # Smaller experts and more of them per token gain less there (tests/benchmarks/README.md)
 _FEWEST_NEURONS, _FEWEST_EXPERTS, _MOST_SELECTED = 128, 4, 12
+_ANY = Shape(num_experts=8, expert_size=256, num_shared=0, top_k=1)  # fits every architecture
+EMBED = "apply --embed-code makes a folder that transformers loads with trust_remote_code"
 
 
 def filled(shape: Shape, name: str, multiple: int) -> Shape:
@@ -44,18 +46,19 @@ def choose_host(config: Config, shape: Shape, quantise: str = "f16") -> str:
 
     Raises ConfigError that says of each why it cannot.
     """
-    reasons: dict[str, str] = {}
-    for name in HOSTS:
-        whole = filled(shape, name, BLOCK[quantise])
-        why = FORMATS[name].refusal(config, whole) or engine_refusal(name, config, shape, quantise)
+    reasons = {name: _refusal(name, config, shape, quantise) for name in HOSTS}
+    for name, why in reasons.items():
         if why is None:
             return name
-        reasons[name] = why
     said = "; ".join(f"as {name}: {why}" for name, why in reasons.items())
-    raise ConfigError(
-        f"llama.cpp cannot run this {config['model_type']} model ({said})",
-        "moefication run RUN --for gguf plans what it can, or split again with --expert-size and apply --for gguf",
-    )
+    again = "moefication run RUN --for gguf plans what it can, or split again with --expert-size and apply --for gguf"
+    possible = any(_refusal(name, config, _ANY, quantise) is None for name in HOSTS)
+    raise ConfigError(f"llama.cpp cannot run this {config['model_type']} model ({said})", again if possible else EMBED)
+
+
+def _refusal(name: str, config: Config, shape: Shape, quantise: str) -> str | None:
+    whole = filled(shape, name, BLOCK[quantise])
+    return FORMATS[name].refusal(config, whole) or engine_refusal(name, config, shape, quantise)
 
 
 def engine_refusal(name: str, config: Config, shape: Shape, quantise: str) -> str | None:

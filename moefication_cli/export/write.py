@@ -13,7 +13,7 @@ from torch import Tensor
 from moefication_cli.conversion.plan import LayerPlan
 from moefication_cli.errors import ConfigError
 from moefication_cli.export.formats import FORMATS, Format, Layer, Shape
-from moefication_cli.export.gguf_shape import choose_host, filled
+from moefication_cli.export.gguf_shape import EMBED, choose_host, filled
 from moefication_cli.ffn import FFNWeights
 from moefication_cli.models.folder.checkpoint import Checkpoint
 from moefication_cli.models.folder.moe_folder import MoEFolder, MoELayer
@@ -32,6 +32,20 @@ _AGAIN = "moefication apply RUN --for FORMAT plans a model that it can hold"
 def check_hostable(name: str, config: Mapping[str, Any], plans: Sequence[LayerPlan]) -> None:
     """Raise ConfigError where the format `name` cannot hold these plans of a model of that configuration."""
     shapes = {plan.layer.name: _shape(plan.layer.site, plan, name) for plan in plans}
+    _check_shapes(name, config, shapes)
+
+
+def check_source(
+    name: str, config: Mapping[str, Any], sites: Sequence[FFNSite], counts: Sequence[tuple[int, int]]
+) -> None:
+    """What `check_hostable` says of any plan, before one is made; `counts` are (experts, shared neurons) of each FFN.
+
+    Raises ConfigError where the format cannot hold a model of that configuration or experts of these sizes.
+    """
+    shapes = {
+        site.name: Shape(experts, (site.num_neurons - shared) // experts, shared, 1)
+        for site, (experts, shared) in zip(sites, counts, strict=True)
+    }
     _check_shapes(name, config, shapes)
 
 
@@ -82,7 +96,7 @@ def refusal(name: str, config: Mapping[str, Any], shape: Shape) -> ConfigError |
     hint = f"it can be exported to {', '.join(others)}" if others else "no native format can hold it"
     return ConfigError(
         f"{name} cannot hold this {config['model_type']} model: {why}",
-        f"{hint}; apply --embed-code makes a folder that transformers loads with trust_remote_code",
+        f"{hint}; {EMBED}",
     )
 
 

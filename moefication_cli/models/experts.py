@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from moefication_cli.errors import ConfigError, CorruptArtifactError
@@ -117,6 +118,8 @@ def _moe_ffn(
     pack(model, site)
     ffn = live_weights(model, site)
     device = ffn.w_up_FD.device  # routers and compensation stay float32, as they were measured
+    if device.type == "meta":  # offloaded: where the weights come to is known when they are there
+        device = torch.device("cpu")
     extra = None if layer.compensation is None else layer.compensation.to(device)
     weights = ExpertWeights(ffn, num_experts, num_shared, extra)
     if router is None:

@@ -182,9 +182,9 @@ def load(
         model = load("RUN/model")
         model.moefication.set(fraction=0.3)     # another budget, at any time; set() goes back
 
-    `fraction` and `top_k` are those of `Experts.set`. `dtype`, `revision`, `device_map` (one device: experts that accelerate
-    spreads or offloads are refused) and whatever else `from_pretrained` takes, such as `attn_implementation`, mean the same here;
-    with a `device_map`, `device` is not looked at.
+    `fraction` and `top_k` are those of `Experts.set`. `dtype`, `revision`, `device_map` and whatever else `from_pretrained` takes, such
+    as `attn_implementation` or `offload_folder`, mean the same here; with a `device_map`, `device` is not looked at. What accelerate
+    spreads over devices or offloads works where it places whole layers; offloaded experts are read anew in every call.
     `weights="int8"`: all linear layers are made int8 when loaded (see `models.int8`), on the CPU, with float32 activations; such a model
     cannot be saved.
     Weights that the experts were not made for are refused, by the sizes of the files and 64 rows of each of the FFNs'

@@ -72,7 +72,8 @@ def install(model: nn.Module, site: FFNSite, layer: FFNLayer, token_mask: TokenM
 
     With `token_mask` the layer is told which tokens are real. A layer with an attribute `weights: ExpertWeights` gets
     its views renewed whenever the model's parameters have moved (device, dtype, deepcopy).
-    Raises UnsupportedModelError where the projections do not run their own `forward` (offloaded, wrapped).
+    What accelerate has spread over devices or offloaded (a `device_map`) works: the FFN takes over the hooks of its projections.
+    Raises UnsupportedModelError where one FFN's projections are to compute on several devices, or do not run their own `forward`.
     """
     up, gate, down = _part(model, site.up), _part(model, site.gate), _part(model, site.down)
     state = up.__dict__.get(_STATE)
@@ -80,14 +81,12 @@ def install(model: nn.Module, site: FFNSite, layer: FFNLayer, token_mask: TokenM
         state.layer, state.token_mask = layer, token_mask
         state.seen = 0
         return
-    for path in (site.up, site.gate, site.down):
-        if path is not None and "forward" in model.get_submodule(path).__dict__:
-            raise UnsupportedModelError(
-                f"{path} is offloaded or wrapped: its weights are not in place", "load the model on one device"
-            )
+    placed = _placements(model, site)
     pack(model, site)
+    for part in placed:  # the hooks stay, for `save_pretrained`; `_Installed` calls them for all projections at once
+        del part.forward, part._old_forward
     parent, name = _owner(model, site.act)
-    state = _Installed(up, gate, down, parent, name, site, layer, token_mask)
+    state = _Installed(up, gate, down, parent, name, site, layer, token_mask, placed)
     object.__setattr__(up, _STATE, state)
     swaps: list[tuple[Any, Any]] = [(up, _Experts), (down, _PassThrough), (gate, _One)]
     if site.fused:
@@ -105,6 +104,10 @@ def uninstall(model: nn.Module, site: FFNSite) -> None:
         return
     for part in {id(part): part for part in (state.up, state.gate, state.down) if part is not None}.values():
         part.__class__ = type(part).__bases__[1]
+    if state.placed:
+        from accelerate.hooks import add_hook_to_module  # which placed them
+    for part in state.placed:
+        add_hook_to_module(part, part._hf_hook)
     setattr(state.act_parent, state.act_name, state.act)
 
 
@@ -132,13 +135,36 @@ class _Installed:
         site: FFNSite,
         layer: FFNLayer,
         token_mask: TokenMask | None,
+        placed: list[Any],
     ) -> None:
+        self.placed = placed  # projections that accelerate has placed; `up` is the first, if any
         self.up, self.gate, self.down, self.site = up, gate, down, site
         self.act_parent, self.act_name, self.act = act_parent, act_name, getattr(act_parent, act_name)
         self.layer, self.token_mask = layer, token_mask
         self.seen = 0  # address of the weights that the layer's views were derived from; 0: derive them
 
     def __call__(self, x: Tensor) -> Tensor:
+        if not self.placed:
+            return self._compute(x)
+        up, *others = self.placed
+        offloaded = any(part._hf_hook.offload for part in self.placed)
+        y = x
+        try:
+            for part in others:
+                part._hf_hook.pre_forward(part)
+            (x,), _ = up._hf_hook.pre_forward(up, x)
+            if offloaded:
+                self.seen = 0  # memory that was given back can lie at the same address again
+            y = self._compute(x)
+        finally:
+            for part in others:
+                part._hf_hook.post_forward(part, None)
+            y = up._hf_hook.post_forward(up, y)
+            if offloaded and isinstance(weights := getattr(self.layer, "weights", None), ExpertWeights):
+                self.layer.weights = _without_memory(weights)  # type: ignore[attr-defined]
+        return y
+
+    def _compute(self, x: Tensor) -> Tensor:
         weight: Tensor = self.up._parameters["weight"]  # type: ignore[assignment]
         learns = weight.requires_grad and torch.is_grad_enabled()
         # Views belong to the parameters' storage of the moment; under autograd also to one graph
@@ -179,8 +205,7 @@ class _Installed:
         layer: Any = copy.copy(self.layer)
         weights = getattr(layer, "weights", None)
         if isinstance(weights, ExpertWeights):
-            with torch.no_grad():
-                layer.weights = replace(weights, ffn=weights.ffn.to("meta"))
+            layer.weights = _without_memory(weights)
         return {**self.__dict__, "layer": layer, "seen": 0}
 
 
@@ -234,6 +259,31 @@ def swapped_module(kind: Any, mixin: Any) -> Any:
     """What copies and pickles call for a projection of an installed FFN, before they set its state: pickled models name it."""
     made = _subclass(kind, mixin)
     return made.__new__(made)  # type: ignore[call-overload]
+
+
+def _placements(model: nn.Module, site: FFNSite) -> list[Any]:
+    """The projections that accelerate has placed, `up` first. Raises UnsupportedModelError, see `install`."""
+    paths = list(dict.fromkeys(path for path in (site.up, site.gate, site.down) if path is not None))
+    placed = [path for path in paths if "forward" in model.get_submodule(path).__dict__]
+    hooks = {path: model.get_submodule(path).__dict__.get("_hf_hook") for path in placed}
+    for path, hook in hooks.items():
+        if not hasattr(hook, "execution_device"):
+            raise UnsupportedModelError(
+                f"{path} is wrapped and does not run its own forward", "wrap the loaded mixture"
+            )
+    devices = {str(hook.execution_device) for hook in hooks.values()}  # type: ignore[union-attr]
+    if placed and (len(devices) > 1 or placed != paths):
+        raise UnsupportedModelError(
+            f"{site.name}: its projections are placed on several devices: {', '.join(sorted(devices))}",
+            "place whole layers, as device_map='auto' does, or {'model.layers.0': 0, 'model.layers.1': 1, ...}",
+        )
+    return [model.get_submodule(path) for path in placed]
+
+
+def _without_memory(weights: ExpertWeights) -> ExpertWeights:
+    """With tensors that have no memory in place of the views on parameters."""
+    with torch.no_grad():
+        return replace(weights, ffn=weights.ffn.to("meta"))
 
 
 def _part(model: nn.Module, path: str | None) -> Any:

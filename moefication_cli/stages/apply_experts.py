@@ -16,7 +16,7 @@ from moefication_cli.conversion.plan import (
 from moefication_cli.conversion.plan_files import budget_of, read_plans, router_tensors, settings
 from moefication_cli.conversion.search import PlanInputs, fraction_for, make_plans
 from moefication_cli.errors import ConfigError, MoEficationError
-from moefication_cli.export.write import check_hostable
+from moefication_cli.export.write import check_hostable, check_source
 from moefication_cli.models.folder.checkpoint import Checkpoint
 from moefication_cli.models.folder.embedded import embed_code
 from moefication_cli.models.folder.moe_folder import write_moe_settings
@@ -58,6 +58,9 @@ def apply_experts(run: RunDir, config: ApplyConfig = ApplyConfig(), control: Con
     tokens = None if activations is None else [layer["tokens"] for layer in activations.metrics["layers"]]
     layers = routed_layers(model, split, router, tokens)
     config = replace(config.hosted(), router=name)
+    if config.host is not None:
+        counts = [(layer.partition.num_experts, layer.partition.num_shared) for layer in layers]
+        check_source(config.host, model.checkpoint.config.to_dict(), [layer.site for layer in layers], counts)
     stages: dict[str, Artifact | None] = {"split": split, f"router/{name}": router, "activations": activations}
     inputs = PlanInputs(run, model, layers, stages, control)
     if tuned is not None:

@@ -23,6 +23,7 @@ from moefication_cli.config.option import distribute, offered_options
 from moefication_cli.conversion.search import default_steps
 from moefication_cli.errors import ConfigError, did_you_mean
 from moefication_cli.export.gguf_shape import suitable_size
+from moefication_cli.export.write import check_source
 from moefication_cli.models.heads import checked_task
 from moefication_cli.runs.control import Control, Result
 from moefication_cli.runs.costs import (
@@ -38,8 +39,9 @@ from moefication_cli.runs.costs import (
 )
 from moefication_cli.runs.data import check_evaluation_data
 from moefication_cli.runs.estimate import dry_run_of, figures
-from moefication_cli.runs.inputs import open_model
+from moefication_cli.runs.inputs import RunModel, open_model
 from moefication_cli.runs.ranks import Ranks
+from moefication_cli.split.methods import expert_counts
 from moefication_cli.stages.apply_experts import apply_experts
 from moefication_cli.stages.build_graph import build_graph
 from moefication_cli.stages.collect_activations import collect_activations
@@ -190,10 +192,7 @@ def run_stages(run: RunDir, asked: Pipeline, control: Control) -> Result:
         router = replace(router, router="mlp", recipe="paper")
     if apply.host is not None:
         router = replace(router, router="native")
-    if apply.host == "gguf" and split.num_experts is None and split.expert_size is None:
-        sites = open_model(run, collect, control).sites
-        split = replace(split, expert_size=suitable_size([site.num_neurons for site in sites], apply.fraction))
-        control.say(f"experts of {split.expert_size} neurons, which suit llama.cpp; --expert-size takes others")
+        split = _hosted_split(apply, split, open_model(run, collect, control), control)
     if asked.recipe is not None:
         check_digests(asked.recipe, run, collect, asked.evaluation(apply.router), control)
     if extra.eval_data is not None:  # now, and not when everything else is done
@@ -225,6 +224,20 @@ def run_stages(run: RunDir, asked: Pipeline, control: Control) -> Result:
         return _last(done)
     done.append(told(control, lambda: evaluate_stage(run, asked.evaluation(apply.router), of("eval", control))))
     return _last(done)
+
+
+def _hosted_split(apply: ApplyConfig, split: SplitConfig, model: RunModel, control: Control) -> SplitConfig:
+    """The split with the expert size that `--for` wants. Raises ConfigError, before any work, where the format cannot hold the model."""
+    assert apply.host is not None
+    sized = split.num_experts is not None or split.expert_size is not None
+    if apply.host == "gguf" and not sized:
+        split = replace(split, expert_size=suitable_size([site.num_neurons for site in model.sites], apply.fraction))
+    if split.from_partition is None:
+        counts = [expert_counts(site.num_neurons, split, model.device.type) for site in model.sites]
+        check_source(apply.host, model.checkpoint.config.to_dict(), model.sites, counts)
+    if apply.host == "gguf" and not sized:
+        control.say(f"experts of {split.expert_size} neurons, which suit llama.cpp; --expert-size takes others")
+    return split
 
 
 def estimate_stages(run: RunDir, asked: Pipeline, control: Control) -> Result:

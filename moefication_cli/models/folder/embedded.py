@@ -21,7 +21,7 @@ from moefication_cli.store.files import atomic_write
 MODULE = "modeling_moefication"
 _BUNDLED = (  # each needs only those before it
     "errors", "ffn", "routing/router", "routing/rules", "runtime/reference", "models/masking", "models/families",
-    "models/sites", "models/surgery", "models/folder/plain",
+    "models/sites", "models/surgery", "models/folder/plain", "models/folder/plain_saving",
 )  # fmt: skip
 _HEAD = '''"""This folder as a mixture of experts: AutoModelForX.from_pretrained(FOLDER, trust_remote_code=True).
 
@@ -49,8 +49,10 @@ class WithExperts:
 
     if attach is None:  # the package saves the experts too
 
-        def save_pretrained(self, *args, **kwargs):
-            raise NotImplementedError("install moefication to save this mixture; or copy the folder it was loaded from")
+        def save_pretrained(self, save_directory, *args, **kwargs):
+            refuse_upload(kwargs)
+            super().save_pretrained(save_directory, *args, **kwargs)
+            save_plain(self, Path(save_directory))
 """
 _CLASS = """
 

@@ -7,6 +7,7 @@ Axes as in `ffn`.
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,15 @@ from moefication_cli.runtime.reference import masked, unrouted
 
 _SCHEMAS = ("moefication/model@1", "moefication/model@2")
 _STORED_AS = {"constant_D": "constant_D", "w_in_RD": "corr_in_RD", "w_out_RD": "corr_out_RD"}
+
+
+@dataclass(frozen=True)
+class PlainSource:
+    """What a mixture was made from, kept with its model for `save_pretrained`: settings, routers, the model's FFNs by name."""
+
+    settings: dict[str, Any]
+    tensors: dict[str, Tensor]
+    sites: dict[str, FFNSite]
 
 
 class PlainFFN:
@@ -64,6 +74,7 @@ def attach_plain(model: Any, folder: str | Path, revision: str | None = None) ->
     layers = [(i, e) for i, e in enumerate(settings["layers"]) if e["layer"] in sites and not e.get("dense")]
     if not layers and not all(entry.get("dense") for entry in settings["layers"]):
         raise CorruptArtifactError(f"{local}: the layers in moefication.json are not the FFNs of the model")
+    model._moefication_source = PlainSource(settings, tensors, sites)
     token_mask = TokenMask(model)
     for index, entry in layers:
         prefix = f"{index:03d}."
@@ -94,7 +105,9 @@ def _layer(model: Any, site: FFNSite, entry: dict[str, Any], tensors: dict[str, 
     extra = {name: tensors.pop(stored) for name, stored in _STORED_AS.items() if stored in tensors}
     pack(model, site)
     ffn = live_weights(model, site)
-    device, num_experts = ffn.w_up_FD.device, entry["num_experts"]
+    num_experts, device = entry["num_experts"], ffn.w_up_FD.device
+    if device.type == "meta":  # offloaded
+        device = torch.device("cpu")
     rule, router = read_rule(entry["rule"]), None
     neurons = site.num_neurons - entry.get("num_shared", 0)
     if neurons < 0 or neurons % num_experts:
