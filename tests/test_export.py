@@ -11,13 +11,15 @@ import pytest
 import torch
 from cli_runner import Runner
 from converted import convert
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_tables import choices
 from tiny_models import VOCAB, D, save_tiny
 from torch.nn import functional
 
+from moefication_cli import load
 from moefication_cli.config import ApplyConfig, ExportConfig
 from moefication_cli.errors import ConfigError
+from moefication_cli.export import write
 from moefication_cli.export.check import Comparison, compare
 from moefication_cli.export.formats import FORMATS, Layer, Shape
 from moefication_cli.export.write import logit_spreads, random_inputs, write_native
@@ -68,7 +70,11 @@ def test_stock_transformers_computes_what_ours_does(source: str, name: str, shar
     found = compare(converted, out, moe, tokens())
     assert found.faults(half=False) == []
     assert found.relative_error < 2e-3, found  # one flipped near-tie would be a hundredth
-    # Negative controls: routers that are not scaled, and experts in another order
+    # Negative controls: two experts exchanged, routers that are not scaled, and other experts selected
+    exchange_experts(out)
+    faults = compare(converted, out, moe, tokens()).faults(half=False)
+    assert any("logits" in fault for fault in faults) and not any("other experts" in fault for fault in faults)
+    exchange_experts(out)
     for layer in ("0", "1"):
         scale(out, f"layers.{layer}.", 2.0**12)
     assert compare(converted, out, moe, tokens()).faults(half=False)
@@ -77,10 +83,22 @@ def test_stock_transformers_computes_what_ours_does(source: str, name: str, shar
     assert any("other experts" in fault for fault in compare(converted, out, moe, tokens()).faults(half=False))
 
 
+def exchange_experts(out: Path) -> None:
+    """The first two experts of every layer in each other's place, as a wrong export would have written them."""
+    for path in out.glob("*.safetensors"):
+        tensors = load_file(path)
+        changed = dict(tensors)
+        for key, tensor in tensors.items():
+            if ".experts.0." in key:
+                other = key.replace(".experts.0.", ".experts.1.")
+                changed[key], changed[other] = tensors[other], tensor
+            elif tensor.dim() == 3:  # [E, ...]
+                changed[key] = tensor[[1, 0, *range(2, len(tensor))]].contiguous()
+        save_file(changed, path, metadata={"format": "pt"})
+
+
 def scale(out: Path, layer: str, factor: float) -> None:
     """Multiply a layer's router weights in place, as a wrong export would have written them."""
-    from safetensors.torch import load_file, save_file
-
     index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
     suffixes = ("mlp.gate.weight", "block_sparse_moe.gate.weight", "router.layer.weight")
     (key,) = (key for key in index if layer in key and key.endswith(suffixes))
@@ -124,6 +142,13 @@ def test_what_formats_refuse(tmp_path: Path) -> None:
     for name, config, shape, word in [
         ("mixtral", llama, shared, "shared expert"),
         ("qwen3_moe", llama, plain, "attention"),
+        (
+            "mixtral",
+            llama | {"model_type": "qwen3"},
+            plain,
+            "attention is not that of qwen3",
+        ),  # which norms queries and keys
+        ("glm4_moe", llama | {"attention_bias": True}, plain, "biases"),
         ("mixtral", llama | {"hidden_act": "gelu"}, plain, "gelu"),
         ("mixtral", llama | {"mlp_bias": True}, plain, "biases"),
         ("qwen2_moe", llama | {"head_dim": 4}, plain, "dimensions"),
@@ -172,7 +197,7 @@ def test_faults_are_named() -> None:
 
 @pytest.fixture
 def llama_run(tmp_path: Path, run_cli: Runner) -> Path:
-    """A run of a tiny bfloat16 Llama, converted for Mixtral."""
+    """A run of a tiny Llama, converted for Mixtral."""
     save_tiny("llama", tmp_path / "llama")
     run, data = tmp_path / "run", tmp_path / "train.txt"
     data.write_text("".join(" ".join(f"w{(i * k) % 40}" for k in range(1, 13)) + "\n" for i in range(300)))
@@ -198,8 +223,6 @@ ids = words("w1 w2 w3", return_tensors="pt").input_ids
 print(model.generate(ids, max_new_tokens=20, do_sample=False)[0].tolist())
 """
     done = subprocess.run([sys.executable, "-c", code, str(out)], capture_output=True, text=True, check=True)
-    from moefication_cli import load
-
     ours = load(llama_run / "model", backend="reference")
     theirs = json.loads(done.stdout)
     expected = ours.generate(torch.tensor([theirs[:3]]), max_new_tokens=20, do_sample=False)[0].tolist()
@@ -262,11 +285,103 @@ def test_what_cannot_be_exported_leaves_nothing(llama_run: Path, run_cli: Runner
     assert not out.exists() and not list(tmp_path.glob(".out*"))
 
 
+def test_a_wrong_export_is_refused_and_force_writes_it(
+    llama_run: Path, run_cli: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write, "_LOGIT_SPREAD", 4.0)  # routers that are not scaled down
+    words = ("export", llama_run, "--to", "mixtral", "--out", tmp_path / "out")
+    refused = run_cli(*words, "--json")
+    assert (
+        refused.code == 1
+        and "the exported model is not the converted one: its logits" in refused.json["error"]["message"]
+    )
+    assert "--force" in refused.json["error"]["hint"] and not (tmp_path / "out").exists()
+    forced = run_cli(*words, "--force", "--json")
+    assert forced.code == 0 and "written because of --force" in forced.err
+    assert forced.json["rows"][0]["relative_error"] > 0.1 and (tmp_path / "out" / "config.json").is_file()
+
+
+FULL_DISK = """
+import resource, signal, sys
+from moefication_cli.cli.app import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+sys.argv[0] = "moefication"
+main()
+"""
+
+
+def test_a_full_disk_leaves_nothing(llama_run: Path, tmp_path: Path) -> None:
+    words = ["export", str(llama_run), "--to", "mixtral", "--out", str(tmp_path / "out"), "--json"]
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, *words], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    error = json.loads(done.stdout)["error"]
+    assert "cannot write" in error["message"] and "too large" in error["message"] and "free some space" in error["hint"]
+    assert not list(tmp_path.glob("*out*")) and not list(tmp_path.glob(".*out*"))
+
+
+def test_a_run_that_is_not_planned_for_a_format(llama_run: Path, run_cli: Runner, tmp_path: Path) -> None:
+    run_cli.ok("train-router", llama_run, "--router", "regression", "--epochs", 1)
+    run_cli.ok("apply", llama_run, "--router", "regression", "--fraction", 0.8, "--rule", "threshold")
+    for to in ("mixtral", "gguf"):
+        refused = run_cli("export", llama_run, "--to", to, "--out", tmp_path / "out", "--json")
+        assert refused.code == 2 and to in refused.json["error"]["message"]
+        assert (
+            "varying number" in refused.json["error"]["message"] or "same neurons" in refused.json["error"]["message"]
+        )
+        assert "apply RUN --for FORMAT" in refused.json["error"]["hint"] and not (tmp_path / "out").exists()
+
+
 def test_planning_for_a_format_needs_its_router(llama_run: Path, run_cli: Runner) -> None:
     run_cli.ok("train-router", llama_run, "--router", "linear", "--epochs", 1)
     outcome = run_cli("apply", llama_run, "--router", "linear", "--fraction", 0.6, "--for", "mixtral", "--json")
     assert outcome.code == 2 and "without a bias" in outcome.json["error"]["message"]
     assert "--router native" in outcome.json["error"]["hint"]
+
+
+GENERATES = """
+import json, sys
+sys.modules["moefication_cli"] = None
+import torch, transformers
+from safetensors.torch import load_file
+for folder in sys.argv[1:]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder + "/out")
+    ids = load_file(folder + "/ids.safetensors")["ids"]
+    prompt = ids[:, :5]
+    options = dict(attention_mask=torch.ones_like(prompt), max_new_tokens=16, do_sample=False, eos_token_id=None)
+    found = [model.generate(prompt, **options)[:, 5:].tolist(), model(ids).logits.argmax(-1)[:, 4:-1].tolist()]
+    print(json.dumps([type(model).__name__, str(model.dtype), *found]))
+"""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_format_generates_the_same_where_this_package_is_not_installed(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """At least 95 % of the tokens; in bfloat16 of the next tokens after the same words, since one near-tie changes all after it."""
+    half, folders, expected = dtype == torch.bfloat16, [], []
+    for source, name, shared in PAIRS:
+        folder = tmp_path / f"{source}-{name}-{shared}"
+        experts = 3 if half and shared else 6
+        folder.mkdir()
+        torch.manual_seed(1)
+        convert(source, folder / "model", top_k=2, num_experts=experts, shared=shared, dtype=dtype)
+        moe, checkpoint = read_moe_folder(folder / "model"), Checkpoint(folder / "model")
+        write_native(checkpoint, moe, name, logit_spreads(moe, random_inputs(checkpoint)), folder / "out")
+        folders.append(str(folder))
+        ours, ids = load(folder / "model", dtype="auto", backend="reference"), torch.arange(3, 43).view(8, 5)
+        options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
+        whole = ours.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        save_file({"ids": whole}, folder / "ids.safetensors")
+        expected.append(whole[:, 5:])
+    done = subprocess.run([sys.executable, "-I", "-c", GENERATES, *folders], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for (source, name, _), line, tokens_BL in zip(PAIRS, done.stdout.splitlines(), expected, strict=True):
+        kind, precision, generated, after_ours = json.loads(line)
+        assert (kind, precision) == (FORMATS[name].architecture, str(dtype))
+        same = float((torch.tensor(after_ours if half else generated) == tokens_BL).float().mean())
+        assert same >= 0.95, (source, name, same)
+        assert len(set(tokens_BL.flatten().tolist())) > 8  # it is not one word again and again
 
 
 def test_half_precision_source(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -333,6 +334,15 @@ def test_from_the_command_line(small_run: Path, run_cli: Runner, tmp_path: Path)
     refused = run_cli("apply", small_run, "--router", "native", "--top-k", 2, "--for", "gguf", "--json")
     assert refused.code == 2 and "multiple of 32" in refused.json["error"]["message"]
     assert not list(tmp_path.glob(".*partial"))
+
+
+def test_without_the_package_gguf_it_says_how_to_get_it(
+    small_run: Path, run_cli: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    refused = run_cli("export", small_run, "--to", "gguf", "--out", tmp_path / "out", "--json")
+    assert refused.code == 2 and "pip install 'moefication[gguf]'" in refused.json["error"]["hint"]
+    assert not (tmp_path / "out").exists()
 
 
 _REGEX = (

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -120,7 +121,10 @@ def write_native(
     for number, tensors in enumerate(_shards(checkpoint, moe, row, (shape, whole), spreads), 1):
         target = out / f"model-{number:05d}-of-{count:05d}.safetensors"
         with files.writing(target):
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, target, metadata={"format": "pt"})
+            try:
+                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, target, {"format": "pt"})
+            except SafetensorError as error:  # which a full disk is to safetensors
+                raise files.write_error(target, str(error)) from error
             target.chmod((out / "config.json").stat().st_mode)
             files.fsync(target)
         index |= dict.fromkeys(tensors, target.name)
