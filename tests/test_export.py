@@ -11,6 +11,7 @@ import pytest
 import torch
 from cli_runner import Runner
 from converted import convert
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from test_tables import choices
 from tiny_models import VOCAB, D, save_tiny
@@ -28,6 +29,8 @@ from moefication_cli.models.folder.checkpoint import Checkpoint
 from moefication_cli.models.folder.moe_folder import read_moe_folder
 from moefication_cli.routing.router import TwoLayerRouter
 from moefication_cli.routing.rules import TopK
+from moefication_cli.stages.exported import export_lock
+from moefication_cli.store.rundir import RunDir
 
 # (source, format, always-on neurons)
 PAIRS = [
@@ -309,6 +312,19 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
 sys.argv[0] = "moefication"
 main()
 """
+
+
+def test_two_exports_to_one_folder(llama_run: Path, run_cli: Runner, tmp_path: Path) -> None:
+    """While another process writes the folder, exit code 5 and not a broken export."""
+    run_cli.ok("apply", llama_run, "--router", "native", "--for", "mixtral", "--fraction", 0.6)
+    out = tmp_path / "out"
+    words = ["export", llama_run, "--to", "mixtral", "--out", out]
+    with FileLock(export_lock(RunDir(llama_run), out)):
+        found = run_cli(*words)
+        assert found.code == 5 and str(out) in found.err and not out.exists(), found.err
+    assert not run_cli.ok(*words)["up_to_date"]
+    with FileLock(export_lock(RunDir(llama_run), out)):  # what is there needs no lock
+        assert run_cli.ok(*words)["up_to_date"]
 
 
 def test_a_full_disk_leaves_nothing(llama_run: Path, tmp_path: Path) -> None:

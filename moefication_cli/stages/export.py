@@ -10,7 +10,14 @@ from moefication_cli.export.record import made_before, write_record
 from moefication_cli.export.write import write_native
 from moefication_cli.runs.control import Control, Result
 from moefication_cli.stages.export_gguf import export_gguf
-from moefication_cli.stages.exported import check_tokens, is_half, open_converted, refuse_unless_forced, router_spreads
+from moefication_cli.stages.exported import (
+    check_tokens,
+    is_half,
+    open_converted,
+    refuse_unless_forced,
+    router_spreads,
+    work_folder,
+)
 from moefication_cli.store import files
 from moefication_cli.store.rundir import RunDir
 
@@ -20,7 +27,7 @@ def export(run: RunDir, config: ExportConfig, control: Control = Control()) -> R
 
     A folder that holds this very export is up to date.
     Raises ConfigError (a model or plan that the format cannot hold, a folder with files in it), MissingArtifactError,
-    CorruptArtifactError, MoEficationError where the exported model does not do what the converted one does.
+    CorruptArtifactError, LockedError, MoEficationError where the exported model does not do what the converted one does.
     """
     if config.to is None or config.out is None:
         raise ConfigError("export needs a format and a folder", "--to mixtral --out DIR")
@@ -33,11 +40,12 @@ def export(run: RunDir, config: ExportConfig, control: Control = Control()) -> R
     out = Path(config.out)
     source = open_converted(run, config.to, control)
     notes = [f"{out} loads with AutoModelForCausalLM.from_pretrained, without this package"]
-    if made_before(out, config.to, source.made.digest):
-        return Result("export", [], {"path": str(out)}, up_to_date=True, notes=notes)
-    partial = out.with_name(f".{out.name}.partial")
-    files.remove(partial)
-    try:
+    done = Result("export", [], {"path": str(out)}, up_to_date=True, notes=notes)
+    if made_before(out, config.to, source.made.digest):  # without a lock: what is there may be read-only
+        return done
+    with work_folder(run, out) as partial:
+        if made_before(out, config.to, source.made.digest):  # by another process, in the meantime
+            return done
         spreads = router_spreads(source, control)
         written = write_native(source.checkpoint, source.moe, config.to, spreads, partial)
         found = compare(source.made.path, partial, source.moe, check_tokens(run, source, control))
@@ -49,9 +57,6 @@ def export(run: RunDir, config: ExportConfig, control: Control = Control()) -> R
             out.rmdir()
         with files.writing(out):
             files.replace(partial, out)
-    except BaseException:
-        files.remove(partial)
-        raise
     size = sum((out / path.name).stat().st_size for path in written)
     row = {"format": config.to, "megabytes": size / 1e6, **found.row()}
     return Result("export", [row], {"path": str(out)}, notes=notes)

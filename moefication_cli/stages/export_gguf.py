@@ -23,6 +23,7 @@ from moefication_cli.stages.exported import (
     open_converted,
     refuse_unless_forced,
     router_spreads,
+    work_folder,
 )
 from moefication_cli.store import files
 from moefication_cli.store.rundir import RunDir
@@ -45,8 +46,9 @@ def export_gguf(run: RunDir, config: ExportConfig, control: Control) -> Result:
     out = _target(run, Path(config.out), quantise)
     kind, notes = f"gguf {quantise}", [f"llama-cli -m {out} runs it"]
     source = open_converted(run, "gguf", control)
+    done = Result("export", [], {"path": str(out)}, up_to_date=True, notes=notes)
     if file_made_before(out, kind, source.made.digest):
-        return Result("export", [], {"path": str(out)}, up_to_date=True, notes=notes)
+        return done
     settings = source.checkpoint.config.to_dict()
     shape = common_shape(source.checkpoint, source.moe, "gguf")
     host = choose_host(settings, shape, quantise)
@@ -57,10 +59,9 @@ def export_gguf(run: RunDir, config: ExportConfig, control: Control) -> Result:
         control.say(
             f"warning: llama.cpp is not here, so that it is not checked against the converted model; {GET_ENGINE}"
         )
-    files.make_dirs(out.parent)
-    partial = out.with_name(f".{out.name}.partial")
-    files.remove(partial)
-    try:
+    with work_folder(run, out) as partial:
+        if file_made_before(out, kind, source.made.digest):  # by another process, in the meantime
+            return done
         native, made = partial / "native", partial / "model.gguf"
         spreads = router_spreads(source, control)
         write_native(source.checkpoint, source.moe, host, spreads, native, BLOCK[quantise])
@@ -77,8 +78,6 @@ def export_gguf(run: RunDir, config: ExportConfig, control: Control) -> Result:
         write_file_record(out, made, kind, source.made.digest)
         with files.writing(out):
             files.replace(made, out)
-    finally:
-        files.remove(partial)
     row = {
         "format": kind, "architecture": host, "megabytes": out.stat().st_size / 1e6, **stock.row(), **checked
     }  # fmt: skip

@@ -1,6 +1,9 @@
 """What both exports start from: the converted model of a run, its router scales, and text to check on."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +16,7 @@ from moefication_cli.models.loading import check_weights
 from moefication_cli.runs.control import Control
 from moefication_cli.runs.data import calibration_data, open_examples, text_reader
 from moefication_cli.runs.inputs import RunModel, layer_seed, open_model, read_tokens
+from moefication_cli.store import files, jsonio, locks
 from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.rundir import RunDir
 
@@ -43,6 +47,24 @@ def open_converted(run: RunDir, to: str, control: Control) -> Converted:
     checkpoint = Checkpoint(made.path, ffn=run.info.ffn, trust_remote_code=control.trust_remote_code)
     activations = run.require("activations") if run.manifest("activations") is not None else None
     return Converted(model, made, moe, checkpoint, activations)
+
+
+def export_lock(run: RunDir, out: Path) -> Path:
+    """In the run directory: a refused export leaves nothing beside `out`."""
+    return run.root / ".locks" / f"export-{jsonio.digest(str(out.absolute()))[:16]}.lock"
+
+
+@contextmanager
+def work_folder(run: RunDir, out: Path) -> Iterator[Path]:
+    """A folder to write in, beside `out`, removed in the end. LockedError where another process exports the run to `out`."""
+    files.make_dirs(out.parent)
+    with locks.held(export_lock(run, out), str(out), timeout=0.0):
+        partial = out.with_name(f".{out.name}.partial")
+        files.remove(partial)
+        try:
+            yield partial
+        finally:
+            files.remove(partial)
 
 
 def is_half(checkpoint: Checkpoint) -> bool:
