@@ -35,6 +35,7 @@ CLEARLY = 0.9  # of the experts' time: masked products must take less to be pref
 _SCHEMA = "moefication/ffn-times@1"
 _MOST_BYTES = 512 << 20  # of weights in rotation
 _SECONDS, _FEWEST, _MOST = 0.4, 5, 50  # per point: time, and rounds
+_UNSTEADY = 2.0  # median over least time, from which on a measurement is doubted
 _LEAST_WIDTH, _WIDTH_SHARE = 16, 8  # of routers: d_model / 8, as train-router makes them
 
 
@@ -115,7 +116,12 @@ class KernelTimes:
             self._say(
                 f"measuring {kind.key}, experts of {size}, {tokens} tokens a call ({self.machine['threads']} threads)"
             )
-            found = measure(kind, size, tokens)
+            found, unsteady = measure(kind, size, tokens)
+            if unsteady > _UNSTEADY:
+                self._say(
+                    f"calls took {unsteady:.1f} times their least time in the median: this machine is busy, and what is kept "
+                    "may be wrong; `moefication bench RUN` measures anew"
+                )
             self.keep(kind, size, tokens, found)
         return found
 
@@ -165,8 +171,12 @@ def _parsed(sizes: Mapping[str, Any]) -> dict[str, FFNTimes]:
 
 
 @torch.inference_mode()
-def measure(kind: FFNKind, size: int, tokens: int) -> FFNTimes:
-    """Medians of calls in turns, each on the next of several FFNs, so that weights are as cold as in the model."""
+def measure(kind: FFNKind, size: int, tokens: int) -> tuple[FFNTimes, float]:
+    """(least times of calls in turns, how many times as long the median of the unsteadiest took).
+
+    Each call is on the next of several FFNs, so that weights are as cold as in the model. Other programs only add to a time, and
+    much to short ones on all cores.
+    """
     generator = torch.Generator().manual_seed(0)
     x_TD = torch.randn(max(tokens, 256), kind.d_model, generator=generator)
     count = max(1, min(kind.layers, _MOST_BYTES // kind.num_bytes))
@@ -184,8 +194,9 @@ def measure(kind: FFNKind, size: int, tokens: int) -> FFNTimes:
             call(x_TD)
             seconds.append(time.perf_counter() - start)
         rounds += 1
-    dense_s, masked, few, many = (statistics.median(seconds) for seconds in taken)
-    return FFNTimes(dense_s, masked, few, many, _router_shape(kind, size)[2])
+    dense_s, masked, few, many = (min(seconds) for seconds in taken)
+    unsteady = max(statistics.median(seconds) / min(seconds) for seconds in taken)
+    return FFNTimes(dense_s, masked, few, many, _router_shape(kind, size)[2]), unsteady
 
 
 def _router_shape(kind: FFNKind, size: int) -> tuple[int, int, int]:

@@ -49,7 +49,7 @@ def test_time_between_the_measured_points_is_a_line_that_never_falls() -> None:
 def test_what_was_measured_is_kept_and_not_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     first = known(said).of(KIND, 8, 4)
-    assert len(said) == 1 and "experts of 8, 4 tokens" in said[0]
+    assert "experts of 8, 4 tokens" in said[0]
     assert first.dense > 0 and first.router_flops == 16 * (16 + 6)
     monkeypatch.setattr(kernel_times, "measure", lambda *asked: pytest.fail("measured again"))
     assert known(said).of(KIND, 8, 4) == first
@@ -58,8 +58,13 @@ def test_what_was_measured_is_kept_and_not_measured_again(monkeypatch: pytest.Mo
         known().known(replace(KIND, layers=3), 8, 4) is None
         and known().known(replace(KIND, dtype="bfloat16"), 8, 4) is None
     )
-    monkeypatch.setattr(kernel_times, "measure", lambda *asked: PLANTED)
-    assert known().of(KIND, 8, 4, anew=True) == PLANTED == known().known(KIND, 8, 4)
+    monkeypatch.setattr(kernel_times, "measure", lambda *asked: (PLANTED, 1.1))
+    said.clear()
+    assert known(said).of(KIND, 8, 4, anew=True) == PLANTED == known().known(KIND, 8, 4)
+    assert len(said) == 1
+    monkeypatch.setattr(kernel_times, "measure", lambda *asked: (PLANTED, 30.0))
+    known(said).of(KIND, 8, 4, anew=True)
+    assert "30.0 times their least" in said[-1] and "busy" in said[-1]
 
 
 def test_another_number_of_threads_has_a_file_of_its_own() -> None:
@@ -116,7 +121,7 @@ def test_a_damaged_or_foreign_file_is_said_and_measured_anew(damage: str, monkey
     assert len(said) == 1 and word in said[0] and "anew" in said[0]
     assert times.known(KIND, 8, 1) is None
     other = replace(PLANTED, dense=7.0)
-    monkeypatch.setattr(kernel_times, "measure", lambda *asked: other)
+    monkeypatch.setattr(kernel_times, "measure", lambda *asked: (other, 1.0))
     assert times.of(KIND, 8, 1) == other
     assert known(later := []).known(KIND, 8, 1) == other and not later
 
