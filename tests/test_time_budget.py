@@ -22,7 +22,7 @@ from moefication_cli.conversion.plan import (
 )
 from moefication_cli.conversion.times import LayerTimes, timed
 from moefication_cli.errors import ConfigError
-from moefication_cli.models.sites import ffn_kinds
+from moefication_cli.models.experts import ffn_kinds
 from moefication_cli.routing.calibrate import Curve
 from moefication_cli.routing.router import TwoLayerRouter
 from moefication_cli.runs.control import Control

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moefication_cli.config import ApplyConfig
 from moefication_cli.errors import ConfigError
-from moefication_cli.models.sites import ffn_kinds
+from moefication_cli.models.experts import ffn_kinds
 from moefication_cli.routing.calibrate import Curve
 from moefication_cli.routing.router import Router
 from moefication_cli.runs.control import Control

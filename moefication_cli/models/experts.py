@@ -1,6 +1,7 @@
 """The experts of a loaded model: what was read from a converted folder installed in it, and another budget at run time."""
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from moefication_cli.models.folder.moe_folder import MoEFolder, MoELayer
 from moefication_cli.models.int8 import quantise_model
 from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.saving import refuse_to_save, save_converted
-from moefication_cli.models.sites import FFNSite, ffn_kinds, find_sites
+from moefication_cli.models.sites import FFNSite, find_sites
 from moefication_cli.models.surgery import FFNLayer, install, live_weights, pack, uninstall
 from moefication_cli.routing.rules import TopK
 from moefication_cli.runtime.backends import installed
@@ -93,6 +94,13 @@ def _masked_from(times: KernelTimes, kind: FFNKind, layer: MoEFFN) -> int | None
     if isinstance(rule, TopK):
         share = (weights.num_shared + rule.top_k * weights.expert_size) / weights.ffn.num_neurons
     return times.masked_from(kind, weights.expert_size, share)
+
+
+def ffn_kinds(sites: Sequence[FFNSite], dtype: torch.dtype) -> list[FFNKind]:
+    """What decides the time of each FFN of a model, all of whose FFNs are `sites`."""
+    shapes = [(site.d_model, site.num_neurons, site.gated, site.activation) for site in sites]
+    name = str(dtype).removeprefix("torch.")
+    return [FFNKind(*shape, dtype=name, layers=shapes.count(shape)) for shape in shapes]
 
 
 def check_budget(fraction: float | None, top_k: int | None) -> None:

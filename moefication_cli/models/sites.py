@@ -5,7 +5,7 @@ width, F neurons. Does not change the model (`surgery`) and does not read files 
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Literal
@@ -17,7 +17,6 @@ from transformers.pytorch_utils import Conv1D
 from moefication_cli.errors import UnsupportedModelError
 from moefication_cli.ffn import ACTIVATIONS, FFNWeights, flops_per_neuron
 from moefication_cli.models.families import ACT_NAMES, FAMILIES, FFNSpec, custom_spec
-from moefication_cli.runtime.kernel_times import FFNKind
 
 _BY_HAND = 'describe its FFNs by hand: --ffn "up=layers.*.mlp.up,gate=layers.*.mlp.gate,down=layers.*.mlp.down"'
 
@@ -128,13 +127,6 @@ class FFNSite:
             if piece.axis is not None:
                 orders.setdefault(piece.parameter, (piece.axis, []))[1].append(order_F + piece.start)
         return {name: (axis, torch.cat(parts)) for name, (axis, parts) in orders.items()}
-
-
-def ffn_kinds(sites: Sequence[FFNSite], dtype: torch.dtype) -> list[FFNKind]:
-    """What decides the time of each FFN of a model, all of whose FFNs are `sites`."""
-    shapes = [(site.d_model, site.num_neurons, site.gated, site.activation) for site in sites]
-    name = str(dtype).removeprefix("torch.")
-    return [FFNKind(*shape, dtype=name, layers=shapes.count(shape)) for shape in shapes]
 
 
 def find_sites(model: nn.Module, ffn: str | None = None) -> list[FFNSite]:
