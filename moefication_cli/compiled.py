@@ -6,6 +6,7 @@ functions from another file would meet code compiled from the old ones after an 
 
 import hashlib
 import os
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -54,6 +55,16 @@ def cpu_features() -> frozenset[str]:
 
     said = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
     return frozenset(name[1:] for name in said if name.startswith("+"))
+
+
+def processor() -> str:
+    """The processor's name, as the system tells it."""
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text().splitlines():
+            if "model name" in line:
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def cached_njit(folder: Path, *signature: str, **options: Any) -> Callable[[Kernel], Kernel]:

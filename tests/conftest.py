@@ -17,6 +17,12 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+@pytest.fixture(autouse=True)
+def no_known_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured on this machine changes which kernels `auto` takes: each test begins without, and keeps its own."""
+    monkeypatch.setattr("moefication_cli.runtime.kernel_times.cache_folder", lambda folder: tmp_path / "kernel-times")
+
+
 @pytest.fixture
 def shared_dir() -> Path:
     """The folder with real models and data; the test is skipped, with this reason, where it is absent."""

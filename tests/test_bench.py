@@ -27,18 +27,21 @@ from moefication_cli.benchmark.layers import (
     sample_inputs,
     to_moe,
 )
-from moefication_cli.benchmark.rows import measured
+from moefication_cli.benchmark.rows import fastest_way, measured
 from moefication_cli.benchmark.shapes import find_shape, set_firing, shape_model, share, without_ffns
 from moefication_cli.benchmark.timing import READ_BYTES, Call, Paired, alternate
 from moefication_cli.config import BenchConfig
 from moefication_cli.errors import ConfigError
 from moefication_cli.ffn import ExpertWeights, FFNWeights
+from moefication_cli.models.loading import load
 from moefication_cli.models.sites import find_sites
 from moefication_cli.models.surgery import installed_layers, live_weights
 from moefication_cli.routing.router import TwoLayerRouter
 from moefication_cli.routing.rules import TopK
+from moefication_cli.runtime.kernel_times import TOKENS, KernelTimes
 from moefication_cli.runtime.layer import MoEFFN
 from moefication_cli.runtime.pruned import PrunedFFN
+from moefication_cli.stages.bench import slower_rows
 
 CPU = torch.device("cpu")
 QUICK = [
@@ -284,6 +287,21 @@ def test_a_stack_without_a_router_has_its_row() -> None:
     assert found["active_fraction"] == pytest.approx((8 / F + 1) / 2)
 
 
+def test_the_fastest_way_of_a_row() -> None:
+    row: dict[str, Any] = {"moe_seconds": 2.0, "dense_seconds": 3.0, "peers": []}
+    assert fastest_way(row) == "moe"
+    assert fastest_way(row | {"dense_seconds": 1.0}) == "dense"
+    peers = [{"peer": "compile", "seconds": None}, {"peer": "bfloat16", "seconds": 0.5}]  # the first was not timed
+    assert fastest_way(row | {"peers": peers}) == "bfloat16"
+
+
+def test_rows_in_which_dense_is_faster_are_said() -> None:
+    fast: dict[str, Any] = {"mode": "ffn", "tokens": 1, "moe_seconds": 2.0, "dense_seconds": 3.0, "speedup": 1.5}
+    slow = fast | {"tokens": 512, "dense_seconds": 1.8, "speedup": 0.9}
+    assert slower_rows([fast]) == []
+    assert slower_rows([fast, slow]) == ["dense is faster than the MoE in 1 of 2 rows: ffn of 512 tokens (0.90x)"]
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
@@ -298,9 +316,11 @@ def test_all_modes_of_a_model(name: str, modes: str, run_cli: Runner, tmp_path: 
         assert row.keys() >= FIELDS
         assert row["dense_seconds"] > 0 and row["moe_seconds"] > 0 and row["min"] <= row["speedup"] <= row["max"]
         assert (row["expert_size"], row["d_model"], row["num_neurons"]) == (8, D, F)
+        assert row["fastest"] == ("moe" if row["moe_seconds"] <= row["dense_seconds"] else "dense")
         if row["fraction"] == 1:
             assert row["bound"] == 1.0 and row["backend"] == "numba"  # the compiled kernel, every neuron on
         assert row["threads"] == 1 and row["repeats"] == 3
+    assert [line["fastest"] for line in found["table"]] == [row["fastest"] for row in rows]
     assert [row["tokens"] for row in rows if row["fraction"] == 1][:3] == [1, 8, 8]
     assert found["hardware"]["processor"] and found["threads"] == 1
     assert {entry["of"] for entry in found["memory"]} == {"ffn", "model"}
@@ -322,8 +342,15 @@ def test_a_converted_run(run_cli: Runner, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     rows = run_cli.ok("bench", run, *QUICK)["rows"]
     assert [row["mode"] for row in rows] == ["ffn", "ffn", "prefill", "decode"]
+    (kind,) = {*load(run / "model").moefication.kinds(torch.float32).values()}
+    kept = KernelTimes(str)
+    measured_at = [kept.known(kind, 8, tokens) for tokens in TOKENS]
+    assert all(measured_at) and kept.known(kind, 4, 1) is None
     assert all(row["top_k"] == 2 and row["num_experts"] == 6 for row in rows)
+    rows = run_cli.ok("bench", run, *QUICK, "--mode", "ffn", "--backend", "torch")["rows"]  # says nothing of `auto`
+    assert [KernelTimes(str).known(kind, 8, tokens) for tokens in TOKENS] == measured_at
     rows = run_cli.ok("bench", run / "model", *QUICK, "--mode", "ffn", "--fractions", "0.5")["rows"]
+    assert [KernelTimes(str).known(kind, 8, tokens) for tokens in TOKENS] != measured_at  # measured anew
     assert all(row["top_k"] == 3 and row["fraction"] == 0.5 for row in rows)
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
 

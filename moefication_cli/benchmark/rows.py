@@ -230,7 +230,15 @@ def _complete(state: Setting, case: BenchCase, row: dict[str, Any]) -> dict[str,
     row["activation"] = case.sites[0].activation
     row["device"], row["threads"], row["clock"] = str(state.device), torch.get_num_threads(), state.config.clock
     row["of_bound"] = row["speedup"] / row["bound"]
+    row["fastest"] = fastest_way(row)
     return row
+
+
+def fastest_way(row: dict[str, Any]) -> str:
+    """What took least in the median of this row: `moe`, `dense` or the name of a peer. Equals go to the MoE, then to dense."""
+    seconds = {"moe": row["moe_seconds"], "dense": row["dense_seconds"]}
+    seconds |= {peer["peer"]: peer["seconds"] for peer in row["peers"] if peer["seconds"] is not None}
+    return min(seconds, key=lambda name: seconds[name])
 
 
 def _remember(state: Setting, what: str, dense: int, moe: int) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional
 
 from moefication_cli.benchmark.bounds import Rates
+from moefication_cli.compiled import processor
 
 MIN_ROUNDS = 5
 _CACHE_UNKNOWN = 32 << 20
@@ -150,15 +151,8 @@ def cache_bytes(device: torch.device) -> int:
 
 def hardware(device: torch.device) -> dict[str, Any]:
     """What a figure must be read with: processor, cores, accelerator, cache, versions."""
-    name = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        named = [
-            line.partition(":")[2].strip() for line in information.read_text().splitlines() if "model name" in line
-        ]
-        name = named[0] if named else name
     return {
-        "processor": name,
+        "processor": processor(),
         "cores": os.cpu_count(),
         "cache_bytes": cache_bytes(device),
         "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,

@@ -12,6 +12,11 @@ TASK_HELP = (
 )
 FormatName = Literal["mixtral", "qwen2_moe", "qwen3_moe", "granitemoeshared", "glm4_moe", "gguf"]
 Score = Literal["activation", "contribution", "norm"]
+OBJECTIVE = (
+    "What --fraction is a share of, and compute is shared out by: the dense FFNs' multiply-adds, or their time on this machine "
+    "(CPU, float32, the present number of threads), measured once and kept"
+)
+OBJECTIVE_TOKENS = "--objective time: tokens per call, 1 for generation, many for prompts and batches"
 FRACTION_OF = "What fractions bound: flops (everything counted, router included) or neurons (the paper's reading)"
 
 
@@ -211,6 +216,8 @@ class ApplyConfig(Options):
         maximum=1.0,
     )
     fraction_of: Literal["flops", "neurons"] = option("flops", FRACTION_OF)
+    objective: Literal["flops", "time"] = option("flops", OBJECTIVE)
+    objective_tokens: int = option(512, OBJECTIVE_TOKENS, minimum=1)
     target_kl: float | None = option(
         None,
         "Instead of --fraction: the least compute whose KL to dense on calibration data is at most this (nats)",

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moefication_cli.config.option import CONTROL, INPUT, OUTPUT, Options, option
-from moefication_cli.config.stages import TASK_HELP, FormatName, TaskName
+from moefication_cli.config.stages import OBJECTIVE, OBJECTIVE_TOKENS, TASK_HELP, FormatName, TaskName
 from moefication_cli.errors import ConfigError
 
 Train = Literal["router", "ffn", "lora", "all"]
@@ -152,6 +152,8 @@ class TuneConfig(Options):
     fractions: tuple[float, ...] = option(
         (0.1, 0.2, 0.3, 0.5), "What an FFN may compute, as shares of dense", above=0, maximum=1
     )
+    objective: Literal["flops", "time"] = option("flops", OBJECTIVE.replace("--fraction is", "--fractions are"))
+    objective_tokens: int = option(512, OBJECTIVE_TOKENS, minimum=1)
     max_tokens: int = option(32768, "Tokens every router is trained on", minimum=1, panel=INPUT)
     heldout_tokens: int = option(16384, "Tokens to judge on", minimum=64, panel=INPUT)
     batch_size: int = option(32, "Sequences per forward pass", minimum=1, panel=CONTROL)

@@ -1,7 +1,7 @@
 """What a converted layer consists of at one compute budget: the common ground of `apply` and `eval`."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -10,13 +10,14 @@ from torch import Tensor
 
 from moefication_cli.config import RouterConfig
 from moefication_cli.config.option import option_types
+from moefication_cli.conversion.times import LayerTimes
 from moefication_cli.errors import ConfigError, did_you_mean
 from moefication_cli.ffn import Compensation
 from moefication_cli.models.sites import FFNSite
 from moefication_cli.routing.budget import allocate, best_within
 from moefication_cli.routing.calibrate import Curve, first_experts
 from moefication_cli.routing.compensation import compensation_kind, fit_compensation
-from moefication_cli.routing.cost import LayerCost, top_k_within
+from moefication_cli.routing.cost import LayerCost, overhead_flops, top_k_within
 from moefication_cli.routing.router import Router
 from moefication_cli.routing.routers import read_router
 from moefication_cli.routing.rules import Rule, Threshold, TopK, as_mask, rule_class
@@ -97,6 +98,8 @@ class Budget:
     sharing: Literal["auto", "uniform"] | None = None
     compensation: str = "auto"  # a name of `COMPENSATIONS`
     keep_dense: Sequence[int] | None = None
+    objective: Literal["flops", "time"] = "flops"
+    times: Sequence[LayerTimes] | None = None  # of every layer, where the objective is time (`times.timed`)
     # Restrictions that `search` tries on the whole model, whose KL the curves of single layers do not show:
     only_router: int | None = None  # index into the layer's routers
     least_rank_cost: float = 0.0  # of the correction, relative to the dense FFN's multiply-adds
@@ -180,6 +183,13 @@ def _choose(
         raise ConfigError(
             f"--rule {budget.rule} needs a calibrated router", "train one with --router regression or linear"
         )
+    if budget.objective == "time" and (
+        not calibrated or rule not in (None, Threshold) or budget.top_k is not None or budget.fraction_of != "flops"
+    ):
+        raise ConfigError(
+            "--objective time needs a calibrated router and the threshold rule",
+            "train one with --router regression, and leave out --rule, --top-k, --for and --fraction-of",
+        )
     if budget.top_k is not None or rule is TopK or not calibrated:
         return [_fixed(layer, budget, layer.index in dense) for layer in layers]
     if rule is None or rule is Threshold:
@@ -206,10 +216,12 @@ def _share_budget(layers: Sequence[RoutedLayer], budget: Budget, dense: set[int]
     """One row of each layer's curve."""
     low_rank = compensation_kind(budget.compensation).low_rank
     costs, errors, work = [], [], []
-    for layer in layers:
-        curve = layer.curve
+    for number, layer in enumerate(layers):
+        curve, times = layer.curve, None if budget.times is None else budget.times[number]
         assert curve is not None
         cost_C = (curve.flops_C if budget.fraction_of == "flops" else curve.active_C).clone()
+        if times is not None:
+            cost_C = times.of_curve(curve, layer.routers, layer.site.d_model)
         error_C = curve.error_C.clone() * layer.num_tokens
         is_dense_C = curve.flops_C >= 1.0
         is_dense_C[:-1] = False
@@ -225,11 +237,35 @@ def _share_budget(layers: Sequence[RoutedLayer], budget: Budget, dense: set[int]
         cost_C[~finite] = float("inf")
         costs.append(cost_C)
         errors.append(error_C)
-        work.append(float(layer.num_tokens * layer.site.num_parameters))
+        of_one = layer.site.num_parameters if times is None else times.times.dense
+        work.append(float(layer.num_tokens * of_one))
     target = budget.fraction * SAFETY if budget.fraction < 1 else 1.0
     if budget.sharing == "uniform":
         return [best_within(cost_C, error_C, target) for cost_C, error_C in zip(costs, errors, strict=True)]
     return allocate(costs, errors, [part / sum(work) for part in work], target)
+
+
+def in_flops(budget: Budget, plans: Sequence[LayerPlan]) -> Budget:
+    """What `settle` and `refine`, which count multiply-adds, hold: under the objective time, what these plans of it take."""
+    if budget.objective == "flops":
+        return budget
+    work = [float(plan.layer.num_tokens * plan.layer.site.num_parameters) for plan in plans]
+    spent = sum(w * plan.flops_fraction for w, plan in zip(work, plans, strict=True)) / sum(work)
+    return replace(budget, fraction=min(1.0, spent / SAFETY), objective="flops", times=None)
+
+
+def time_fraction(plans: Sequence[LayerPlan], budget: Budget) -> float | None:
+    """Modelled time of these plans over the dense FFNs'; None where times are not known."""
+    if budget.times is None:
+        return None
+    taken = total = 0.0
+    for plan, times in zip(plans, budget.times, strict=True):
+        seconds = plan.layer.num_tokens * times.times.dense
+        correction = overhead_flops(None, plan.compensation) / times.dense_flops
+        added = overhead_flops(plan.router, plan.compensation) / times.dense_flops
+        share = 1.0 if plan.rule is None else times.share(plan.router, plan.flops_fraction - added, correction)
+        taken, total = taken + seconds * share, total + seconds
+    return taken / total
 
 
 def _at_mean_count(model: RunModel, activations: Artifact, layer: RoutedLayer, budget: Budget, seed: int) -> LayerPlan:

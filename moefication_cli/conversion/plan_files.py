@@ -25,6 +25,7 @@ def budget_of(config: ApplyConfig) -> Budget:
         config.budget,
         config.compensation,
         config.keep_dense,
+        config.objective,
     )
 
 
@@ -48,7 +49,14 @@ def settings(plans: Sequence[LayerPlan], name: str, config: ApplyConfig, ffn: st
         if router is not None:
             entry["router"] = router_settings(router)
         layers.append(entry)
-    recorded = {"router": name, "fraction": config.fraction, "fraction_of": config.fraction_of, "layers": layers}
+    recorded: dict[str, Any] = {
+        "router": name,
+        "fraction": config.fraction,
+        "fraction_of": config.fraction_of,
+        "layers": layers,
+    }
+    if config.objective != "flops":
+        recorded["objective"] = config.objective
     return recorded | ({} if ffn is None else {"ffn": ffn})
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from moefication_cli.config import ApplyConfig
-from moefication_cli.conversion.plan import LayerPlan, RoutedLayer, plan_layers
+from moefication_cli.conversion.plan import Budget, LayerPlan, RoutedLayer, in_flops, plan_layers
 from moefication_cli.conversion.plan_files import budget_of, read_plans, router_tensors, settings
 from moefication_cli.conversion.refine import Conversion, mean_kl, refine, settle
+from moefication_cli.conversion.times import timed
 from moefication_cli.errors import ConfigError
 from moefication_cli.models.folder.moe_folder import write_moe_settings
 from moefication_cli.models.masking import TokenMask
@@ -61,6 +62,10 @@ class PlanInputs:
     def activations(self) -> Artifact | None:
         return self.stages["activations"]
 
+    def budget(self, config: ApplyConfig) -> Budget:
+        """What these options ask for, with the layers' times where it is time."""
+        return timed(budget_of(config), config, self.layers, self.model.device, self.control)
+
 
 def make_plans(inputs: PlanInputs, config: ApplyConfig) -> list[LayerPlan]:
     """Every layer as `apply` with this config converts it. Raises ConfigError."""
@@ -70,7 +75,7 @@ def make_plans(inputs: PlanInputs, config: ApplyConfig) -> list[LayerPlan]:
     if not config.refine:
         if any(layer.curve is not None for layer in layers):
             control.say("fitted layer by layer; --refine 100 fits routers and corrections to the whole model")
-        return plan_layers(model, activations, layers, budget_of(config), control.seed)
+        return plan_layers(model, activations, layers, inputs.budget(config), control.seed)
     require_calibrated(inputs, config, "--refine")
     name = refined_stage(config)
     # What is written beside the plans, or made of them, does not change them
@@ -213,6 +218,7 @@ class WholeModel:
         run, model, layers, activations, control = (
             inputs.run, inputs.model, inputs.layers, inputs.activations, inputs.control,
         )  # fmt: skip
+        self.inputs = inputs
         self.model, self.layers, self.activations, self.control = model, layers, activations, control
         self.loaded = load_whole(run, model, dtype=dtype)
         for layer in layers:
@@ -252,10 +258,11 @@ class WholeModel:
         only. At small budgets errors are large and the ranking is wrong: the KL of the whole model is measured instead.
         """
         found: list[tuple[float, str, Conversion]] = []
+        asked = self.inputs.budget(config)
         for shape, restriction in _SHAPES.items():
             if restriction and config.compensation != "auto":
                 continue
-            budget = replace(budget_of(config), **restriction)
+            budget = replace(asked, **restriction)
             try:
                 plans = plan_layers(self.model, self.activations, self.layers, budget, self.control.seed)
             except ConfigError:
@@ -264,7 +271,7 @@ class WholeModel:
                 continue
             if any(_same(plans, other.plans) for _, _, other in found):
                 continue
-            conversion = Conversion(self.loaded, plans, budget, self.mask)
+            conversion = Conversion(self.loaded, plans, in_flops(budget, plans), self.mask)
             settle(conversion, self.heldout)
             found.append((mean_kl(conversion, self.heldout), shape, conversion))
         kl, shape, best = min(found, key=lambda entry: entry[0])

@@ -1,6 +1,7 @@
 """The experts of a loaded model: what was read from a converted folder installed in it, and another budget at run time."""
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from moefication_cli.models.saving import refuse_to_save, save_converted
 from moefication_cli.models.sites import FFNSite, find_sites
 from moefication_cli.models.surgery import FFNLayer, install, live_weights, pack, uninstall
 from moefication_cli.routing.rules import TopK
+from moefication_cli.runtime.backends import installed
+from moefication_cli.runtime.kernel_times import SHARES, FFNKind, KernelTimes
 from moefication_cli.runtime.layer import MoEFFN
 from moefication_cli.runtime.pruned import PrunedFFN
 
@@ -41,6 +44,8 @@ class Experts:
         Raises ConfigError for a fraction outside (0, 1], a k that is not a positive integer, and both at once.
         """
         check_budget(fraction, top_k)
+        times = self._times()
+        masked: set[int] = set()
         for site, layer in zip(self._sites, self._layers, strict=True):
             if layer.dense:
                 continue
@@ -53,7 +58,49 @@ class Experts:
                     uninstall(self._model, site)
                 continue
             made = _moe_ffn(self._model, site, layer, self.backend, fraction, top_k)
+            if times is not None and isinstance(made, MoEFFN):
+                least = _masked_from(times, self.kinds(made.weights.ffn.w_up_FD.dtype)[site.name], made)
+                if least is not None:
+                    made.masked_from = least
+                    masked.add(least)
             install(self._model, site, made, self._token_mask)
+        if masked:
+            log.warning(
+                "FFN calls of %d tokens and more compute all neurons and zero those not selected, the same mixture: "
+                "faster than the experts alone where `bench` measured it (%s)",
+                min(masked),
+                times and times.path,
+            )
+
+    def kinds(self, dtype: torch.dtype) -> dict[str, FFNKind]:
+        """What decides the time of every FFN, by its name, with weights of this dtype."""
+        return dict(zip((site.name for site in self._sites), ffn_kinds(self._sites, dtype), strict=True))
+
+    def _times(self) -> KernelTimes | None:
+        """What was measured on this machine, for `auto` on the CPU."""
+        device = next(self._model.parameters()).device
+        if self.backend != "auto" or device.type != "cpu" or not installed("numba"):
+            return None
+        return KernelTimes(log.warning)
+
+
+def _masked_from(times: KernelTimes, kind: FFNKind, layer: MoEFFN) -> int | None:
+    """From how many tokens on masked products are known to be faster than this layer's experts.
+
+    Where tokens run different numbers of experts, they must be faster than the fewest that were measured.
+    """
+    weights, rule = layer.weights, layer.rule
+    share = SHARES[0]
+    if isinstance(rule, TopK):
+        share = (weights.num_shared + rule.top_k * weights.expert_size) / weights.ffn.num_neurons
+    return times.masked_from(kind, weights.expert_size, share)
+
+
+def ffn_kinds(sites: Sequence[FFNSite], dtype: torch.dtype) -> list[FFNKind]:
+    """What decides the time of each FFN of a model, all of whose FFNs are `sites`."""
+    shapes = [(site.d_model, site.num_neurons, site.gated, site.activation) for site in sites]
+    name = str(dtype).removeprefix("torch.")
+    return [FFNKind(*shape, dtype=name, layers=shapes.count(shape)) for shape in shapes]
 
 
 def check_budget(fraction: float | None, top_k: int | None) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from moefication_cli.runtime.cuda.triton_layer import TritonLayer
 
 Selection = Callable[[Tensor, ExpertWeights], Tensor]
-_SETTINGS = frozenset({"weights", "router", "rule", "select", "backend", "may_go_dense"})
+_SETTINGS = frozenset({"weights", "router", "rule", "select", "backend", "may_go_dense", "masked_from"})
 
 
 class MoEFFN:
@@ -37,9 +37,11 @@ class MoEFFN:
 
     `select`, when set, replaces router and rule: `(x_TD, ExpertWeights) -> ids_TK | mask_TE` (oracle, random, ...).
     `backend` is a name of `backends.BACKENDS` or `auto`; under `auto` a call may go dense where sparse would lose, unless
-    `may_go_dense` is False (quality is to be measured: dense computes more than was selected). `last_backend` names the
-    path of the latest call. Assigning `router`, `rule`, `select` or `backend` takes effect with the next call; after the
-    parameters' storage was replaced (`model.to(...)`) assign `weights` anew.
+    `may_go_dense` is False (quality is to be measured: dense computes more than was selected). On the CPU calls of
+    `masked_from` tokens and more compute every neuron and zero those that were not selected (backend `reference`), the
+    same mixture: where that was measured to be faster (`kernel_times`). `last_backend` names the path of the latest call.
+    Assigning `router`, `rule`, `select` or `backend` takes effect with the next call; after the parameters' storage was
+    replaced (`model.to(...)`) assign `weights` anew.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class MoEFFN:
         backend: str = "auto",
         select: Selection | None = None,
         may_go_dense: bool = True,
+        masked_from: int = sys.maxsize,
     ) -> None:
         if select is None and (router is None or rule is None):
             raise ConfigError("a MoE layer needs a router and a rule, or a selection of its own")
@@ -65,6 +68,7 @@ class MoEFFN:
         self.select = select
         self.backend = backend
         self.may_go_dense = may_go_dense
+        self.masked_from = masked_from
         self.last_backend = ""
         self.counts_E: Tensor | None = None
         self.num_counted = 0
@@ -123,8 +127,9 @@ class MoEFFN:
     def _tokens(self, x_TD: Tensor, real_T: Tensor | None) -> Tensor:
         name = self._auto(x_TD) if self.backend == "auto" else self.backend
         self.last_backend = name
-        if name == "dense":
+        if name in ("dense", "reference"):
             self._fast = None  # so that the next call of few tokens says its path again
+        if name == "dense":
             if self.counts_E is not None:
                 self._count(None, x_TD if real_T is None else x_TD[real_T])
             return BACKENDS[name].compute(x_TD, x_TD, self.weights)
@@ -140,8 +145,9 @@ class MoEFFN:
             compiled = self._compile()
             y_TD = self._run_compiled(compiled, x_TD, real_T)
             self._fast = compiled
-            if self.backend == "auto" and self._all_on:
-                self._fast_below = ALL_ON_TOKENS * compiled.width
+            if self.backend == "auto":
+                most = ALL_ON_TOKENS if self._all_on else self.masked_from
+                self._fast_below = min(sys.maxsize, most * compiled.width)
             return y_TD
         if real_T is not None and x_TD.is_cuda and len(x_TD) <= CUDA_FEW_TOKENS and self.counts_E is None:
             # Leaving padding out would wait for the GPU in every layer; computing it costs less
@@ -225,6 +231,8 @@ class MoEFFN:
             return "grouped" if grouped else "torch"
         if name == "dense" and x_TD.is_cuda and not self._all_on:
             say_dense_on_cuda()
+        if name != "dense" and len(x_TD) >= self.masked_from and not needs_grad and not x_TD.is_cuda:
+            return "reference"
         return name
 
     def _count(self, selected: Tensor | None, x_TD: Tensor) -> None:

@@ -1,6 +1,6 @@
 """apply: write RUN/model, a normal Hugging Face folder that is also the MoE. Reads `split`, a router and the model."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from moefication_cli.conversion.plan import (
     choose_router,
     describe_rule,
     routed_layers,
+    time_fraction,
 )
 from moefication_cli.conversion.plan_files import budget_of, read_plans, router_tensors, settings
 from moefication_cli.conversion.search import PlanInputs, fraction_for, make_plans
@@ -67,7 +68,9 @@ def apply_experts(run: RunDir, config: ApplyConfig = ApplyConfig(), control: Con
         stages[tuned.manifest.stage] = tuned
     elif config.target_kl is not None and not control.dry_run:
         config = replace(config, fraction=fraction_for(inputs, config))
-    check_budget(layers, activations, budget_of(config))
+    budget = budget_of(config) if control.dry_run else inputs.budget(config)
+    if config.objective == "flops" or not control.dry_run:  # times may have to be measured
+        check_budget(layers, activations, budget)
     cost = apply_cost(model, config, activations is not None)
     if control.dry_run:
         return estimate("apply", model, run.path("model"), cost, {"split": split, "router": router})
@@ -96,13 +99,22 @@ def apply_experts(run: RunDir, config: ApplyConfig = ApplyConfig(), control: Con
             write_moe_settings(work.folder, content, router_tensors(plans))
             for index in control.track(range(len(plans)), "check", len(plans)):
                 check_layer(model, written, index, control.seed)
-            manifest = work.finish({"layers": rows, "router": name} | describe_rule(plans, config.budget))
+            found = {"layers": rows, "router": name} | describe_rule(plans, config.budget)
+            if budget.times is not None:
+                found["ffn_time_fraction"] = time_fraction(plans, budget)
+                found["ffn_times"] = [asdict(each.times) for each in budget.times]
+            manifest = work.finish(found)
     assert manifest is not None
     path = run.path("model")
     plain = "dense" if tuned is None or weights_file(tuned) is None else "as the fine-tuned dense model"
     notes = [
         f"{path} loads {plain} with transformers, and as the MoE with moefication_cli.load({str(path)!r})",
     ]
+    modelled = manifest.metrics.get("ffn_time_fraction")
+    if modelled is not None:
+        notes.append(
+            f"modelled on this machine: {modelled:.3f} of the dense FFNs' time at {config.objective_tokens} tokens a call"
+        )
     payload = {"path": str(path), "digest": manifest.digest, "metrics": manifest.metrics}
     return Result("apply", manifest.metrics["layers"], payload, up_to_date=work.reason is None, notes=notes)
 

@@ -1,10 +1,13 @@
 """bench: time of the MoE beside the stock dense model in one run, and beside each row how fast it could be.
 
 `benchmark.subjects` builds the models, `benchmark.rows` times them, `benchmark.bounds` has the formula of `bound`. Times measure weights
-and shapes, not quality. Writes no files.
+and shapes, not quality. Writes no files but what
+`load` goes by on this machine (`runtime.kernel_times`), beside the compiled kernels.
 """
 
+import itertools
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +15,7 @@ import torch
 from moefication_cli.benchmark.experts import experts_rows
 from moefication_cli.benchmark.peers import PEERS
 from moefication_cli.benchmark.rows import rows_of
-from moefication_cli.benchmark.subjects import MODES, Setting, cases
+from moefication_cli.benchmark.subjects import MODES, BenchCase, Setting, cases
 from moefication_cli.benchmark.timing import hardware, measure_rates, threads
 from moefication_cli.config import BenchConfig
 from moefication_cli.errors import ConfigError
@@ -20,10 +23,11 @@ from moefication_cli.models.int8 import check_weights_option
 from moefication_cli.models.loading import resolve_device, resolve_dtype
 from moefication_cli.runs.control import Control, Result
 from moefication_cli.runtime.backends import BACKENDS
+from moefication_cli.runtime.kernel_times import SHARES, TOKENS, KernelTimes
 
 
 def bench(target: str | None, config: BenchConfig, control: Control) -> Result:
-    """Time a model, a run's RUN/model or a shape, dense and MoE in turns, or a stock MoE's experts. Writes nothing.
+    """Time a model, a run's RUN/model or a shape, dense and MoE in turns, or a stock MoE's experts. Writes nothing into it.
 
     Raises ConfigError (model not found, unknown shape or mode, mode the model has not), MissingArtifactError (a run
     without RUN/model), UnavailableError (device, backend).
@@ -67,13 +71,36 @@ def bench(target: str | None, config: BenchConfig, control: Control) -> Result:
     with threads(config.threads):
         if config.experts:
             return _experts(state, config.experts, torch.get_num_threads())
+        kept: list[str] = []
         for case in cases(state, target):
             dtype = case.dense.dtype
             if state.rates is None:
                 state.rates = measure_rates(state.device, dtype, config.clock, integer=config.weights == "int8")
             for row in control.track(rows_of(state, case), "bench"):
                 state.rows.append(row)
-        return _result(state, name, torch.get_num_threads())
+            if case.fraction is not None and "ffn" in case.modes:
+                kept += _keep_times(state, case)
+        result = _result(state, name, torch.get_num_threads())
+        result.notes.extend(kept)
+        return result
+
+
+def _keep_times(state: Setting, case: BenchCase) -> list[str]:
+    """Measures the run's FFNs for `load(backend="auto")`, and keeps it; returns what that then does."""
+    config = state.config
+    if state.device.type != "cpu" or config.backend != "auto" or config.weights or config.clock != "wall":
+        return []
+    times = KernelTimes(state.control.say)
+    kinds = case.moe.moefication.kinds(case.dense.dtype)
+    wanted = dict.fromkeys((kinds[name], layer.weights.expert_size) for name, layer in case.experts.items())
+    notes = []
+    for (kind, size), tokens in itertools.product(wanted, TOKENS):
+        times.of(kind, size, tokens, anew=True)
+    for kind, size in wanted:
+        least = times.masked_from(kind, size, SHARES[0])
+        said = "never" if least is None else f"from {least} tokens on"
+        notes.append(f"{kind.key}, experts of {size}: computing all neurons and masking is clearly faster {said}")
+    return [*notes, f"load(backend='auto') with {torch.get_num_threads()} threads goes by it: {times.path}"]
 
 
 def _peers(config: BenchConfig) -> list[str]:
@@ -136,6 +163,13 @@ def _path(state: Setting) -> str:
     return f" ({default_path()} in the numba backend)"
 
 
+def slower_rows(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence about the rows in which dense is faster, if there are any."""
+    found = [row for row in rows if row["dense_seconds"] < row["moe_seconds"]]
+    which = ", ".join(f"{row['mode']} of {row['tokens']} tokens ({row['speedup']:.2f}x)" for row in found)
+    return [f"dense is faster than the MoE in {len(found)} of {len(rows)} rows: {which}"] if found else []
+
+
 def _result(state: Setting, name: str, num_threads: int) -> Result:
     assert state.rates is not None
     machine = hardware(state.device)
@@ -145,7 +179,7 @@ def _result(state: Setting, name: str, num_threads: int) -> Result:
         shown |= {"firing": row["firing"], "dense_ms": 1e3 * row["dense_seconds"], "moe_ms": 1e3 * row["moe_seconds"]}
         if state.peers:
             shown = {"over": "dense"} | shown
-        table.append(shown | {key: row[key] for key in ("speedup", "min", "max", "bound", "backend")})
+        table.append(shown | {key: row[key] for key in ("speedup", "min", "max", "bound", "backend", "fastest")})
         table += [_peer_table(row, peer) for peer in row["peers"]]
     processor = machine["accelerator"] or machine["processor"]
     notes = [
@@ -155,6 +189,7 @@ def _result(state: Setting, name: str, num_threads: int) -> Result:
         "speedup: median of paired rounds, with min and max; bound: larger of arithmetic and bytes, router, union of "
         "the batch's experts and all that is no FFN counted, skipped zeros of ReLU not",
     ]
+    notes += slower_rows(state.rows)
     differing = {peer["peer"]: peer["error"] for row in state.rows for peer in row["peers"]
                  if peer["within_rounding"] is False}  # fmt: skip
     for name, error in differing.items():

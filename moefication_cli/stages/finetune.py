@@ -9,7 +9,6 @@ from dataclasses import replace
 
 from moefication_cli.config import ApplyConfig, FinetuneConfig, compared_values
 from moefication_cli.conversion.plan import check_budget, choose_router, routed_layers
-from moefication_cli.conversion.plan_files import budget_of
 from moefication_cli.conversion.search import PlanInputs, fraction_for, make_plans, refined_stage, require_trainable
 from moefication_cli.errors import UnavailableError
 from moefication_cli.export.write import check_hostable
@@ -58,7 +57,7 @@ def finetune(
         return estimate("finetune", model, run.path(f"finetuned/{config.name}"), cost, stages)
     if conversion is not None and like.target_kl is not None:
         like = replace(like, fraction=fraction_for(inputs, like))
-    check_budget(inputs.layers, activations, budget_of(like))
+    check_budget(inputs.layers, activations, inputs.budget(like))
     plans = None
     if like.refine:
         plans = make_plans(inputs, like)

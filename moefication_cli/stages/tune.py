@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from moefication_cli.config import ApplyConfig, RouterConfig, SplitConfig, TuneConfig
-from moefication_cli.conversion.plan import check_budget, plan_layers, routed_layers
+from moefication_cli.conversion.plan import check_budget, plan_layers, routed_layers, time_fraction
 from moefication_cli.conversion.plan_files import budget_of
 from moefication_cli.conversion.refine import distance
+from moefication_cli.conversion.times import timed
 from moefication_cli.errors import ConfigError
 from moefication_cli.evaluation.measure import timed_logits
 from moefication_cli.evaluation.selections import SelectionRow, count_selections, flops_fractions, routed_row
@@ -69,11 +70,14 @@ def tune(run: RunDir, config: TuneConfig, control: Control) -> Result:
             rows = _sweep(run, model, activations, config, control)
             mark_front(rows, "ffn_flops_fraction", "pareto_flops")
             mark_front(rows, "seconds", "pareto_time")
+            mark_best(rows)
             jsonio.write(work.folder / "metrics.json", {"schema": "moefication/tune@1", "rows": rows})
             work.finish({"rows": len(rows)})
-    front = [row for row in rows if row["pareto_flops"] or row["pareto_time"]]
+    front = [row for row in rows if row["pareto_flops"] or row["pareto_time"] or row.get("best")]
+    spent = "modelled time" if config.objective == "time" else "compute"
     notes = [
-        f"{len(front)} of {len(rows)} combinations are on a front: no other loses less at the same cost",
+        f"best: the least KL of all combinations at the same --fraction of {spent}",
+        f"{len(front)} of {len(rows)} combinations are on a front (no other loses less at the same cost) or best",
         f"KL to dense (embedders: 1 - cosine) on held-out calibration data, not refined; all rows: {run.path('tune') / 'metrics.json'}",
     ]
     table = sorted(front, key=lambda row: float(row["ffn_flops_fraction"]))
@@ -123,14 +127,23 @@ def _sweep(
             for budget, compensation, fraction in itertools.product(
                 config.budgets, config.compensations, dict.fromkeys(config.fractions)
             ):
-                asked = ApplyConfig(fraction=fraction, budget=budget, compensation=compensation)
+                asked = ApplyConfig(
+                    fraction=fraction,
+                    budget=budget,
+                    compensation=compensation,
+                    objective=config.objective,
+                    objective_tokens=config.objective_tokens,
+                )
+                wanted = timed(budget_of(asked), asked, layers, model.device, control)
                 try:
-                    check_budget(layers, activations, budget_of(asked))
+                    check_budget(layers, activations, wanted)
                 except ConfigError:
                     continue  # the router alone costs more
-                plans = plan_layers(model, activations, layers, budget_of(asked), control.seed)
+                plans = plan_layers(model, activations, layers, wanted, control.seed)
                 row = routed_row(router, converted.model, plans, fraction, "auto")
                 choice = dict(zip(_KEYS, (method, size, router, budget, compensation, fraction), strict=True))
+                if config.objective == "time":
+                    choice["ffn_time_fraction"] = time_fraction(plans, wanted)
                 trials.append(Trial(choice, row))
         for layer in layers:
             permute_in_place(converted.model, layer.site, layer.partition.order_F())
@@ -190,6 +203,17 @@ def _row(trial: Trial, model: RunModel, num_batches: int) -> dict[str, Any]:
         "seconds": trial.row.seconds,
         "speedup": trial.dense_seconds / trial.row.seconds,
     }
+
+
+def mark_best(rows: list[dict[str, Any]]) -> None:
+    """Marks, for every fraction, the row of least KL: which method, size of experts and router to take."""
+    least: dict[float, dict[str, Any]] = {}
+    for row in rows:
+        row["best"] = False
+        if row["fraction"] not in least or row["kl"] < least[row["fraction"]]["kl"]:
+            least[row["fraction"]] = row
+    for row in least.values():
+        row["best"] = True
 
 
 def mark_front(rows: list[dict[str, Any]], cost: str, mark: str) -> None:

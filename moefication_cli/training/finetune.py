@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moefication_cli.config import ApplyConfig, FinetuneConfig
-from moefication_cli.conversion.plan import LayerPlan
+from moefication_cli.conversion.plan import LayerPlan, in_flops
 from moefication_cli.conversion.plan_files import budget_of
 from moefication_cli.conversion.refine import SPEND, Conversion, mean_kl, settle
 from moefication_cli.conversion.search import PlanInputs, WholeModel
@@ -56,7 +56,8 @@ def finetune_model(
         control.say(f"the calibration data is short: {len(whole.train)} batches are used {passes:.0f} times each")
     teacher = load_whole(inputs.run, model)
     teacher.model.requires_grad_(False)
-    conversion = Conversion(whole.loaded, plans, budget_of(like), whole.mask, teacher)
+    budget = in_flops(budget_of(like), plans)
+    conversion = Conversion(whole.loaded, plans, budget, whole.mask, teacher)
     if not conversion.layers:
         raise ConfigError(
             "this conversion leaves every FFN dense: there is nothing to recover",
@@ -75,7 +76,7 @@ def finetune_model(
     trained = selection_tensors(conversion, rate.selection) | weights
     if not trained:
         raise ConfigError("this conversion has no routers or corrections to train", "use --train ffn")
-    target = like.fraction * SPEND[1]
+    target = budget.fraction * SPEND[1]
     priced = any(layer.shifts for layer in conversion.layers.values())
     price = config.price * max(before, 1e-6) / target if priced else 0.0
     learner = Learner(conversion, trained, whole.examples, config, target, price)
