@@ -1,6 +1,9 @@
 """A model that is one file with weights: `--model FILE --model-config DIR`, and what people's files look like."""
 
+import os
+import resource
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,9 @@ from cli_runner import Runner
 from safetensors.torch import load_file, save_file
 
 from moefication_cli import load
+from moefication_cli.errors import MoEficationError
+from moefication_cli.models.folder import bare
+from moefication_cli.store import files
 
 
 @pytest.fixture
@@ -89,3 +95,46 @@ def test_what_is_no_such_pair(
     torch.save(weights, file)
     found = run_cli("split", run, "--model", file, "--model-config", folder, "--method", "random", "--dry-run")
     assert found.code == 2 and "writes nothing" in found.err and not (run / "source").exists()
+
+
+def test_the_written_file_is_like_any_other(weights: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    torch.save(weights, file := tmp_path / "checkpoint.bin")
+    (out := tmp_path / "out").mkdir()
+    old = os.umask(0o027)
+    try:
+        bare.write_folder(file, folder, out)
+    finally:
+        os.umask(old)
+    assert (out / "model.safetensors").stat().st_mode & 0o777 == 0o640
+    assert load_file(out / "model.safetensors").keys() == weights.keys()
+
+
+def test_a_disk_without_room_is_named(weights: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    torch.save(weights, file := tmp_path / "checkpoint.bin")
+    (out := tmp_path / "out").mkdir()
+    shutil.copy(folder / "config.json", out)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(MoEficationError, match=r"cannot write .*model\.safetensors") as caught:
+            bare.write_folder(file, folder, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert "free some space" in str(caught.value.hint)
+    assert not list(out.glob("*model.safetensors*"))
+
+
+def test_later_stages_do_not_read_the_weights_again(
+    weights: dict[str, Any], folder: Path, tmp_path: Path, run_cli: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(weights, file := tmp_path / "checkpoint.bin")
+    split = ["split", tmp_path / "run", "--model", file, "--model-config", folder, "--method", "random"]
+    run_cli.ok(*split)
+    run_cli.ok(*split)  # learns what `source.json` said of the files
+    read: list[str] = []
+    own = files.sha256
+    monkeypatch.setattr(files, "sha256", lambda path: read.append(path.name) or own(path))
+    run_cli.ok(*split)
+    assert "model.safetensors" not in read and "checkpoint.bin" not in read

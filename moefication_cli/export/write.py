@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from moefication_cli.conversion.plan import LayerPlan
@@ -23,6 +21,7 @@ from moefication_cli.models.sites import FFNSite
 from moefication_cli.routing.router import TwoLayerRouter
 from moefication_cli.routing.rules import TopK
 from moefication_cli.store import files, jsonio
+from moefication_cli.store.tensorfile import write_tensors
 
 # Router weights times this make logits of standard deviation 2^-11.5: probabilities equal to 2e-4 of themselves, and
 # still apart in float32 (2^-16 and below tie, and the wrong experts win)
@@ -120,13 +119,7 @@ def write_native(
     count = len(moe.layers) + 1
     for number, tensors in enumerate(_shards(checkpoint, moe, row, (shape, whole), spreads), 1):
         target = out / f"model-{number:05d}-of-{count:05d}.safetensors"
-        with files.writing(target):
-            try:
-                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, target, {"format": "pt"})
-            except SafetensorError as error:  # which a full disk is to safetensors
-                raise files.write_error(target, str(error)) from error
-            target.chmod((out / "config.json").stat().st_mode)
-            files.fsync(target)
+        write_tensors(target, tensors, {"format": "pt"})
         index |= dict.fromkeys(tensors, target.name)
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         written.append(target)

@@ -40,7 +40,7 @@ def folder_of_file(run: RunDir, config: RunModelConfig, control: Control) -> Pat
         )
     stale = (made / "source.json").is_file() and jsonio.read_object(made / "source.json").get("inputs") != inputs
     options = StageOptions({}, inputs=inputs, force=stale and not control.dry_run)
-    with begin_output(made, "source", options, _WAIT) as output:
+    with begin_output(made, "source", options, _WAIT, run.hashes.sha256) as output:
         if output.manifest is None:
             write_folder(weights, folder, output.folder, config.ffn)
             output.finish({})

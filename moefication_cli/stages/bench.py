@@ -1,8 +1,8 @@
 """bench: time of the MoE beside the stock dense model in one run, and beside each row how fast it could be.
 
-`benchmark.subjects` builds the models, `benchmark.rows` times them, `benchmark.bounds` has the formula of `bound`. Times measure weights
-and shapes, not quality. Writes no files but what
-`load` goes by on this machine (`runtime.kernel_times`), beside the compiled kernels.
+`benchmark.subjects` builds the models, `benchmark.rows` times them, `benchmark.bounds` has the formula of `bound`. Times
+measure weights and shapes, not quality. Writes one file, beside the compiled kernels: the times that `load` goes by on this
+machine (`runtime.kernel_times`).
 """
 
 import itertools

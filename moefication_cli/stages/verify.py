@@ -30,8 +30,8 @@ def verify(target: str, control: Control) -> Result:
         checked = 1
     elif (root / RECORD).is_file():
         command = "moefication export RUN --to FORMAT --out DIR"
-        altered = altered_files(root) + [RECORD] * (not jsonio.as_written(root / RECORD))
-        rows = [_row("export", f"{root / name} {_ALTERED}", command) for name in altered]
+        altered = [_row("export", f"{root / name} {_ALTERED}", command) for name in altered_files(root)]
+        rows = altered + _if_altered("export", root / RECORD, command)
         checked = 1
     elif (root / "run.json").is_file():
         run = RunDir(root)
@@ -57,8 +57,8 @@ def _run_record(run: RunDir) -> list[dict[str, Any]]:
         jsonio.check_seal(jsonio.read_object(path), path)
     except CorruptArtifactError as error:
         return [_row("run.json", error.message, _RESTORE)]
-    if not jsonio.as_written(path):
-        return [_row("run.json", f"{path} {_ALTERED}", _RESTORE)]
+    if altered := _if_altered("run.json", path, _RESTORE):
+        return altered
     now = model_today(run).get(BASE_MODEL)
     if now is None or info.fingerprint in (None, now):
         return []
@@ -74,8 +74,8 @@ def _stage(run: RunDir, stage: str) -> list[dict[str, Any]]:
         return [_row(stage, error.message, command)]
     if manifest is None:
         return []
-    if not jsonio.as_written(paths.manifest):
-        return [_row(stage, f"{paths.manifest} {_ALTERED}", command)]
+    if altered := _if_altered(stage, paths.manifest, command):
+        return altered
     rows = [_row(stage, error.message, command) for error in damaged_files(paths, manifest, run.hashes)]
     run.hashes.save()
     return rows
@@ -89,9 +89,14 @@ def _folder(folder: Path) -> list[dict[str, Any]]:
         check_weights(folder, moe, verify=True)
     except MoEficationError as error:
         return [_row("model", error.message, command)]
-    if not jsonio.as_written(settings := folder / FOLDER / SETTINGS):
-        return [_row("model", f"{settings} {_ALTERED}", command)]
+    if altered := _if_altered("model", folder / FOLDER / SETTINGS, command):
+        return altered
     return [_row("model", error.message, command) for error in altered_others(folder, moe.settings.get("weights", {}))]
+
+
+def _if_altered(stage: str, path: Path, command: str) -> list[dict[str, Any]]:
+    """A row if the bytes of a JSON file are not those that this program writes for what it holds."""
+    return [] if jsonio.as_written(path) else [_row(stage, f"{path} {_ALTERED}", command)]
 
 
 def _row(stage: str, damage: str, command: str) -> dict[str, Any]:

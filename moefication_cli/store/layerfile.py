@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moefication_cli.errors import CorruptArtifactError
-from moefication_cli.store import files, jsonio
+from moefication_cli.store import jsonio
 from moefication_cli.store.header import Header, read_header
+from moefication_cli.store.tensorfile import write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,29 +32,7 @@ def write_layer(
     `tmp` replaces the temporary name `.NAME.tmp` beside `path`; it must be on the same file system.
     Raises `MoEficationError` naming path and size when the disk does not take it.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    encoded = encoded_metadata(metadata)
-    tmp = files.temporary(path) if tmp is None else tmp
-    stored = _storable(tensors)
-    num_bytes = sum(t.numel() * t.element_size() for t in stored.values())
-    with files.writing(path, num_bytes):
-        try:
-            # save_file gives mode 0600 whatever the umask: learn the umask's mode from a file made the ordinary way.
-            tmp.unlink(missing_ok=True)
-            tmp.touch(mode=0o666)
-            mode = tmp.stat().st_mode & 0o777
-            save_file(stored, tmp, metadata=encoded)
-            tmp.chmod(mode)
-            files.fsync(tmp)
-            files.replace(tmp, path)
-        except SafetensorError as error:
-            tmp.unlink(missing_ok=True)
-            raise files.write_error(path, str(error), num_bytes=num_bytes) from error
-        except BaseException:
-            tmp.unlink(missing_ok=True)
-            raise
+    write_tensors(path, tensors, encoded_metadata(metadata), tmp)
 
 
 def encoded_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
@@ -61,20 +40,6 @@ def encoded_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
     if not isinstance(metadata.get("layer"), str):
         raise ValueError("metadata must name its `layer`")
     return {KEY: jsonio.canonical(metadata).decode()}
-
-
-def _storable(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
-    # safetensors refuses tensors that share storage: those, and slices of something larger, are copied.
-    stored: dict[str, Tensor] = {}
-    storages = set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage()
-        if storage.nbytes() != tensor.numel() * tensor.element_size() or storage.data_ptr() in storages:
-            tensor = tensor.clone()
-        storages.add(tensor.untyped_storage().data_ptr())
-        stored[name] = tensor
-    return stored
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ layers. What a folder holds is never replaced unasked, because it may have been 
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ class Output:
     path: Path
     kind: str
     options: StageOptions
+    digest: Callable[[Path], str] = files.sha256
     manifest: Manifest | None = None
     _begun: float = field(default_factory=time.perf_counter)
 
@@ -86,7 +87,7 @@ class Output:
             raise ConfigError(f"{self.path} was made with other options: {reason}", again)
         for name, entry in manifest.files.items():
             path = self.path / name
-            if not files.is_as_described(path, entry):
+            if not files.is_as_described(path, entry, self.digest):
                 raise ConfigError(f"{path} was changed or removed since {self.kind} wrote it", again)
         self.manifest = manifest
 
@@ -134,12 +135,20 @@ class Output:
 
 
 @contextmanager
-def begin_output(path: Path, kind: str, options: StageOptions, timeout: float = 0.0) -> Iterator[Output]:
+def begin_output(
+    path: Path,
+    kind: str,
+    options: StageOptions,
+    timeout: float = 0.0,
+    digest: Callable[[Path], str] = files.sha256,
+) -> Iterator[Output]:
     """Work on the folder `path`, which the command `kind` writes; one process at a time, another waits `timeout` seconds.
+
+    `digest` is asked whether what is there is still as it was written; that of a `HashCache` reads unchanged files once.
 
     Raises what `Output.look` raises, LockedError, MoEficationError (not writable), CorruptArtifactError (an altered record).
     """
-    output = Output(path.absolute(), kind, options)
+    output = Output(path.absolute(), kind, options, digest)
     output.look()
     if output.manifest is not None:  # without a lock: an up-to-date folder may be read-only
         yield output

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from moefication_cli.errors import ConfigError, first_line
 from moefication_cli.models.folder.checkpoint import Checkpoint
 from moefication_cli.models.folder.permuted import copy_side_files
 from moefication_cli.models.folder.source import load_pickled
-from moefication_cli.store import files
+from moefication_cli.store.tensorfile import write_tensors
 
 # Where training scripts keep the weights, beside steps and optimisers, and what their wrappers put before every name
 _NESTED = ("state_dict", "model_state_dict", "module", "model")
@@ -34,9 +34,7 @@ def write_folder(weights: Path, config: Path, out: Path, ffn: str | None = None)
         )
     tensors = _state_dict(weights)
     copy_side_files(config, out, code=False)
-    target = out / "model.safetensors"
-    with files.writing(target):
-        save_file(tensors, target, metadata={"format": "pt"})
+    write_tensors(out / "model.safetensors", tensors, {"format": "pt"})
     checkpoint = Checkpoint(out, ffn=ffn)
     try:
         for site in checkpoint.sites:
@@ -51,7 +49,7 @@ def write_folder(weights: Path, config: Path, out: Path, ffn: str | None = None)
 
 
 def _state_dict(path: Path) -> dict[str, Tensor]:
-    """The weights in the file, each with memory of its own."""
+    """The weights in the file."""
     if path.suffix == ".safetensors":
         try:
             found: Any = load_file(path)
@@ -70,7 +68,7 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     for wrapper in _WRAPPERS:
         if all(name.startswith(wrapper) for name in found):
             found = {name.removeprefix(wrapper): tensor for name, tensor in found.items()}
-    return {name: tensor.detach().clone().contiguous() for name, tensor in found.items()}
+    return dict(found)
 
 
 def _is_state_dict(found: Mapping[Any, Any]) -> bool:
