@@ -107,6 +107,12 @@ def test_layers_are_swapped_where_phases_begin() -> None:
     other, _ = relu_model("bert")
     resumed = Alternation(other, sites, phases("3:2", 10), RelufyConfig(**HALF), 1)
     resumed.partitions.load_state_dict(alternation.partitions.state_dict())
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for site in sites:  # weights from which other experts would be made
+            moved = torch.randn_like(model.get_parameter(f"{site.up}.weight"))
+            for each in (model, other):
+                each.get_parameter(f"{site.up}.weight").copy_(moved)
     begin_step(resumed, 6)
     begin_step(alternation, 6)
     assert all(is_installed(other, site) for site in sites)
