@@ -46,6 +46,17 @@ class RelufyConfig(ModelConfig, TaskConfig, DataConfig):
         "Weight of the loss on labels, masked or next tokens; 0 with --teacher needs no labels to train",
         minimum=0.0,
     )
+    schedule: str | None = option(
+        None,
+        "Train alternately: sparse:dense, steps of phases in which FFNs run as experts and of dense ones, e.g. 300:300; "
+        "the last phase is dense",
+    )
+    sparse_fraction: float | None = option(
+        None, "--schedule: FLOPs of an FFN in sparse phases, router included (default: 0.3)", above=0, maximum=0.95
+    )
+    expert_size: int | None = option(
+        None, "--schedule: neurons per expert (default: the divisor of an FFN's neurons nearest to 32)", minimum=1
+    )
     epochs: float = option(3.0, "Passes over the data", above=0, maximum=10_000)
     steps: int | None = option(None, "Training steps, instead of --epochs", minimum=1)
     batch_size: int = option(32, "Sequences per batch", minimum=1)

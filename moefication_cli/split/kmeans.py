@@ -99,7 +99,8 @@ def balanced_kmeans(
     """Cluster the rows of x_FD [F, D] into `num_experts` clusters of F / num_experts rows, low in inertia.
 
     `restarts` cold starts (grown and random ones in turn; default 4, or 2 above 8192 rows) and, where `init_F`
-    (int64 [F], balanced) is given, a warm one from it; the lowest inertia wins. `weights_F` [F] >= 0 weighs rows.
+    (int64 [F], balanced) is given, a warm one from it; the lowest inertia wins. With `init_F` there may be 0 cold ones.
+    `weights_F` [F] >= 0 weighs rows.
     Restarts share the `num_threads` threads (default: torch's); the result depends on the seed, and on threads only
     through the rounding of torch's matrix product. `track(done, total)` is called after each start, from this thread.
 
@@ -125,10 +126,10 @@ def balanced_kmeans(
 
     gram_FF, _ = gram(x_FD)
     solve = solve_torch if on_cuda else _solve_compiled
-    orders = [np.random.default_rng((seed, k)).permutation(n) for k in range(restarts)]
+    orders = [np.random.default_rng((seed, k)).permutation(n) for k in range(max(1, restarts))]
     grown: list[Tensor | str] = ["grow" if k % 2 == 0 else "random" for k in range(restarts)]
     starts = grown if init_F is None else [*grown, init_F]
-    orders += [orders[0]] * (len(starts) - restarts)
+    orders += [orders[0]] * (len(starts) - len(orders))
 
     def run(k: int) -> tuple[Tensor, float]:
         expert_F = solve(gram_FF, num_experts, starts[k], orders[k], mean_1_F)
@@ -208,7 +209,7 @@ def _check(x_FD: Tensor, num_experts: int, restarts: int, weights_F: Tensor | No
         raise ConfigError(f"rows to cluster must be a non-empty float matrix [F, D], not {tuple(x_FD.shape)}")
     n = x_FD.shape[0]
     check_divides(n, num_experts)
-    if restarts < 1:
+    if restarts < (1 if init_F is None else 0):
         raise ConfigError(f"restarts is {restarts}; at least one is needed")
     if weights_F is not None:
         if weights_F.shape != (n,):

@@ -29,7 +29,8 @@ from moefication_cli.tasks.examples import Batch, Examples, TaskOptions
 from moefication_cli.tasks.parts import split_rows
 from moefication_cli.tasks.reading import data_digest, load_rows
 from moefication_cli.tasks.task import prepare
-from moefication_cli.training.relufy import Measured, measure, train_batches, train_relu
+from moefication_cli.training.alternate import layer_costs, lengths, phases
+from moefication_cli.training.relufy import Measured, measure, num_steps, train_batches, train_relu
 
 _TEXT = ("lm", "mlm")  # tasks whose rows are pieces of text
 _COLUMNS = ("name", "active_before", "active_swapped", "active_after")
@@ -81,6 +82,12 @@ def _opened(config: RelufyConfig, control: Control) -> tuple[RunModel, RelufyCon
         raise ConfigError("relufy needs a model and data", "--model MODEL --data DATA")
     if config.sparsity is None and config.sparsity_weight is not None:
         raise ConfigError("--sparsity-weight is the weight of a penalty, and there is none", "--sparsity hoyer")
+    if config.schedule is None and (config.sparse_fraction, config.expert_size) != (None, None):
+        raise ConfigError(
+            "--sparse-fraction and --expert-size are of sparse phases, and there are none", "--schedule 300:300"
+        )
+    if config.schedule is not None:
+        lengths(config.schedule)
     if config.teacher is None and not config.task_weight:
         raise ConfigError("--task-weight 0 leaves nothing to learn", "name a --teacher")
     checkpoint = Checkpoint(config.model, config.revision, config.ffn, control.trust_remote_code)
@@ -89,6 +96,8 @@ def _opened(config: RelufyConfig, control: Control) -> tuple[RunModel, RelufyCon
             f"{checkpoint.source.ref} has no classifier", "name the classes of a new one: --classes negative,positive"
         )
     model = RunModel(checkpoint, checkpoint.fingerprint(), resolve_device(control.device))
+    if config.schedule is not None:
+        layer_costs(model.sites, config)
     task = checked_task(_headed(model, config), config.task, checkpoint.source.ref)
     if task == "embedding":
         raise ConfigError(
@@ -124,6 +133,9 @@ def _make(work: Output, model: RunModel, relu: Any, config: RelufyConfig, contro
     tokenizer = load_tokenizer(model.checkpoint.source, control.trust_remote_code)
     data = _read(tokenizer, model, config, control)
     batches = train_batches(data.train, config, str(config.data))
+    turns = [] if config.schedule is None else phases(config.schedule, num_steps(config, len(batches)))
+    if turns and config.sparsity is not None:
+        control.say("--sparsity acts in dense phases only: in sparse ones few activations are computed")
     _check_memory(model, config, batches, control)
     original = _load(model, config, control)
     before = measure(original, find_sites(original.model, config.ffn), data.judge, config.batch_size, control, "before")
@@ -136,25 +148,31 @@ def _make(work: Output, model: RunModel, relu: Any, config: RelufyConfig, contro
         control.say("--no-intermediate-bias changes nothing: this model has no such biases")
     swapped = measure(loaded, sites, data.judge, config.batch_size, control, "ReLU put in")
     control.say(f"{before.summary.metric} {before.summary.value:.4g}, with ReLU put in {swapped.summary.value:.4g}")
-    trained = train_relu(loaded, sites, data.train, batches, teacher, config, work.scratch / "trainer", control)
+    trained = train_relu(loaded, sites, data.train, batches, teacher, config, work.scratch / "trainer", control, turns)
     if trained.resumed:
         control.say(f"went on from step {trained.resumed}")
     dtype = model.checkpoint.stored_dtype(f"{model.sites[0].up}.weight")
     _round(loaded.model, dtype)
     after = measure(loaded, sites, data.judge, config.batch_size, control, "after")
     _write(work.folder, loaded.model.to(dtype), model, config, control)
+    spent = sum(phase["steps"] * phase["ffn_flops_fraction"] for phase in trained.phases) / trained.steps
+    alternated = {"phases": trained.phases, "training_ffn_flops_fraction": spent} if turns else {}
     metrics = {"metric": before.summary.metric, "examples": before.summary.num_examples, "before": before.row()}
-    return metrics | {
-        "swapped": swapped.row(),
-        "after": after.row(),
-        "activity": _activity([site.name for site in sites], before, swapped, after),
-        "steps": trained.steps,
-        "resumed": trained.resumed,
-        "tokens": trained.tokens,
-        "seed": control.seed,
-        "zero_biases": len(frozen),
-        "activation": model.sites[0].activation,
-    }
+    return (
+        metrics
+        | alternated
+        | {
+            "swapped": swapped.row(),
+            "after": after.row(),
+            "activity": _activity([site.name for site in sites], before, swapped, after),
+            "steps": trained.steps,
+            "resumed": trained.resumed,
+            "tokens": trained.tokens,
+            "seed": control.seed,
+            "zero_biases": len(frozen),
+            "activation": model.sites[0].activation,
+        }
+    )
 
 
 def _activity(names: Sequence[str], before: Measured, swapped: Measured, after: Measured) -> list[dict[str, Any]]:
@@ -258,5 +276,15 @@ def _summary(metrics: Any) -> str:
     return (
         f"{metrics['metric']} on {metrics['examples']} examples: {before:.4g} before, {swapped:.4g} with ReLU put in, "
         f"{after:.4g} after {metrics['steps']} steps ({metrics['tokens']} tokens); active neurons {active[0]:.1%} before, "
-        f"{active[1]:.1%} after"
+        f"{active[1]:.1%} after{_phases_text(metrics)}"
+    )
+
+
+def _phases_text(metrics: Any) -> str:
+    if "phases" not in metrics:
+        return ""
+    sparse = [phase for phase in metrics["phases"] if phase["phase"] == "sparse"]
+    return (
+        f"; {sum(phase['steps'] for phase in sparse)} steps in {len(sparse)} sparse phases at "
+        f"{sparse[0]['ffn_flops_fraction']:.2f} of the FFN FLOPs, {metrics['training_ffn_flops_fraction']:.2f} over all steps"
     )

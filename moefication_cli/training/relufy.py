@@ -19,6 +19,7 @@ from moefication_cli.models.loading import LoadedModel
 from moefication_cli.models.sites import FFNSite
 from moefication_cli.runs.control import Control
 from moefication_cli.tasks.examples import Batch, Examples, Summary, summarise
+from moefication_cli.training.alternate import Alternation, Phase
 from moefication_cli.training.losses import LOSSES
 from moefication_cli.training.sparsity import Penalty
 from moefication_cli.training.trainer import SMALLER, Schedule, train
@@ -60,7 +61,10 @@ def measure(
 
 
 class Learner(nn.Module):
-    """What `Trainer` trains and saves: the model's parameters, tied ones once; `tokens` counts what was read."""
+    """What `Trainer` trains and saves: the model's parameters, tied ones once; `tokens` counts what was read.
+
+    `partitions` are saved with them.
+    """
 
     tokens: Tensor
 
@@ -71,6 +75,7 @@ class Learner(nn.Module):
         examples: Examples,
         config: RelufyConfig,
         teacher: LoadedModel | None,
+        partitions: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self._device, self._examples, self._config = loaded.device, examples, config
@@ -78,6 +83,7 @@ class Learner(nn.Module):
         self._penalty = None if config.sparsity is None else Penalty(loaded.model, sites, config.sparsity)
         named = loaded.model.named_parameters()
         self.tensors = nn.ParameterDict({n.replace(".", "/"): p for n, p in named if p.requires_grad})
+        self.partitions = partitions
         self.register_buffer("tokens", torch.tensor(0, dtype=torch.int64))
 
     def train(self, mode: bool = True) -> "Learner":
@@ -96,8 +102,8 @@ class Learner(nn.Module):
             with torch.no_grad():
                 dense = teacher(**batch.inputs)
             losses.append(config.teacher_weight * LOSSES["kl"](found, dense, batch, self._examples))
-        if self._penalty is not None:
-            losses.append((config.sparsity_weight or SPARSITY_WEIGHT) * self._penalty.take())
+        if self._penalty is not None and (penalty := self._penalty.take()) is not None:
+            losses.append((config.sparsity_weight or SPARSITY_WEIGHT) * penalty)
         loss = torch.stack(losses).sum()
         if not bool(loss.isfinite()):
             raise NonFiniteError("the loss is not finite", SMALLER)
@@ -107,11 +113,14 @@ class Learner(nn.Module):
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training took: steps in all, those of a killed one that were not made again, tokens read."""
+    """What a training took: steps in all, those of a killed one that were not made again, tokens read, and its phases
+    (`Alternation.report`).
+    """
 
     steps: int
     resumed: int
     tokens: int
+    phases: list[dict[str, Any]]
 
 
 def train_batches(examples: Examples, config: RelufyConfig, source: str) -> list[Batch]:
@@ -140,14 +149,21 @@ def train_relu(
     config: RelufyConfig,
     folder: Path,
     control: Control,
+    phases: Sequence[Phase] = (),
 ) -> Trained:
-    """Train `loaded.model` in place; checkpoints go to `folder`. Raises NonFiniteError, RunAgainError."""
+    """Train `loaded.model` in place; checkpoints go to `folder`. With `phases`, alternately sparse and dense.
+
+    Raises NonFiniteError, RunAgainError.
+    """
     steps = num_steps(config, len(batches))
-    learner = Learner(loaded, sites, examples, config, teacher)
+    alternation = Alternation(loaded.model, sites, phases, config, control.seed) if phases else None
+    kept, callbacks = (None, []) if alternation is None else (alternation.partitions, [alternation])
+    learner = Learner(loaded, sites, examples, config, teacher, kept)
     optimizer = torch.optim.AdamW(learner.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     schedule = Schedule(
         steps, config.accumulate, config.warmup, config.save_steps, config.autocast, decay="linear", name="relufy"
     )
-    resumed = train(learner, optimizer, batches, schedule, folder, loaded.device, control)
+    resumed = train(learner, optimizer, batches, schedule, folder, loaded.device, control, callbacks)
     loaded.model.eval()
-    return Trained(steps, resumed, int(learner.tokens))
+    report = [] if alternation is None else alternation.report()
+    return Trained(steps, resumed, int(learner.tokens), report)

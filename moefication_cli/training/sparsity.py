@@ -49,7 +49,7 @@ class Penalty:
 
         return listen
 
-    def take(self) -> Tensor:
-        """The mean over FFNs."""
+    def take(self) -> Tensor | None:
+        """The mean over FFNs; None where all of them ran as experts, whose activations are not to be had."""
         found, self._found = self._found, []
-        return torch.stack(found).mean()
+        return torch.stack(found).mean() if found else None

@@ -100,7 +100,6 @@ class Learner(nn.Module):
         self.tensors = nn.ParameterDict({name.replace(".", "/"): entry.tensor for name, entry in trained.items()})
         self.register_buffer("price", torch.tensor(price, dtype=torch.float64))
         self.register_buffer("average", torch.tensor(target, dtype=torch.float64))
-        self.register_state_dict_post_hook(_contiguous)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """{"loss": losses + price of the share of dense that was computed}. Raises NonFiniteError."""
@@ -116,9 +115,3 @@ class Learner(nn.Module):
             self.average += 0.1 * self._share * (float(spent) - self.average)
             self.price *= torch.exp(self._share * (self.average / self._target - 1).clamp(-0.1, 0.1))
         return {"loss": loss}
-
-
-def _contiguous(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
-    """safetensors takes contiguous tensors only; down-projections lie neuron-major (`surgery.pack`)."""
-    for name in list(state):
-        state[name] = state[name].contiguous()

@@ -50,6 +50,7 @@ def train(
     folder: Path,
     device: torch.device,
     control: Control,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> int:
     """Train `module`, whose forward takes `batch=` and returns {"loss": ...}; returns the step it went on from, 0 for none.
 
@@ -84,6 +85,7 @@ def train(
     if last is not None and _number(last) >= steps:  # killed after the last step: Trainer would make another one
         module.load_state_dict(load_file(last / "model.safetensors"))
         return _number(last)
+    module.register_state_dict_post_hook(_contiguous)
     watch = _Watch(module, folder, schedule.name, control)
     with _alone(), torch.random.fork_rng(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         made = TrainingArguments(**arguments)
@@ -94,7 +96,7 @@ def train(
             data_collator=_one,
             train_dataset=list(batches),  # type: ignore[arg-type]
             optimizers=(optimizer, None),
-            callbacks=[watch],
+            callbacks=[watch, *callbacks],
         )
         trainer.remove_callback(PrinterCallback)  # standard output is for results
         try:
@@ -121,6 +123,12 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def _number(path: Path) -> int:
     return int(path.name.rpartition("-")[2])
+
+
+def _contiguous(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+    """safetensors takes contiguous tensors only; down-projections may lie neuron-major (`surgery.pack`)."""
+    for name in state:
+        state[name] = state[name].contiguous()
 
 
 def _one(items: Sequence[Batch]) -> dict[str, Batch]:
