@@ -101,7 +101,10 @@ class DataConfig(Options):
 
     # Its content is compared, as an input of the stage, and not its name
     data: str | None = option(
-        None, "Hub dataset (glue/sst2) or local .tsv/.csv/.jsonl/.parquet/.txt file", compared=False, panel=INPUT
+        None,
+        "Hub dataset (NAME, NAME/CONFIG or OWNER/NAME/CONFIG: glue/sst2) or local .tsv/.csv/.jsonl/.parquet/.txt file",
+        compared=False,
+        panel=INPUT,
     )
     split: str | None = option(
         None, "Split of the dataset (default: train to calibrate, validation to evaluate)", panel=INPUT
@@ -111,6 +114,13 @@ class DataConfig(Options):
     )
     documents: Literal["auto", "file", "line"] = option(
         "auto", "In .txt data, one document per file or per line", panel=INPUT
+    )
+    stream: int | None = option(
+        None,
+        "Hub data too large to download: read its first so many rows as a stream; they are kept in the cache of datasets",
+        minimum=1,
+        compared=False,  # the rows are, as the content of the data
+        panel=INPUT,
     )
     limit: int | None = option(None, "Use at most this many examples, sampled uniformly", minimum=1, panel=INPUT)
 

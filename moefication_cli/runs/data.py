@@ -93,6 +93,7 @@ def _read_examples(
         header=config.header,
         documents=config.documents,
         purpose=purpose,
+        stream=config.stream,
     )
     options = TaskOptions(fields["max_length"], prompt, words, config.limit, control.seed)
     notes = list(rows.notes)
@@ -114,7 +115,7 @@ def data_inputs(run: RunDir, model: RunModel, config: CollectConfig | EvalConfig
     """
     if config.data is None:
         raise ConfigError("no data was named", "name a file or hub dataset with --data")
-    digest = data_digest(config.data, config.split, _purpose(config), run.hashes.sha256)
+    digest = data_digest(config.data, config.split, _purpose(config), run.hashes.sha256, config.stream)
     return {"data": digest, "tokenizer": tokenizer_digest(model.checkpoint.folder, run.hashes.sha256)}
 
 

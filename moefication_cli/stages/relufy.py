@@ -118,9 +118,9 @@ def _headed(model: RunModel, config: RelufyConfig) -> Any:
 def _inputs(model: RunModel, config: RelufyConfig) -> dict[str, str]:
     """Digests of everything the result depends on."""
     found = {"base_model": model.fingerprint, "tokenizer": tokenizer_digest(model.checkpoint.folder, files.sha256)}
-    found["data"] = data_digest(str(config.data), config.split, "calibrate", files.sha256)
+    found["data"] = data_digest(str(config.data), config.split, "calibrate", files.sha256, config.stream)
     if config.eval_data is not None:
-        found["eval_data"] = data_digest(config.eval_data, config.eval_split, "evaluate", files.sha256)
+        found["eval_data"] = data_digest(config.eval_data, config.eval_split, "evaluate", files.sha256, config.stream)
     if config.teacher == "original":
         found["teacher"] = model.fingerprint
     elif config.teacher is not None:
@@ -188,7 +188,7 @@ def _read(tokenizer: Any, model: RunModel, config: RelufyConfig, control: Contro
     if config.steps is not None:  # not more than will be read
         wanted = config.steps * config.accumulate * config.batch_size
         options = replace(options, limit=min(wanted, config.limit or wanted))
-    shared = {"header": config.header, "documents": config.documents, **fields}
+    shared = {"header": config.header, "documents": config.documents, "stream": config.stream, **fields}
     rows = load_rows(str(config.data), split=config.split, purpose="calibrate", **shared)  # type: ignore[arg-type]
     if judged is None:
         learn, judge = split_rows(rows, options, task in _TEXT, _HELDOUT, _MOST_HELDOUT)

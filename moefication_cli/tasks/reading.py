@@ -29,6 +29,7 @@ from moefication_cli.errors import ConfigError, MoEficationError, first_line
 from moefication_cli.tasks.data_files import PREFERRED, Purpose, expanded, find_files, local_digest
 from moefication_cli.tasks.fields import guess_fields, split_fields
 from moefication_cli.tasks.local_files import Documents, guess_documents, read_rows
+from moefication_cli.tasks.streams import streamed
 
 # Datasets of several configurations that users name as NAME/CONFIG, without the owner
 _COLLECTIONS = {
@@ -111,13 +112,15 @@ def load_rows(
     revision: str | None = None,
     documents: Documents = "auto",
     purpose: Purpose = "calibrate",
+    stream: int | None = None,
 ) -> Rows:
     """Rows of a hub dataset (`glue/sst2` is configuration sst2 of glue), a local file or a folder of files.
 
     `split` picks a hub split, or the files of a folder that carry its name (train, dev, valid, ...); None picks by
     `purpose` and says so in the notes. `text_field` is `a` or `a,b`; with `header=False` fields are column numbers,
     from 0.
-    `documents`: whether each line of a .txt is a document or each file (auto looks at the first file).
+    `documents`: whether each line of a .txt is a document or each file (auto looks at the first file). `stream`: hub data
+    is not downloaded, only its first `stream` rows are read (`streams`).
     Raises ConfigError: not found, empty, unreadable, offline, wrong field.
     """
     name = str(ref)
@@ -125,6 +128,8 @@ def load_rows(
     notes: list[str] = []
     if path.exists():
         files = find_files(path, split, PREFERRED[purpose], notes)
+        if stream is not None:
+            notes.append(f"--stream {stream} is ignored: {name} is local, and read in place")
         mode = guess_documents(files, documents, notes)
         with _quiet(), _readable(name), TemporaryDirectory(prefix="moefication-data-") as cache:
             dataset, starts = read_rows(files, header, mode, cache)
@@ -133,7 +138,7 @@ def load_rows(
         raise ConfigError(f"data {name} not found", "check the path given with --data")
     else:
         with _quiet(), _readable(name):
-            dataset = _load_hub(name, split, revision, purpose, notes)
+            dataset = _load_hub(name, split, revision, purpose, notes, stream)
         starts = _joined_lines(dataset, text_field, documents, notes)
         rows = Rows(dataset, (), None, notes, name, (), dataset._fingerprint, starts)
     if rows.num_rows == 0:
@@ -141,7 +146,9 @@ def load_rows(
     return _with_fields(rows, text_field, label_field)
 
 
-def data_digest(ref: str | Path, split: str | None, purpose: Purpose, sha256: Callable[[Path], str]) -> str:
+def data_digest(
+    ref: str | Path, split: str | None, purpose: Purpose, sha256: Callable[[Path], str], stream: int | None = None
+) -> str:
     """Identifies the content that `load_rows` would read: of local files their bytes, of hub data its fingerprint.
 
     One file counts whatever it is called, files of a folder under their names. Raises ConfigError as `load_rows`.
@@ -151,7 +158,7 @@ def data_digest(ref: str | Path, split: str | None, purpose: Purpose, sha256: Ca
         if _FILE_SUFFIX.search(str(ref)) or str(ref).startswith((".", "/", "~")):
             raise ConfigError(f"data {ref} not found", "check the path given with --data")
         with _quiet(), _readable(str(ref)):
-            return str(_load_hub(str(ref), split, None, purpose, [])._fingerprint)
+            return str(_load_hub(str(ref), split, None, purpose, [], stream)._fingerprint)
     return local_digest(path, split, purpose, sha256)
 
 
@@ -174,7 +181,9 @@ def _with_fields(rows: Rows, text_field: str | None, label_field: str | None) ->
     return replace(rows, text_fields=text, label_field=label, notes=notes)
 
 
-def _load_hub(name: str, split: str | None, revision: str | None, purpose: Purpose, notes: list[str]) -> Any:
+def _load_hub(
+    name: str, split: str | None, revision: str | None, purpose: Purpose, notes: list[str], stream: int | None
+) -> Any:
     first, *rest = name.split("/")
     path, config = name, None
     if first in _COLLECTIONS and len(rest) == 1:
@@ -184,6 +193,8 @@ def _load_hub(name: str, split: str | None, revision: str | None, purpose: Purpo
     elif len(rest) > 2:
         raise ConfigError(f"{name} is neither a local file nor a hub dataset", "use NAME, OWNER/NAME or NAME/CONFIG")
     with _offline_if_unreachable():
+        if stream is not None:
+            return streamed(path, config, split, revision, purpose, stream, notes)
         loaded = datasets.load_dataset(path, config, split=split, revision=revision)
     if isinstance(loaded, datasets.Dataset):
         return loaded
