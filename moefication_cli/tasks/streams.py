@@ -4,6 +4,7 @@ One folder per dataset, configuration, split, revision and number of rows under 
 stages, other runs and machines without a network that share the cache read the same rows.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,11 @@ from typing import Any
 
 import datasets
 
-from moefication_cli.errors import ConfigError
-from moefication_cli.store import files, jsonio
+from moefication_cli.errors import ConfigError, MoEficationError
 from moefication_cli.tasks.data_files import PREFERRED, Purpose
 
 _ROOM = 10_000  # rows that are in memory at a time
+_ELSEWHERE = "free some space there, or name another folder in HF_DATASETS_CACHE; then run the same command again"
 
 
 def streamed(
@@ -30,10 +31,10 @@ def streamed(
 ) -> Any:
     """The first `rows` rows of a hub dataset's split; without `split`, of the one that fits `purpose`.
 
-    Raises ConfigError (no such split), whatever `datasets.load_dataset` raises, MoEficationError (the cache takes nothing).
+    Raises ConfigError (no such split), whatever `datasets.load_dataset` raises, MoEficationError (the cache is full or read-only).
     """
     asked = {"path": path, "config": config, "split": split or PREFERRED[purpose], "revision": revision, "rows": rows}
-    key = jsonio.digest(asked)
+    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     kept = Path(datasets.config.HF_DATASETS_CACHE) / "moefication-streams" / key
     if not kept.is_dir():
         found = datasets.load_dataset(path, config, revision=revision, streaming=True)
@@ -50,18 +51,23 @@ def streamed(
 
 def _keep(stream: Any, split: str, kept: Path) -> None:
     """Write what a stream gives to the folder `kept`, which is there whole or not at all."""
-    files.make_dirs(kept.parent)
-    with files.writing(kept), TemporaryDirectory(prefix=".partial-", dir=kept.parent) as scratch:
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        scratch = TemporaryDirectory(prefix=".partial-", dir=kept.parent)
+    except OSError as error:
+        raise MoEficationError(f"cannot write {kept.parent}: {error.strerror}", _ELSEWHERE) from error
+    with scratch as name:
         made = datasets.Dataset.from_generator(
-            _rows, features=stream.features, gen_kwargs={"stream": stream}, cache_dir=scratch, writer_batch_size=_ROOM
+            _rows, features=stream.features, gen_kwargs={"stream": stream}, cache_dir=name, writer_batch_size=_ROOM
         )
-        made.save_to_disk(folder := Path(scratch) / "rows")
-        jsonio.write(folder / "stream.json", {"split": split})
+        folder = Path(name) / "rows"
         try:
-            files.replace(folder, kept)
-        except OSError:
+            made.save_to_disk(folder)
+            (folder / "stream.json").write_text(json.dumps({"split": split}), encoding="utf-8")
+            folder.rename(kept)
+        except OSError as error:
             if not kept.is_dir():  # else another process was faster
-                raise
+                raise MoEficationError(f"cannot write {kept}: {error.strerror}", _ELSEWHERE) from error
 
 
 def _rows(stream: Any) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,7 @@ import pytest
 from cli_runner import Runner
 from tiny_models import save_tiny
 
-from moefication_cli.errors import ConfigError
+from moefication_cli.errors import ConfigError, MoEficationError
 from moefication_cli.store.files import sha256
 from moefication_cli.tasks.reading import data_digest, load_rows
 
@@ -83,14 +83,15 @@ def test_splits_and_how_many_rows_make_other_data(hub: list[Any]) -> None:
 def test_a_stream_that_breaks_off_leaves_nothing(
     hub: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = datasets.Dataset.save_to_disk
-    monkeypatch.setattr(
-        datasets.Dataset, "save_to_disk", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
-    )
-    with pytest.raises(Exception, match="No space left"):
-        load_rows("someone/reviews/first", stream=5)
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets.Dataset, "save_to_disk", full)
+        with pytest.raises(MoEficationError, match=r"cannot write .*moefication-streams.*No space") as caught:
+            load_rows("someone/reviews/first", stream=5)
+    assert "HF_DATASETS_CACHE" in str(caught.value.hint)
     assert not list((tmp_path / "cache" / "moefication-streams").iterdir())
-    monkeypatch.setattr(datasets.Dataset, "save_to_disk", own)
     assert load_rows("someone/reviews/first", stream=5).num_rows == 5
 
 
