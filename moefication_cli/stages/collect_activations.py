@@ -33,6 +33,7 @@ from moefication_cli.runs.control import Control, Result
 from moefication_cli.runs.costs import GRADIENT_TOKENS, SHARD_BYTES, collect_cost
 from moefication_cli.runs.data import data_inputs, open_examples, predictions
 from moefication_cli.runs.estimate import estimate
+from moefication_cli.runs.generated import generated_data
 from moefication_cli.runs.inputs import (
     RunModel,
     absolute,
@@ -68,7 +69,7 @@ def collect_activations(run: RunDir, config: CollectConfig, control: Control = C
     """
     model = open_model(run, config, control)
     config = as_before(run, "activations", config)
-    config = replace(config, data=absolute(config.data))
+    config = replace(config, data=absolute(generated_data(run, model, config, control)))
     checked_task(model.checkpoint.config, config.task or run.info.task, model.checkpoint.source.ref)
     cost = collect_cost(model, config)
     if control.dry_run:

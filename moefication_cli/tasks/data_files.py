@@ -24,8 +24,16 @@ _SPLIT_WORDS = {
 }
 
 
+GENERATED = "generated:"  # data that a language model writes itself: `runs.generated` puts a file in its place
+
+
 def expanded(ref: str | Path) -> Path:
-    """The path with `~` filled in. Raises ConfigError where there is no such user."""
+    """The path with `~` filled in. Raises ConfigError where there is no such user, and for text still to be generated."""
+    if str(ref).startswith(GENERATED):
+        raise ConfigError(
+            f"{ref}: text is generated for calibration only, by collect-activations and run --data",
+            "name data here, RUN/generated/text.jsonl where it was made",
+        )
     try:
         return Path(ref).expanduser()
     except RuntimeError:

@@ -1,9 +1,10 @@
 """What `moefication run` keeps of the shared models at each compute, beside the published recipe and static pruning.
 
     python tests/benchmarks/bench_quality.py [bert opt t5 llama] [--shared ../shared] [--out DIR] [--fractions 0.1,0.2,0.3,0.5]
+        [--data generated:131072]
 
 One run directory per model under --out; every fraction is a `run` of its own, so that the applied row is what a user gets.
-Tuned on training data, measured on the dev sets. Prints one Markdown row per model and fraction. A killed benchmark goes on where
+Tuned on training data (or on --data, for language models such as they write themselves), measured on the dev sets. Prints one Markdown row per model and fraction. A killed benchmark goes on where
 it was.
 """
 
@@ -32,18 +33,19 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=Path(__file__).parents[3] / "shared")
     parser.add_argument("--out", type=Path, default=Path("artifacts/quality"))
     parser.add_argument("--fractions", default="0.1,0.2,0.3,0.5")
+    parser.add_argument("--data", help="calibration data instead of the model's training data")
     args = parser.parse_args()
     print(HEAD)
     for name in args.models:
         for fraction in args.fractions.split(","):
-            print(row(name, fraction, run(name, fraction, args.shared, args.out)), flush=True)
+            print(row(name, fraction, run(name, fraction, args.shared, args.out, args.data)), flush=True)
 
 
-def run(name: str, fraction: str, shared: Path, out: Path) -> dict[str, Any]:
+def run(name: str, fraction: str, shared: Path, out: Path, data: str | None) -> dict[str, Any]:
     model, train, dev, extra = MODELS[name]
     command = [
         sys.executable, "-m", "moefication_cli", "run", str(out / name), "--model", str(shared / "models" / model),
-        "--data", str(shared / "data" / train), "--eval-data", str(shared / "data" / dev), *extra,
+        "--data", data or str(shared / "data" / train), "--eval-data", str(shared / "data" / dev), *extra,
         "--fraction", fraction, "--fractions", fraction, "--name", f"at-{fraction}", "--json",
     ]  # fmt: skip
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
