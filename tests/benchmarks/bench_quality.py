@@ -4,8 +4,8 @@
         [--data generated:131072]
 
 One run directory per model under --out; every fraction is a `run` of its own, so that the applied row is what a user gets.
-Tuned on training data (or on --data, for language models such as they write themselves), measured on the dev sets. Prints one Markdown row per model and fraction. A killed benchmark goes on where
-it was.
+Tuned on training data (or on --data, such as language models write themselves), measured on the dev sets. Prints one Markdown row
+per model and fraction. A killed benchmark goes on where it was.
 """
 
 import argparse
