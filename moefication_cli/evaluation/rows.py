@@ -8,6 +8,17 @@ from moefication_cli.tasks.examples import Scores, summarise
 from moefication_cli.tasks.stats import Values, bootstrap_ci, paired_bootstrap
 
 _CALLED = {"static": "static pruning", "paper": "the published recipe", "teal": "TEAL", "cmoe": "CMoE"}
+_MEANING = {
+    "groundtruth": "an oracle that knows which experts matter",
+    "neuron": "an oracle that knows which neurons matter",
+    "random": "experts drawn by chance",
+    "static": "the same neurons for every token",
+    "paper": "the published recipe",
+    "teal": "TEAL's sparse inputs",
+    "cmoe": "CMoE's experts",
+    "dense-finetuned": "the fine-tuned weights, every neuron",
+    "dense-int8": "the dense model with int8 weights",
+}
 
 
 def row_of(
@@ -49,6 +60,15 @@ def row_of(
         "speedup": reference["seconds"] / row.seconds,
         "backend": row.backend,
     }  # fmt: skip
+
+
+def legend(selections: Sequence[str]) -> str:
+    """One sentence that says what the rows of a table are."""
+    names = dict.fromkeys(selections)
+    own = [name for name in names if name not in _MEANING and name != "dense"]
+    known = [f"{name}: {_MEANING[name]}" for name in names if name in _MEANING]
+    routers = [f"{', '.join(own)}: trained here, what `apply` converts with"] if own else []
+    return "; ".join([*routers, *known])
 
 
 def by_data(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:

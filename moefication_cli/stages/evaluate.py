@@ -7,7 +7,7 @@ from moefication_cli.config import EvalConfig
 from moefication_cli.errors import ConfigError, did_you_mean
 from moefication_cli.evaluation.measure import BASELINES, measure
 from moefication_cli.evaluation.plots import plot_quality
-from moefication_cli.evaluation.rows import by_data, lost_to
+from moefication_cli.evaluation.rows import by_data, legend, lost_to
 from moefication_cli.evaluation.table import SELECTIONS, EvalInputs
 from moefication_cli.models.int8 import check_weights_option
 from moefication_cli.models.loading import resolve_dtype
@@ -123,6 +123,7 @@ def _result(run: RunDir, config: EvalConfig, metrics: dict[str, Any], up_to_date
         if dense["metric"] in ("cosine", "spearman"):
             beside = "in place of a KL, kl is 1 - cosine to the dense model's embeddings"
         notes.append(f"{of}value is {dense['metric']}; {beside}; all rows on {part['examples']} examples")
+        notes.append(legend([row["selection"] for row in part["rows"]]))
         said = [lost_to(baseline, row) for row in part["rows"] for baseline in BASELINES]
         notes += [of + sentence for sentence in said if sentence is not None]
         ratios = [row["kl_over_float"] for row in part["rows"] if row.get("kl_over_float") is not None]

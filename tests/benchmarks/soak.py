@@ -3,7 +3,7 @@
     python tests/benchmarks/soak.py [--minutes N] [--seed N] [--flips N] [--only PART ...]
 
 kills      SIGKILL at a random moment of a random command, fine-tuning, export and report included: the same command run
-           again completes, leaves nothing over and writes the same bytes; 100 of them, or as many as fit the minutes
+           again completes, leaves nothing over and writes the same bytes; until 100 died of it, or the minutes are over
 full       every command on a disk without room, and on one that fills up while it works: exit 1, nothing lost, completes later
 unwritable every command on a read-only disk and without permission: exit 1, nothing changed
 users      two processes start every command at the same time: one works, the other waits or exits 5; one result
@@ -125,7 +125,7 @@ def kills(folder: Path, rng: random.Random, until: float) -> str:
     line = commands(folder)
     seconds = [float(folder.with_name(f"seconds-{number}").read_text()) for number in range(len(line))]
     done = killed = 0
-    while done < KILLS and (time.monotonic() < until or done == 0):
+    while killed < KILLS and (time.monotonic() < until or done == 0):
         number = rng.randrange(len(line))
         words, writes = line[number]
         shutil.rmtree(folder)
