@@ -1,7 +1,7 @@
 """What `moefication run` keeps of the shared models at each compute, beside the published recipe and static pruning.
 
     python tests/benchmarks/bench_quality.py [bert opt t5 llama] [--shared ../shared] [--out DIR] [--fractions 0.1,0.2,0.3,0.5]
-        [--data generated:131072]
+        [--data generated:131072] [--finetune STEPS]
 
 One run directory per model under --out; every fraction is a `run` of its own, so that the applied row is what a user gets.
 Tuned on training data (or on --data, such as language models write themselves), measured on the dev sets. Prints one Markdown row
@@ -34,19 +34,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("artifacts/quality"))
     parser.add_argument("--fractions", default="0.1,0.2,0.3,0.5")
     parser.add_argument("--data", help="calibration data instead of the model's training data")
+    parser.add_argument("--finetune", type=int, default=0, help="fine-tune for so many steps and measure that")
     args = parser.parse_args()
+    more = [*(["--data", args.data] if args.data else []), "--finetune", str(args.finetune)]
     print(HEAD)
     for name in args.models:
         for fraction in args.fractions.split(","):
-            print(row(name, fraction, run(name, fraction, args.shared, args.out, args.data)), flush=True)
+            print(row(name, fraction, run(name, fraction, args.shared, args.out, more)), flush=True)
 
 
-def run(name: str, fraction: str, shared: Path, out: Path, data: str | None) -> dict[str, Any]:
+def run(name: str, fraction: str, shared: Path, out: Path, more: list[str]) -> dict[str, Any]:
     model, train, dev, extra = MODELS[name]
     command = [
         sys.executable, "-m", "moefication_cli", "run", str(out / name), "--model", str(shared / "models" / model),
-        "--data", data or str(shared / "data" / train), "--eval-data", str(shared / "data" / dev), *extra,
-        "--fraction", fraction, "--fractions", fraction, "--name", f"at-{fraction}", "--json",
+        "--data", str(shared / "data" / train), "--eval-data", str(shared / "data" / dev), *extra,
+        "--fraction", fraction, "--fractions", fraction, "--name", f"at-{fraction}", "--json", *more,
     ]  # fmt: skip
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     found = json.loads(done.stdout)
