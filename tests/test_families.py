@@ -292,6 +292,8 @@ def test_capture_refuses_a_module_that_computes_something_else():
         ("llama", "up=mlp.up_proj, gate=mlp.gate_proj, down=mlp.down_proj, act=mlp.act_fn"),
         ("bert", "up=layer.*.intermediate.dense,down=layer.*.output.dense"),
         ("opt", "up=layers.*.fc1,down=layers.*.fc2,act=layers.*.activation_fn"),
+        ("lfm2", "up=layers.*.feed_forward.w3,gate=layers.*.feed_forward.w1,down=layers.*.feed_forward.w2,act=silu"),
+        ("esm", "up=layer.*.intermediate.dense,down=layer.*.output.dense,act=gelu"),
     ],
 )
 def test_ffn_described_by_hand(name, text):

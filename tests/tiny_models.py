@@ -101,6 +101,20 @@ TINY: dict[str, tuple[str, Callable[[], Any]]] = {
             **_HF, pad_token_id=0, bos_token_id=1, eos_token_id=1, cls_token_id=1, sep_token_id=1, mlp_bias=True
         ),
     ),
+    "lfm2": (  # one block with attention and one with a convolution; neither keeps its activation
+        "Lfm2ForCausalLM",
+        lambda: tf.Lfm2Config(
+            **_HF,
+            num_key_value_heads=1,
+            pad_token_id=0,
+            layer_types=["full_attention", "conv"],
+            block_auto_adjust_ff_dim=False,
+        ),
+    ),
+    "esm": (
+        "EsmForSequenceClassification",
+        lambda: tf.EsmConfig(**_HF, pad_token_id=0, mask_token_id=1, position_embedding_type="rotary"),
+    ),
     "distilbert": (
         "DistilBertForSequenceClassification",
         lambda: tf.DistilBertConfig(

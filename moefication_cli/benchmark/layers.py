@@ -107,7 +107,7 @@ class FFN(nn.Module):
         super().__init__()
         self.up, self.down = model.get_submodule(site.up), model.get_submodule(site.down)
         self.gate = None if site.gate is None else model.get_submodule(site.gate)
-        self.act = attrgetter(site.act)(model)
+        self.act = attrgetter(site.act)(model) if site.act else ACTIVATIONS[site.activation]
         self.fused = site.fused  # dynamic quantisation replaces a module that has two names by two
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 Source: the `modeling_*.py` files of transformers 5.23. `block` is a regular expression matched against the *end* of a
 module path; `up`, `gate` and `down` are module paths below that block, `act` is the attribute path of the activation
-callable (alternatives separated by `|`). The first row whose paths all resolve wins, so gated rows stand before plain
+callable (alternatives separated by `|`), or the name in `ffn.ACTIVATIONS` of one that the block's code calls without
+keeping it; `kind` is the class of blocks that a row is for, where paths alone do not tell.
+The first row whose paths all resolve wins, so gated rows stand before plain
 ones. A row says nothing about sizes, biases, `Conv1D` or the activation's kind: `sites` reads those from the modules.
 Where one projection holds two parts, `gate` and `up` name the same module: its first half is the gate, which the
 activation acts on, its second half is up.
@@ -12,6 +14,7 @@ import re
 from dataclasses import dataclass
 
 from moefication_cli.errors import ConfigError
+from moefication_cli.ffn import ACTIVATIONS
 
 ACT_NAMES = ("act_fn", "act", "activation_fn", "intermediate_act_fn", "activation", "gelu_impl", "activation_function")
 _BLOCK = r"(layers?|h|blocks?)\.\d+"
@@ -27,10 +30,11 @@ class FFNSpec:
     down: str
     gate: str = ""
     act: str = ""
+    kind: str = ""
 
-    def matches(self, path: str) -> bool:
-        """Whether the module path ends in this row's block."""
-        return re.search(rf"(^|\.)(?:{self.block})$", path) is not None
+    def matches(self, path: str, kind: str) -> bool:
+        """Whether the module path ends in this row's block, and its class is this row's."""
+        return self.kind in ("", kind) and re.search(rf"(^|\.)(?:{self.block})$", path) is not None
 
 
 FAMILIES: tuple[FFNSpec, ...] = (
@@ -68,6 +72,10 @@ FAMILIES: tuple[FFNSpec, ...] = (
     FFNSpec("nemotron", _BLOCK, up="mlp.up_proj", down="mlp.down_proj", act="mlp.act_fn"),
     # MPT: `ffn`, whose forward also adds the residual
     FFNSpec("mpt", _BLOCK, up="ffn.up_proj", down="ffn.down_proj", act="ffn.act"),
+    # LFM2: SiLU is called by the forward
+    FFNSpec("lfm2", _BLOCK, up="feed_forward.w3", gate="feed_forward.w1", down="feed_forward.w2", act="silu"),
+    # ESM-2: BERT's names, and a GELU that is called by the forward
+    FFNSpec("esm", r"layer\.\d+", up="intermediate.dense", down="output.dense", act="gelu", kind="EsmLayer"),
     # BERT, RoBERTa, ELECTRA, CamemBERT, DeBERTa-v2, MPNet, Longformer, ERNIE: no module of its own; `output` also owns
     # LayerNorm and residual, and the activation may be a bare function
     FFNSpec(
@@ -99,7 +107,8 @@ def custom_spec(text: str) -> FFNSpec:
 
     `*` stands for one path segment (the layer number); everything through the last `*` is the block and must be the
     same for all parts. Without `*` the paths are relative to whatever module has them all (`up=fc1,down=fc2`). `gate`
-    and `act` are optional: the activation is looked for beside `up` under its usual names.
+    and `act` are optional: the activation is looked for beside `up` under its usual names. `act=gelu` names one that the
+    model's code calls without keeping it.
     Raises ConfigError for anything else.
     """
     hint = 'write it as --ffn "up=layers.*.mlp.up_proj,gate=layers.*.mlp.gate_proj,down=layers.*.mlp.down_proj"'
@@ -113,10 +122,11 @@ def custom_spec(text: str) -> FFNSpec:
         parts[key] = value
     if "up" not in parts or "down" not in parts:
         raise ConfigError("--ffn needs at least up= and down=", hint)
+    called = parts.pop("act") if parts.get("act") in ACTIVATIONS else ""
     blocks = {value.rpartition("*")[0] + "*" if "*" in value else "" for value in parts.values()}
     if len(blocks) != 1:
         raise ConfigError(f"--ffn: the parts lie in different blocks: {', '.join(sorted(blocks))}", hint)
     prefix = blocks.pop()
     block = re.escape(prefix).replace(r"\*", r"[^.]+") if prefix else r"[^.]+(\.[^.]+)*"
     below = {key: value[len(prefix) :].lstrip(".") for key, value in parts.items()}
-    return FFNSpec("custom", block, below["up"], below["down"], below.get("gate", ""), below.get("act", ""))
+    return FFNSpec("custom", block, below["up"], below["down"], below.get("gate", ""), called or below.get("act", ""))

@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from moefication_cli.errors import ConfigError, UnavailableError
 from moefication_cli.ffn import quantise_rows
+from moefication_cli.models.projections import SCALE
 from moefication_cli.models.sites import FFNSite
-from moefication_cli.models.surgery import SCALE
 
 WEIGHTS = ("int8",)  # what `load(weights=...)` takes
 

@@ -7,6 +7,7 @@ the model that use it change as well (the transform before a masked language mod
 
 import copy
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,7 @@ def activation_modules(model: nn.Module, sites: Sequence[FFNSite]) -> list[nn.Mo
     """The module that computes each FFN's activation; of a gated one, the gate's. Raises UnsupportedModelError."""
     found = []
     for site in sites:
-        path, _, name = site.act.rpartition(".")
-        module = getattr(model.get_submodule(path), name)
+        module = attrgetter(site.act)(model) if site.act else None
         if not isinstance(module, nn.Module):
             raise UnsupportedModelError(f"{site.name}: its activation is a function and cannot be listened to")
         found.append(module)

@@ -42,7 +42,8 @@ class ParamSlice:
 
 @dataclass(frozen=True)
 class FFNSite:
-    """One FFN of a model. `name` keys artifacts; `up`, `gate`, `down`, `act` are full paths in the model searched.
+    """One FFN of a model. `name` keys artifacts; `up`, `gate`, `down`, `act` are full paths in the model searched; `act` is empty
+    where the model's code calls the activation without keeping it.
 
     `stack` says which mask tells its real tokens: 'encoder' is `attention_mask` (also of decoder-only models),
     'decoder' the `decoder_attention_mask` of an encoder-decoder.
@@ -140,7 +141,9 @@ def find_sites(model: nn.Module, ffn: str | None = None) -> list[FFNSite]:
     sites = []
     for path, block in model.named_modules():
         for spec in specs:
-            if spec.matches(path) and all(_resolves(block, p) for p in (spec.up, spec.down, spec.gate) if p):
+            if spec.matches(path, type(block).__name__) and all(
+                _resolves(block, p) for p in (spec.up, spec.down, spec.gate) if p
+            ):
                 sites.append(_describe(model, path, block, spec))
                 break
     if not sites:
@@ -195,9 +198,9 @@ def _describe(model: nn.Module, path: str, block: nn.Module, spec: FFNSpec) -> F
         raise UnsupportedModelError(f"{path}: the projections ({shapes}) do not form an FFN", _BY_HAND)
     act = _find_activation(block, spec)
     if act is None:
-        hint = 'name it: --ffn "...,act=layers.*.mlp.act_fn"'
+        hint = 'name where it is, --ffn "...,act=layers.*.mlp.act_fn", or what the code calls: act=gelu, act=silu, ...'
         raise UnsupportedModelError(f"{path}: no activation found beside {spec.up}", hint)
-    function = attrgetter(act)(block)
+    function = ACTIVATIONS[spec.act] if not act else attrgetter(act)(block)
     activation = activation_name(function)
     if activation is None:
         kind = getattr(function, "__name__", type(function).__name__)
@@ -210,7 +213,7 @@ def _describe(model: nn.Module, path: str, block: nn.Module, spec: FFNSpec) -> F
         up=join(spec.up),
         down=join(spec.down),
         gate=join(spec.gate) if gate is not None else None,
-        act=join(act),
+        act=join(act) if act else "",
         d_model=d_model,
         num_neurons=neurons,
         activation=activation,
@@ -223,6 +226,7 @@ def _describe(model: nn.Module, path: str, block: nn.Module, spec: FFNSpec) -> F
 
 
 def _find_activation(block: nn.Module, spec: FFNSpec) -> str | None:
+    """The activation's path, "" where `spec.act` is the name of one that the code calls; None: not found."""
     candidates = spec.act.split("|") if spec.act else []
     if not candidates:
         parent = spec.up
@@ -235,7 +239,7 @@ def _find_activation(block: nn.Module, spec: FFNSpec) -> str | None:
                 return path
         except AttributeError:
             continue
-    return None
+    return "" if spec.act in ACTIVATIONS else None
 
 
 def _strip_prefix(model: nn.Module, path: str) -> str:

@@ -2,7 +2,8 @@
 
 `install` swaps the classes of the FFN's own projections, because transformers keeps BERT's, BART's and OPT's FFNs
 inline and there often is no module to replace: `up` computes the whole FFN, `gate` and the activation become neutral,
-`down` passes through. Where gate and up are one projection (Phi-3, ModernBERT), that projection answers with ones for the
+`down` passes through; where the activation is called by the model's code and cannot be made neutral, `down` ignores its
+input and gives what `up` computed. Where gate and up are one projection (Phi-3, ModernBERT), that projection answers with ones for the
 gate and the FFN's output for up: what the block does next, split, activate, multiply, gives the output, and no forward of
 a model is replaced, whatever else it does. The state dict, `save_pretrained`, `.to()`, `deepcopy`, pickle and
 `torch.compile` go on working; dense and sparse execution share one copy of the weights, stored neuron-major behind the
@@ -18,15 +19,15 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from moefication_cli.errors import UnsupportedModelError
 from moefication_cli.ffn import ExpertWeights, FFNWeights
 from moefication_cli.models.masking import TokenMask
+from moefication_cli.models.projections import pack_parts, rows_of, same_memory, views, without_memory
 from moefication_cli.models.sites import FFNSite
 
-SCALE = "weight_scale"  # buffer beside an int8 weight (see `models.int8`)
 _STATE = "_moefication"  # in the __dict__ of an installed FFN's `up`
+_FROM = "_moefication_from"  # the same, in that of a `down` that gives what `up` computed
 
 
 class FFNLayer(Protocol):
@@ -40,7 +41,7 @@ def live_weights(model: nn.Module, site: FFNSite) -> FFNWeights:
 
     Derive them again after `.to()`, `deepcopy` or anything else that replaces parameters (`install` does so by itself).
     """
-    return _views(_part(model, site.up), _part(model, site.gate), _part(model, site.down), site)
+    return views(_part(model, site.up), _part(model, site.gate), _part(model, site.down), site)
 
 
 def pack(model: nn.Module, site: FFNSite) -> None:
@@ -49,7 +50,7 @@ def pack(model: nn.Module, site: FFNSite) -> None:
     `down` of shape [D, F] gets strides (1, D): `F.linear` is as fast as before, and an expert is one contiguous block.
     Projections of different dtypes (float16 T5 keeps `wo` in float32) get the widest of them.
     """
-    _pack(_part(model, site.up), _part(model, site.gate), _part(model, site.down))
+    pack_parts(_part(model, site.up), _part(model, site.gate), _part(model, site.down))
 
 
 def permute_in_place(model: nn.Module, site: FFNSite, order_F: Tensor) -> None:
@@ -85,16 +86,20 @@ def install(model: nn.Module, site: FFNSite, layer: FFNLayer, token_mask: TokenM
     pack(model, site)
     for part in placed:  # the hooks stay, for `save_pretrained`; `_Installed` calls them for all projections at once
         del part.forward, part._old_forward
-    parent, name = _owner(model, site.act)
+    parent, name = _owner(model, site.act) if site.act else (None, "")
     state = _Installed(up, gate, down, parent, name, site, layer, token_mask, placed)
     object.__setattr__(up, _STATE, state)
-    swaps: list[tuple[Any, Any]] = [(up, _Experts), (down, _PassThrough), (gate, _One)]
+    last = _PassThrough if parent is not None else _Recall
+    swaps: list[tuple[Any, Any]] = [(up, _Experts), (down, last), (gate, _One)]
     if site.fused:
-        swaps = [(up, _FusedExperts), (down, _PassThrough)]
+        swaps = [(up, _FusedExperts), (down, last)]
     for part, mixin in swaps:
         if part is not None:
             part.__class__ = _subclass(part.__class__, mixin)
-    setattr(parent, name, nn.Identity())
+    if parent is not None:
+        setattr(parent, name, nn.Identity())
+    else:
+        object.__setattr__(down, _FROM, state)
 
 
 def uninstall(model: nn.Module, site: FFNSite) -> None:
@@ -108,7 +113,9 @@ def uninstall(model: nn.Module, site: FFNSite) -> None:
         from accelerate.hooks import add_hook_to_module  # which placed them
     for part in state.placed:
         add_hook_to_module(part, part._hf_hook)
-    setattr(state.act_parent, state.act_name, state.act)
+    state.down.__dict__.pop(_FROM, None)
+    if state.act_parent is not None:
+        setattr(state.act_parent, state.act_name, state.act)
 
 
 def is_installed(model: nn.Module, site: FFNSite) -> bool:
@@ -130,7 +137,7 @@ class _Installed:
         up: nn.Module,
         gate: nn.Module | None,
         down: nn.Module,
-        act_parent: nn.Module,
+        act_parent: nn.Module | None,
         act_name: str,
         site: FFNSite,
         layer: FFNLayer,
@@ -139,11 +146,19 @@ class _Installed:
     ) -> None:
         self.placed = placed  # projections that accelerate has placed; `up` is the first, if any
         self.up, self.gate, self.down, self.site = up, gate, down, site
-        self.act_parent, self.act_name, self.act = act_parent, act_name, getattr(act_parent, act_name)
+        self.act_parent, self.act_name = act_parent, act_name
+        self.act = None if act_parent is None else getattr(act_parent, act_name)
+        self.held: Tensor | None = None  # between `up` and a `down` that recalls it
         self.layer, self.token_mask = layer, token_mask
         self.seen = 0  # address of the weights that the layer's views were derived from; 0: derive them
 
     def __call__(self, x: Tensor) -> Tensor:
+        y = self._run(x)
+        if self.act_parent is None:
+            self.held = y
+        return y
+
+    def _run(self, x: Tensor) -> Tensor:
         if not self.placed:
             return self._compute(x)
         up, *others = self.placed
@@ -161,7 +176,7 @@ class _Installed:
                 part._hf_hook.post_forward(part, None)
             y = up._hf_hook.post_forward(up, y)
             if offloaded and isinstance(weights := getattr(self.layer, "weights", None), ExpertWeights):
-                self.layer.weights = _without_memory(weights)  # type: ignore[attr-defined]
+                self.layer.weights = without_memory(weights)  # type: ignore[attr-defined]
         return y
 
     def _compute(self, x: Tensor) -> Tensor:
@@ -181,12 +196,12 @@ class _Installed:
         weights = getattr(self.layer, "weights", None)
         if not isinstance(weights, ExpertWeights):
             return
-        if not (_rows(self.up, True).is_contiguous() and _rows(self.down, False).is_contiguous()):
-            _pack(self.up, self.gate, self.down)
-        ffn = _views(self.up, self.gate, self.down, self.site)
+        if not (rows_of(self.up, True).is_contiguous() and rows_of(self.down, False).is_contiguous()):
+            pack_parts(self.up, self.gate, self.down)
+        ffn = views(self.up, self.gate, self.down, self.site)
         # Installed before (`eval` takes layers in turns): what the layer has prepared stays good. Not where memory moved under
         # the views as well, as `share_memory` and sending to another process do: what is prepared holds the old addresses.
-        if not learns and not moved and _same_memory(ffn, weights.ffn):
+        if not learns and not moved and same_memory(ffn, weights.ffn):
             return
         if not learns:
             detached: dict[str, Any] = {k: v.detach() for k, v in vars(ffn).items() if isinstance(v, Tensor)}
@@ -205,8 +220,8 @@ class _Installed:
         layer: Any = copy.copy(self.layer)
         weights = getattr(layer, "weights", None)
         if isinstance(weights, ExpertWeights):
-            layer.weights = _without_memory(weights)
-        return {**self.__dict__, "layer": layer, "seen": 0}
+            layer.weights = without_memory(weights)
+        return {**self.__dict__, "layer": layer, "seen": 0, "held": None}
 
 
 class _Swapped:
@@ -237,6 +252,14 @@ class _PassThrough(_Swapped):
         return x
 
 
+class _Recall(_Swapped):
+    """What `up` computed, whatever the activation made of it on the way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = self.__dict__[_FROM]
+        return _recalled_outside_of_graphs(state, x) if torch.compiler.is_compiling() else _recalled(state, x)
+
+
 class _One(_Swapped):
     """The gate's share of identity(1) * y."""
 
@@ -247,6 +270,17 @@ class _One(_Swapped):
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _outside_of_graphs(state: "_Installed", x: Tensor) -> Tensor:
     return state(x)
+
+
+def _recalled(state: "_Installed", x: Tensor) -> Tensor:
+    y, state.held = state.held, None
+    assert y is not None, f"{state.site.name}: its down projection was called without the up projection"
+    return y
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _recalled_outside_of_graphs(state: "_Installed", x: Tensor) -> Tensor:
+    return _recalled(state, x)
 
 
 @cache
@@ -280,65 +314,10 @@ def _placements(model: nn.Module, site: FFNSite) -> list[Any]:
     return [model.get_submodule(path) for path in placed]
 
 
-def _without_memory(weights: ExpertWeights) -> ExpertWeights:
-    """With tensors that have no memory in place of the views on parameters."""
-    with torch.no_grad():
-        return replace(weights, ffn=weights.ffn.to("meta"))
-
-
 def _part(model: nn.Module, path: str | None) -> Any:
     return None if path is None else model.get_submodule(path)
-
-
-def _pack(up: Any, gate: Any, down: Any) -> None:
-    parts = [part for part in (up, None if gate is up else gate, down) if part is not None]
-    dtype = max((part.weight.dtype for part in parts), key=lambda kind: kind.itemsize)
-    if not dtype.is_floating_point:  # made neuron-major when they were quantised
-        return
-    for part in parts:
-        old, learns = part.weight, part.weight.requires_grad
-        neurons_first = (part is down) == isinstance(part, Conv1D)
-        rows = old.detach() if neurons_first else old.detach().t()
-        if not rows.is_contiguous() or old.dtype != dtype:
-            rows = rows.to(dtype).contiguous()
-            part.weight = nn.Parameter(rows if neurons_first else rows.t(), requires_grad=learns)
-        if part.bias is not None and part.bias.dtype != dtype:
-            part.bias = nn.Parameter(part.bias.detach().to(dtype), requires_grad=learns)
 
 
 def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     parent, _, name = path.rpartition(".")
     return model.get_submodule(parent), name
-
-
-def _rows(part: Any, reads: bool) -> Tensor:
-    """The [F, D] view of a projection that reads (up, gate) or writes (down) the residual stream."""
-    weight: Tensor = part.weight
-    return weight if reads != isinstance(part, Conv1D) else weight.t()
-
-
-def _same_memory(new: FFNWeights, old: FFNWeights) -> bool:
-    """Whether views derived anew would read what the old ones read, cut off from autograd as they are."""
-    for name, value in vars(new).items():
-        before = getattr(old, name)
-        if isinstance(value, Tensor) and isinstance(before, Tensor):
-            if before.requires_grad or value.data_ptr() != before.data_ptr():
-                return False
-            if (value.dtype, value.device, value.stride()) != (before.dtype, before.device, before.stride()):
-                return False
-        elif value is not before and value != before:
-            return False
-    return True
-
-
-def _views(up: Any, gate: Any, down: Any, site: FFNSite) -> FFNWeights:
-    modules = {"up": up, "gate": gate, "down": down}
-    ffn = site.weights_of(lambda piece: piece.of(getattr(modules[piece.part], piece.kind)))
-    if not ffn.quantised:
-        return ffn
-    scales = {
-        f"scale_{piece.part}_F": getattr(modules[piece.part], SCALE)[piece.start : piece.stop]
-        for piece in site.slices()
-        if piece.kind == "weight"
-    }
-    return replace(ffn, **scales)
