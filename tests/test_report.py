@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from cli_runner import Runner
+from safetensors.torch import load_file
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 SECTIONS = ("Quality against compute", "Layers", "Expert load", "Co-activation", "Experts per token", "Provenance")
@@ -90,6 +91,13 @@ def test_numbers_are_those_of_the_evaluation(made: Path, run_cli: Runner) -> Non
     assert data["evaluations"][0]["rows"] == metrics["rows"]
     applied = next(row for row in metrics["rows"] if row["applied"])
     assert f"{applied['kl']:.3g}" in read_page(made / "report").text
+    # The bound is that of the multiply-adds of all matrices; positions are looked up, and the words' embedding is the head as well
+    weights = load_file(Path(json.loads((made / "run.json").read_text())["model"]) / "model.safetensors")
+    sizes = {name: w.numel() for name, w in weights.items() if w.dim() == 2 and "positions" not in name}
+    ffns = sum(size for name, size in sizes.items() if ".fc" in name)
+    other = sum(sizes.values()) - ffns
+    assert applied["bound"] == pytest.approx(sum(sizes.values()) / (other + ffns * applied["ffn_flops_fraction"]))
+    assert f"allow {applied['bound']:.2f}x" in read_page(made / "report").text
     # Loads are shares of tokens, and their mean is what the layer was said to run
     for layer, load in zip(data["layers"], data["load"], strict=True):
         assert all(0 <= share <= 1 for share in load["share_E"])

@@ -18,6 +18,7 @@ from moefication_cli.evaluation.selections import SelectionRow, StockFFN, count_
 from moefication_cli.evaluation.table import EvalInputs, ground_of, rows_by_fraction
 from moefication_cli.models.loading import LoadedModel
 from moefication_cli.models.masking import TokenMask
+from moefication_cli.models.sites import ffn_share
 from moefication_cli.models.surgery import ffn_twin, install
 from moefication_cli.runs.control import Control
 from moefication_cli.runs.data import load_whole, open_examples
@@ -45,6 +46,7 @@ def measure(
     run, model = inputs.run, inputs.model
     dense = load_whole(run, model, config.task, config.dtype)
     converted = replace(dense, model=ffn_twin(dense.model, model.sites))
+    share = ffn_share(dense.model, model.sites)
     opened = {name: open_examples(run, dense, replace(config, data=path), control) for name, path in data.items()}
     ground = ground_of(inputs, converted.model, config, control)
     mask = TokenMask(converted.model)
@@ -62,7 +64,7 @@ def measure(
                 "seconds": seconds,
                 "tokens_per_second": tokens / seconds,
             }
-            found = _entries(rows, reference, tokens, _dense_macs(model, rows), control.seed)
+            found = _entries(rows, reference | {"ffn_share": share}, tokens, _dense_macs(model, rows), control.seed)
             entries[name] += [{"data": name} | entry for entry in found] if name else found
             said = {"data": data[name], "examples": summary.num_examples, "tokens": tokens, "dense": reference}
             measured.setdefault(name, said)
@@ -77,6 +79,7 @@ def measure(
         "device": str(model.device),
         "threads": torch.get_num_threads(),
         "fraction_is": "a bound on the mean over calibration data; ffn_flops_fraction is what this data took",
+        "ffn_share": share,
         "dense": first["dense"],
         **({} if "" in measured else {"datasets": measured}),
         "rows": [entry for found in entries.values() for entry in found],

@@ -8,7 +8,7 @@ from moefication_cli.tasks.examples import distance_name
 
 STYLE = {
     "neuron": ("#999999", ":", "neuron oracle"),
-    "groundtruth": ("#555555", "--", "expert oracle"),
+    "groundtruth": ("#777777", "--", "expert oracle"),
     "static": ("#d95f02", "-", "static pruning"),
     "paper": ("#7570b3", "-", "published recipe"),
     "teal": ("#a6761d", "-", "TEAL (input sparsity)"),

@@ -58,6 +58,7 @@ def row_of(
         "seconds": row.seconds,
         "tokens_per_second": tokens / row.seconds,
         "speedup": reference["seconds"] / row.seconds,
+        "bound": 1 / (1 - reference["ffn_share"] * (1 - mean(flops))),  # by multiply-adds of linear layers
         "backend": row.backend,
     }  # fmt: skip
 

@@ -5,7 +5,7 @@ width, F neurons. Does not change the model (`surgery`) and does not read files 
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Literal
@@ -151,6 +151,12 @@ def find_sites(model: nn.Module, ffn: str | None = None) -> list[FFNSite]:
     _refuse_shared(model, sites)
     sites.sort(key=lambda site: site.stack == "decoder")
     return [FFNSite(**{**site.__dict__, "index": index}) for index, site in enumerate(sites)]
+
+
+def ffn_share(model: nn.Module, sites: Sequence[FFNSite]) -> float:
+    """The FFNs' part of one token's multiply-adds in the linear layers of a dense model; attention scores are not counted."""
+    linear = {id(part.weight): part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear | Conv1D)}  # type: ignore[union-attr]
+    return sum(site.num_neurons * site.flops_per_neuron for site in sites) / sum(linear.values())
 
 
 def activation_name(function: Callable[[torch.Tensor], torch.Tensor]) -> str | None:

@@ -22,7 +22,7 @@ h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .3rem; overflow-wrap: any
 h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem; padding-bottom: .3rem; border-bottom: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 1.6rem 0 .4rem; overflow-wrap: anywhere; }
 p { margin: .5rem 0; } .soft { color: var(--soft); font-size: .9rem; }
-svg { width: 100%; height: auto; display: block; color: var(--ink); }
+svg { width: 100%; height: auto; display: block; color: var(--ink); } svg text { fill: currentColor; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .8rem; margin: 1.2rem 0; }
 .figure { border: 1px solid var(--line); border-radius: .5rem; padding: .7rem .9rem; }
 .figure b { display: block; font-size: 1.55rem; line-height: 1.2; color: var(--accent); font-variant-numeric: tabular-nums; }
@@ -110,7 +110,7 @@ def _headline(run: ReportData) -> list[str]:
         (f"{row['ffn_flops_fraction']:.1%}", "of the FFNs' multiply-adds, router and correction included"),
         (f"{row['value']:.4g}", f"{dense['metric']} (dense {dense['value']:.4g}; {better} is better)"),
         (f"{row['kl']:.3g}", distance_name(dense["metric"])),
-        (f"{row['speedup']:.2f}x", f"whole-model speed, {row['backend']} on {metrics['device']}"),
+        (f"{row['speedup']:.2f}x", f"whole-model speed, {row['backend']} on {metrics['device']}{_bound(row)}"),
     ]
     if row["agreement"] is not None:
         figures.insert(2, (f"{row['agreement']:.1%}", "of the predictions as the dense model's"))
@@ -119,6 +119,10 @@ def _headline(run: ReportData) -> list[str]:
     )
     on = f"{metrics['examples']} examples of {_short(str(metrics['data']))}"
     return [f'<div class="figures">{cells}</div>', f'<p class="soft">Measured on {_text(on)}.</p>']
+
+
+def _bound(row: dict[str, Any]) -> str:
+    return f" (multiply-adds allow {row['bound']:.2f}x)" if row.get("bound") else ""
 
 
 def _quality(run: ReportData) -> list[str]:
@@ -130,7 +134,8 @@ def _quality(run: ReportData) -> list[str]:
             {
                 "selection": row["selection"], "fraction": row["fraction"], metrics["dense"]["metric"]: row["value"],
                 "over dense": row["relative"], "agreement": row["agreement"], "KL": row["kl"],
-                "FFN FLOPs": row["ffn_flops_fraction"], "speed-up": row["speedup"], "applied": row["applied"],
+                "FFN FLOPs": row["ffn_flops_fraction"], "speed-up": row["speedup"], "bound": row.get("bound"),
+                "applied": row["applied"],
             }
             for row in metrics["rows"]
         ]  # fmt: skip
@@ -139,7 +144,8 @@ def _quality(run: ReportData) -> list[str]:
             f"<h3>{_text(data)}</h3>",
             *_pair(charts.quality(metrics)),
             '<p class="soft">Bars and bands are 95 % intervals. Oracles know every activation and cost nothing: no router '
-            "can do better with these experts. Bold: what the converted model does.</p>",
+            "can do better with these experts. Bold: what the converted model does. Bound: the speed-up by the multiply-adds of all "
+            "linear layers; neurons skipped because their ReLU is zero may pass it.</p>",
             _table(rows, mark="applied"),
         ]
     return parts
