@@ -102,7 +102,8 @@ class DataConfig(Options):
     # Its content is compared, as an input of the stage, and not its name
     data: str | None = option(
         None,
-        "Hub dataset (NAME, NAME/CONFIG or OWNER/NAME/CONFIG: glue/sst2) or local .tsv/.csv/.jsonl/.parquet/.txt file",
+        "Hub dataset (NAME, NAME/CONFIG or OWNER/NAME/CONFIG: glue/sst2) or local .tsv/.csv/.jsonl/.parquet/.txt file; "
+        "to calibrate also generated:N, N tokens that the language model itself writes",
         compared=False,
         panel=INPUT,
     )
