@@ -60,11 +60,15 @@ def test_it_samples_from_the_models_own_distribution(llama: Path) -> None:
     assert real and torch.allclose(found[real], expected[real], atol=0.05)
 
 
+@pytest.mark.parametrize("replaces", [False, True])
 def test_a_killed_generation_goes_on(
-    llama: Path, tmp_path: Path, run_cli: Runner, monkeypatch: pytest.MonkeyPatch
+    replaces: bool, llama: Path, tmp_path: Path, run_cli: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["--model", llama, "--data", "generated:3000", "--max-length", 16]
     run_cli.ok("collect-activations", tmp_path / "undisturbed", *words)
+    if replaces:  # shorter text of an earlier command
+        run_cli.ok("collect-activations", tmp_path / "run", *words[:3], "generated:500", *words[4:])
+        earlier = lines(tmp_path / "run")
     own, calls = sampling.sample_texts, []
 
     def counted(*given: object) -> object:
@@ -75,7 +79,11 @@ def test_a_killed_generation_goes_on(
 
     monkeypatch.setattr(generated, "sample_texts", counted)
     stopped = run_cli("collect-activations", tmp_path / "run", *words)
-    assert stopped.code == 130 and not (tmp_path / "run/generated").exists()
+    assert stopped.code == 130
+    if replaces:
+        assert lines(tmp_path / "run") == earlier
+    else:
+        assert not (tmp_path / "run/generated").exists()
     before = len(calls)
     run_cli.ok("collect-activations", tmp_path / "run", *words)
     assert lines(tmp_path / "run") == lines(tmp_path / "undisturbed")

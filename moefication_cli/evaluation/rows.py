@@ -8,14 +8,10 @@ from moefication_cli.tasks.examples import Scores, summarise
 from moefication_cli.tasks.stats import Values, bootstrap_ci, paired_bootstrap
 
 _CALLED = {"static": "static pruning", "paper": "the published recipe", "teal": "TEAL", "cmoe": "CMoE"}
-_MEANING = {
+_MEANING = _CALLED | {
     "groundtruth": "an oracle that knows which experts matter",
     "neuron": "an oracle that knows which neurons matter",
     "random": "experts drawn by chance",
-    "static": "the same neurons for every token",
-    "paper": "the published recipe",
-    "teal": "TEAL's sparse inputs",
-    "cmoe": "CMoE's experts",
     "dense-finetuned": "the fine-tuned weights, every neuron",
     "dense-int8": "the dense model with int8 weights",
 }

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from moefication_cli.errors import ConfigError
 from moefication_cli.models.loading import LoadedModel
@@ -25,8 +26,6 @@ def sample_texts(loaded: LoadedModel, texts: int, length: int, seed: int) -> tup
 
     A text ends with the model's end token. Depends on the seed alone, on one machine.
     """
-    from transformers import GenerationConfig
-
     model, tokenizer = loaded.model, loaded.tokenizer
     start, end = start_token(tokenizer, loaded.config), tokenizer.eos_token_id
     pad = start if end is None else end

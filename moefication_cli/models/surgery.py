@@ -12,7 +12,7 @@ the FFN's output instead; evaluation is unaffected.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, Protocol
@@ -158,6 +158,12 @@ class _Installed:
             self.held = y
         return y
 
+    def recall(self) -> Tensor:
+        """What the last call computed, once."""
+        y, self.held = self.held, None
+        assert y is not None, f"{self.site.name}: its down projection was called without the up projection"
+        return y
+
     def _run(self, x: Tensor) -> Tensor:
         if not self.placed:
             return self._compute(x)
@@ -257,7 +263,7 @@ class _Recall(_Swapped):
 
     def forward(self, x: Tensor) -> Tensor:
         state = self.__dict__[_FROM]
-        return _recalled_outside_of_graphs(state, x) if torch.compiler.is_compiling() else _recalled(state, x)
+        return _outside_of_graphs(state.recall) if torch.compiler.is_compiling() else state.recall()
 
 
 class _One(_Swapped):
@@ -268,19 +274,8 @@ class _One(_Swapped):
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _outside_of_graphs(state: "_Installed", x: Tensor) -> Tensor:
-    return state(x)
-
-
-def _recalled(state: "_Installed", x: Tensor) -> Tensor:
-    y, state.held = state.held, None
-    assert y is not None, f"{state.site.name}: its down projection was called without the up projection"
-    return y
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _recalled_outside_of_graphs(state: "_Installed", x: Tensor) -> Tensor:
-    return _recalled(state, x)
+def _outside_of_graphs(call: Callable[..., Tensor], *given: Tensor) -> Tensor:
+    return call(*given)
 
 
 @cache

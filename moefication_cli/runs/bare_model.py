@@ -38,9 +38,8 @@ def folder_of_file(run: RunDir, config: RunModelConfig, control: Control) -> Pat
             f"--dry-run writes nothing, and {made} is still to be made of {weights}",
             f"moefication split {run.root} --model {weights} --model-config {folder} makes it",
         )
-    stale = (made / "source.json").is_file() and jsonio.read_object(made / "source.json").get("inputs") != inputs
-    options = StageOptions({}, inputs=inputs, force=stale and not control.dry_run)
-    with begin_output(made, "source", options, _WAIT, run.hashes.sha256) as output:
+    options = StageOptions({}, inputs=inputs)
+    with begin_output(made, "source", options, _WAIT, run.hashes.sha256, renew=not control.dry_run) as output:
         if output.manifest is None:
             write_folder(weights, folder, output.folder, config.ffn)
             output.finish({})

@@ -1,6 +1,7 @@
 """From a run's data and task options to `Examples`; what the user said once is remembered in run.json."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
@@ -143,8 +144,10 @@ def flat_predictions(logits: Tensor, batch: Batch) -> Tensor:
     return flat_PC if real is None else flat_PC[real.flatten().to(flat_PC.device)]
 
 
-def load_whole(run: RunDir, model: RunModel, task: str | None = None, dtype: str | None = None) -> LoadedModel:
-    """The run's dense model in memory, for the stages that run it as a whole."""
+def load_whole(
+    run: RunDir, model: RunModel, task: str | None = None, dtype: str | None = None, offload: Path | None = None
+) -> LoadedModel:
+    """The run's dense model in memory, for the stages that run it as a whole; with `offload`, a folder, as accelerate places it."""
     return load_model(
         model.checkpoint.folder,
         task=task or run.info.task,
@@ -152,6 +155,8 @@ def load_whole(run: RunDir, model: RunModel, task: str | None = None, dtype: str
         dtype=dtype,
         trust_remote_code=model.checkpoint.trust_remote_code,
         quiet=True,
+        device_map=None if offload is None else "auto",
+        offload_folder=offload,
     )
 
 

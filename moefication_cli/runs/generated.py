@@ -10,11 +10,13 @@ from pathlib import Path
 from moefication_cli.config import CollectConfig
 from moefication_cli.errors import ConfigError
 from moefication_cli.models.heads import checked_task
-from moefication_cli.models.loading import load_model
+from moefication_cli.models.loading import LoadedModel
 from moefication_cli.models.sampling import sample_texts
 from moefication_cli.runs.control import Control
+from moefication_cli.runs.data import load_whole
 from moefication_cli.runs.inputs import RunModel, layer_seed
 from moefication_cli.store import files, jsonio
+from moefication_cli.store.manifest import BASE_MODEL
 from moefication_cli.store.options import StageOptions
 from moefication_cli.store.output import begin_output
 from moefication_cli.store.rundir import RunDir
@@ -50,33 +52,20 @@ def generated_data(run: RunDir, model: RunModel, config: CollectConfig, control:
         return str(text.absolute())
     num_tokens = int(size)
     wanted = {"tokens": num_tokens, "seed": control.seed, "max_length": config.max_length}
-    record = folder / "generated.json"
-    before = jsonio.read_object(record) if record.is_file() else {}
-    made_of = {name: entry.get("value") for name, entry in before.get("config", {}).items()}
-    inputs = {"base_model": model.fingerprint}
-    stale = bool(before) and (made_of, before.get("inputs")) != (wanted, inputs)
-    options = StageOptions(wanted, inputs=inputs, force=stale, device=str(model.device))
-    with begin_output(folder, "generated", options, _WAIT, run.hashes.sha256) as output:
+    options = StageOptions(wanted, inputs={BASE_MODEL: model.fingerprint}, device=str(model.device))
+    with begin_output(folder, "generated", options, _WAIT, run.hashes.sha256, renew=True) as output:
         if output.manifest is None:
             control.say(f"{ref} writes its own calibration text, about {num_tokens} tokens: {text}")
-            _write(model, config, num_tokens, output.scratch, output.folder / text.name, control)
+            loaded = load_whole(run, model, "lm", config.dtype, output.scratch / "offload" if config.offload else None)
+            lines = _lines(loaded, num_tokens, config.max_length, output.scratch, control)
+            files.atomic_write(output.folder / text.name, "".join(lines).encode())
             output.finish({})
     return str(text.resolve())
 
 
-def _write(
-    model: RunModel, config: CollectConfig, num_tokens: int, scratch: Path, target: Path, control: Control
-) -> None:
-    loaded = load_model(
-        model.checkpoint.folder,
-        device=model.device,
-        dtype=config.dtype,
-        trust_remote_code=control.trust_remote_code,
-        quiet=True,
-        device_map="auto" if config.offload else None,
-        offload_folder=scratch / "offload" if config.offload else None,
-    )
-    length = length_limit(loaded.config, loaded.tokenizer, config.max_length)
+def _lines(loaded: LoadedModel, num_tokens: int, max_length: int | None, scratch: Path, control: Control) -> list[str]:
+    """The texts as lines of JSON; each block of texts is kept in `scratch` as soon as it is written."""
+    length = length_limit(loaded.config, loaded.tokenizer, max_length)
     texts = max(1, min(_MOST_TEXTS, num_tokens // length))
     lines: list[str] = []
     for number in control.track(count(), "generate"):
@@ -85,12 +74,12 @@ def _write(
             found, written = sample_texts(loaded, texts, length, layer_seed(control.seed, number))
             jsonio.write(path, {"texts": found, "tokens": written})
         held = jsonio.read_object(path)
-        lines += [json.dumps({"text": text}, ensure_ascii=False) for text in held["texts"]]
         if not held["tokens"]:
             raise ConfigError(
                 "the model ends every text at once: it cannot write its own data", "name real data with --data"
             )
+        lines += [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in held["texts"]]
         num_tokens -= held["tokens"]
         if num_tokens <= 0:
             break
-    files.atomic_write(target, "".join(f"{line}\n" for line in lines).encode())
+    return lines

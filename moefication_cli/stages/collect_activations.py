@@ -20,7 +20,7 @@ from moefication_cli.config import CollectConfig
 from moefication_cli.errors import ConfigError, MoEficationError, NonFiniteError
 from moefication_cli.models.capture import capture
 from moefication_cli.models.heads import checked_task
-from moefication_cli.models.loading import LoadedModel, load_model
+from moefication_cli.models.loading import LoadedModel
 from moefication_cli.models.sensitivity import (
     backward_embeddings,
     backward_sampled,
@@ -31,7 +31,7 @@ from moefication_cli.models.sensitivity import (
 from moefication_cli.models.sites import FFNSite
 from moefication_cli.runs.control import Control, Result
 from moefication_cli.runs.costs import GRADIENT_TOKENS, SHARD_BYTES, collect_cost
-from moefication_cli.runs.data import data_inputs, open_examples, predictions
+from moefication_cli.runs.data import data_inputs, load_whole, open_examples, predictions
 from moefication_cli.runs.estimate import estimate
 from moefication_cli.runs.generated import generated_data
 from moefication_cli.runs.inputs import (
@@ -91,16 +91,8 @@ def collect_activations(run: RunDir, config: CollectConfig, control: Control = C
 
 def _run_shards(run: RunDir, model: RunModel, work: StageWriter, config: CollectConfig, control: Control) -> int:
     """Make every shard that is not there yet; returns how many there are."""
-    loaded = load_model(
-        model.checkpoint.folder,
-        task=config.task,
-        device=model.device,
-        dtype=config.dtype,
-        trust_remote_code=control.trust_remote_code,
-        quiet=True,
-        device_map="auto" if config.offload else None,
-        offload_folder=work.scratch / f"offload_{control.ranks.rank}" if config.offload else None,
-    )
+    offload = work.scratch / f"offload_{control.ranks.rank}" if config.offload else None
+    loaded = load_whole(run, model, config.task, config.dtype, offload)
     examples = open_examples(run, loaded, config, control)
     per_token = sum(site.d_model for site in model.sites) * getattr(torch, config.storage_dtype).itemsize
     for wait in (

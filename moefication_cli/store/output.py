@@ -26,6 +26,7 @@ class Output:
     kind: str
     options: StageOptions
     digest: Callable[[Path], str] = files.sha256
+    renew: bool = False
     manifest: Manifest | None = None
     _begun: float = field(default_factory=time.perf_counter)
 
@@ -69,7 +70,8 @@ class Output:
     def look(self) -> None:
         """Set `manifest` if the folder is what the options ask for.
 
-        Raises ConfigError where it is another one, was altered or was not made by this command, and `force` is not set.
+        Raises ConfigError where it was altered or was not made by this command, and `force` is not set, or where it is
+        another one, and neither `force` nor `renew` is.
         """
         record = self.path / self._record
         if not record.is_file():
@@ -84,6 +86,8 @@ class Output:
         manifest = Manifest.from_json(jsonio.read_object(record), self.kind, record)
         again = f"name another folder, or write it anew: {self.kind} --force"
         if reason := differences(manifest, self._compared(), self.options.inputs):
+            if self.renew:
+                return
             raise ConfigError(f"{self.path} was made with other options: {reason}", again)
         for name, entry in manifest.files.items():
             path = self.path / name
@@ -141,14 +145,16 @@ def begin_output(
     options: StageOptions,
     timeout: float = 0.0,
     digest: Callable[[Path], str] = files.sha256,
+    renew: bool = False,
 ) -> Iterator[Output]:
     """Work on the folder `path`, which the command `kind` writes; one process at a time, another waits `timeout` seconds.
 
     `digest` is asked whether what is there is still as it was written; that of a `HashCache` reads unchanged files once.
+    With `renew` what was made of other inputs or with other options is replaced.
 
     Raises what `Output.look` raises, LockedError, MoEficationError (not writable), CorruptArtifactError (an altered record).
     """
-    output = Output(path.absolute(), kind, options, digest)
+    output = Output(path.absolute(), kind, options, digest, renew)
     output.look()
     if output.manifest is not None:  # without a lock: an up-to-date folder may be read-only
         yield output

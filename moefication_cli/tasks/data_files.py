@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +15,7 @@ PREFERRED: dict[Purpose, tuple[str, ...]] = {
     "calibrate": ("train", "validation", "dev", "test"),
     "evaluate": ("validation", "dev", "test", "train"),
 }
+GENERATED = "generated:"  # data that a language model writes itself: `runs.generated` puts a file in its place
 _SUFFIXES = (".parquet", ".jsonl", ".json", ".tsv", ".csv", ".txt")
 _SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -24,7 +25,10 @@ _SPLIT_WORDS = {
 }
 
 
-GENERATED = "generated:"  # data that a language model writes itself: `runs.generated` puts a file in its place
+def preferred_split(names: Iterable[str], purpose: Purpose) -> str:
+    """The split of a dataset that fits the purpose best; the first where none does."""
+    found = list(names)
+    return next((name for wanted in PREFERRED[purpose] for name in found if name.startswith(wanted)), found[0])
 
 
 def expanded(ref: str | Path) -> Path:

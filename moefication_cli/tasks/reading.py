@@ -26,7 +26,7 @@ import numpy.typing as npt
 from datasets.exceptions import DatasetGenerationError
 
 from moefication_cli.errors import ConfigError, MoEficationError, first_line
-from moefication_cli.tasks.data_files import PREFERRED, Purpose, expanded, find_files, local_digest
+from moefication_cli.tasks.data_files import PREFERRED, Purpose, expanded, find_files, local_digest, preferred_split
 from moefication_cli.tasks.fields import guess_fields, split_fields
 from moefication_cli.tasks.local_files import Documents, guess_documents, read_rows
 from moefication_cli.tasks.streams import streamed
@@ -198,7 +198,7 @@ def _load_hub(
         loaded = datasets.load_dataset(path, config, split=split, revision=revision)
     if isinstance(loaded, datasets.Dataset):
         return loaded
-    chosen = next((s for p in PREFERRED[purpose] for s in loaded if s.startswith(p)), next(iter(loaded)))
+    chosen = preferred_split(loaded, purpose)
     if len(loaded) > 1:
         notes.append(f"{name}: reading split {chosen!r} of {', '.join(loaded)} (--split)")
     return loaded[chosen]

@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 
 from moefication_cli.errors import ConfigError, MoEficationError
-from moefication_cli.tasks.data_files import PREFERRED, Purpose
+from moefication_cli.tasks.data_files import PREFERRED, Purpose, preferred_split
 
 _ROOM = 10_000  # rows that are in memory at a time
 _ELSEWHERE = "free some space there, or name another folder in HF_DATASETS_CACHE; then run the same command again"
@@ -38,7 +38,7 @@ def streamed(
     kept = Path(datasets.config.HF_DATASETS_CACHE) / "moefication-streams" / key
     if not kept.is_dir():
         found = datasets.load_dataset(path, config, revision=revision, streaming=True)
-        chosen = split or next((s for p in PREFERRED[purpose] for s in found if s.startswith(p)), next(iter(found)))
+        chosen = split or preferred_split(found, purpose)
         if chosen not in found:
             raise ConfigError(f"{path} has no split {chosen!r}", f"its splits: {', '.join(found)}")
         _keep(found[chosen].take(rows), chosen, kept)
