@@ -23,7 +23,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """A path by tiles, used for every number of tokens and every size of experts."""
     if request.param not in bfloat16_paths.available_paths():
         pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setattr(numba_backend, "TILED_LEAST_TOKENS", 1)
+    monkeypatch.setattr(numba_backend, "TILED_LEAST_TOKENS", dict.fromkeys(bfloat16_paths.PATHS, 1))
     monkeypatch.setattr(numba_backend, "TILED_LEAST_EXPERT", 1)
     return str(request.param)
 

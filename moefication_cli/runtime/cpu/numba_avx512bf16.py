@@ -14,7 +14,7 @@ def nothing(unused):
 
 
 @cached_cfunc(HERE, "void(int64, int64, int64, int64, int64, int64, int64, int64)", error_model="numpy")
-def product(a, b, c, steps, rows, add, unused, unused_too):
-    """C[:rows] = A B, plus what C held if `add` is 1; groups of eight rows of C are written."""
+def product(a_rows, b, c_rows, steps, rows, a_step, c_at, unused):
+    """C[:rows] += A B, rows of A and C wherever the two lists of addresses say; groups of eight rows are read and written."""
     for r in range(0, rows, 8):
-        t.product_avx512_8(a + 64 * r, b, c + 128 * r, steps, add)
+        t.product_avx512_8(a_rows + 8 * r, b, c_rows + 8 * r, steps, a_step, c_at)

@@ -43,7 +43,8 @@ FEW_TOKENS = 2  # of int8 weights: up to here reading them takes the time, and t
 SERIAL_WORK = 300_000  # multiply-adds of a call below which a second thread costs more than it brings
 TOKENS_TO_SPLIT = 96  # from here on threads take tokens, below they take experts
 TILED_TOKENS = 512  # of a bfloat16 call by tiles at most: the second step's sums stay in the second-level cache
-TILED_LEAST_TOKENS, TILED_LEAST_EXPERT = 32, 16  # fewer leave most of a tile empty; measured with AMX
+# Fewer leave most of a tile empty; measured on a Sapphire Rapids (amx) and a Zen 4 (avx512_bf16, whose tiles have eight rows)
+TILED_LEAST_TOKENS, TILED_LEAST_EXPERT = {"amx": 32, "avx512_bf16": 16}, 16
 CHUNK_TOKENS = 512  # at most: a chunk reads the experts of its tokens once, and more of it leaves the cache
 # Where another process holds one of the cores, a thread of the team waits for it, milliseconds long, while a decode step takes
 # microseconds. A call that took a millisecond more than its arithmetic at 0.7 GFLOP/s per second is taken for such a case; the
@@ -169,9 +170,10 @@ class CompiledLayer:
         if dtype == torch.bfloat16:
             self.bfloat16_path = bfloat16_path or bfloat16_paths.default_path()
             table[slot.PRODUCT : slot.END + 1] = bfloat16_paths.tile_functions(self.bfloat16_path)
+            table[slot.BY_ROWS] = self.bfloat16_path == "avx512_bf16"
         self._tiled_least = sys.maxsize  # tokens of a call from which it goes by tiles
         if table[slot.PRODUCT] and max(weights.expert_size, weights.num_shared) >= TILED_LEAST_EXPERT:
-            self._tiled_least = TILED_LEAST_TOKENS
+            self._tiled_least = TILED_LEAST_TOKENS[str(self.bfloat16_path)]
         self._table = table
         self._layer = self._many = int(table.ctypes.data)  # address for few tokens, and for more
         if ffn.quantised:

@@ -14,7 +14,8 @@ PRODUCT, BEGIN, END = range(28, 31)
 # Of int8 matrices: scales [3, F] float32 (up, gate, down) and bytes per row of them; what quantises tokens too, or 0.
 # The low-rank compensation has kernels of its own there: its matrices stay float32.
 SCALES, SCALE_BYTES, INTEGER, X_BYTES, C_PROJECT, C_PIECES, C_BYTES = range(31, 38)
-LAYER_SLOTS = 38
+BY_ROWS = 38  # whether PRODUCT takes addresses of rows instead of tiles
+LAYER_SLOTS = 39
 # A call. ON is [E, T] bytes, KEPT [T] int64: how many experts the token has, or -1 at padding.
 LAYER, X, Y, T, KIND, SELECTED, K, REAL, COUNTS, YIELD, TEAM, PIECE, CHUNK, RUN = range(14)
 XF, ACC, ON, KEPT, Z, Z_BYTES, SCORES, SCORE_BYTES, SCRATCH, SCRATCH_BYTES, STATES = range(14, 25)

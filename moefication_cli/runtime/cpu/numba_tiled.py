@@ -5,7 +5,8 @@ hidden     a unit's 32 neurons for all its tokens: h = act(x W_up^T), rounded to
 outputs    some columns of y for all units: y += h W_down in float32. Every thread owns its columns, so sums need no locks and
            are the same bytes for any number of threads.
 A selected weight is read once per call, rearranged into tiles as it comes (`simd_tiles`) and while the next unit's is on its way
-to the cache; weights are kept as they are. x and h are bfloat16, all sums float32.
+to the cache; weights are kept as they are. x and h are bfloat16, all sums float32. Products by rows (AVX512-BF16) read tokens where
+they lie and add to rows of y directly; AMX needs both as tiles.
 Functions take int64 addresses; `layer` and `s` are the tables of `numba_table`, whose axes hold here too. Nothing checks bounds.
 """
 
@@ -29,61 +30,15 @@ from moefication_cli.runtime.cpu.numba_routing import (
     widen,
     work_together,
 )
+from moefication_cli.runtime.cpu.numba_units import count_of, list_tokens, token_at, unit_at
 
 HERE = Path(__file__).parent
 
 BF16 = np.uint16(0)
 MOST_NEURONS = 256  # of a unit
-MOST_COLUMNS = 512  # of an item of the second step: its float32 sums of 512 tokens are 1 MiB
-
-
-@internal
-def _unit(s, u):
-    """List of tokens, first row, number of neurons, whether they are the compensation's, of unit `u`."""
-    layer, most = v.at(s, slot.LAYER), v.at(s, slot.UNIT)
-    experts, shared, rank, each = (
-        v.at(layer, slot.E),
-        v.at(layer, slot.S),
-        v.at(layer, slot.C_RANK),
-        v.at(layer, slot.N),
-    )
-    of_shared, of_rank, of_expert = (shared + most - 1) // most, (rank + most - 1) // most, (each + most - 1) // most
-    if u < of_shared:
-        return experts, u * most, min(most, shared - u * most), False
-    u -= of_shared
-    if u < of_rank:
-        return experts + 1, u * most, min(most, rank - u * most), True
-    e, part = divmod(u - of_rank, of_expert)
-    return e, shared + e * each + part * most, min(most, each - part * most), False
-
-
-@internal
-def _count(s, which):
-    return v.get_i32(v.at(s, slot.LISTS) + v.at(s, slot.LIST_BYTES) * which)
-
-
-@internal
-def _token(s, which, i):
-    return v.get_i32(v.at(s, slot.LISTS) + v.at(s, slot.LIST_BYTES) * which + 4 + 4 * i)
-
-
-@internal
-def _list_tokens(s, which):
-    """Writes the tokens of expert `which`; E: all but padding, for shared neurons; E + 1: those the compensation is for."""
-    layer, tokens = v.at(s, slot.LAYER), v.at(s, slot.T)
-    experts, kept = v.at(layer, slot.E), v.at(s, slot.KEPT)
-    base, count = v.at(s, slot.LISTS) + v.at(s, slot.LIST_BYTES) * which, np.int64(0)
-    on = v.at(s, slot.ON) + which * tokens
-    for t in range(tokens):
-        v.put_i32(base + 4 + 4 * count, t)
-        if which < experts:
-            count += np.int64(v.get_u8(on + t))
-        else:
-            here = v.get_i64(kept + 8 * t)
-            count += here >= 0 and (which == experts or here < experts)
-    v.put_i32(base, count)
-    if which < experts and v.at(s, slot.COUNTS) != 0:
-        v.atomic_add(v.at(s, slot.COUNTS) + 8 * which, count)
+# Of an item of the second step: the float32 sums of 512 tokens are 1 MiB and 0.5 MiB, half of the second-level cache of processors
+# with AMX, and of Zen 4
+MOST_COLUMNS, MOST_COLUMNS_BY_ROWS = 512, 256
 
 
 @internal
@@ -124,10 +79,17 @@ def _fill(c, m, bias, n):
 
 
 @internal
+def _list_rows(to, first, row_bytes):
+    """Addresses of 32 rows, for products by rows."""
+    for r in range(32):
+        v.put_i64(to + 8 * r, first + row_bytes * r)
+
+
+@internal
 def _first_weight(s, u):
     """Where the up-projection of unit `u` begins."""
     layer = v.at(s, slot.LAYER)
-    _, first, _, rank = _unit(s, u)
+    _, first, _, rank = unit_at(s, u)
     return v.at(layer, slot.C_IN if rank else slot.W_UP) + 2 * v.at(layer, slot.D) * first
 
 
@@ -136,8 +98,8 @@ def _hidden(s, item, scratch):
     """act(...) of 32 neurons of a unit, into HIDDEN as tiles of A."""
     layer, parts = v.at(s, slot.LAYER), v.at(s, slot.UNIT) // 32
     u, part = divmod(item, parts)
-    which, first, n, rank = _unit(s, u)
-    count, first, n = _count(s, which), first + 32 * part, min(32, n - 32 * part)
+    which, first, n, rank = unit_at(s, u)
+    count, first, n = count_of(s, which), first + 32 * part, min(32, n - 32 * part)
     if count == 0 or n <= 0:
         return
     width, padded = v.at(layer, slot.D), (v.at(s, slot.T) + 31) // 32 * 32
@@ -147,16 +109,21 @@ def _hidden(s, item, scratch):
     code = IDENTITY if rank else v.at(layer, slot.ACT)
     bias = 0 if rank or v.at(layer, slot.B_UP) == 0 else v.at(layer, slot.B_UP) + 4 * first
     b_gate = 0 if not gated or v.at(layer, slot.B_GATE) == 0 else v.at(layer, slot.B_GATE) + 4 * first
+    by_rows = v.at(layer, slot.BY_ROWS) != 0
+    direct = by_rows and width % 32 == 0  # tokens are read where they are
     rows = scratch
-    h = aligned(rows + 8 * 32)
+    a_rows, h_rows = rows + 8 * 32, rows + 2 * 8 * 32
+    h = aligned(rows + 3 * 8 * 32)
     g = h + 4096
     a = g + 4096
     b = a + tile.STEP * steps
     b2 = b + tile.STEP * steps
+    _list_rows(a_rows, a, 64)
+    _list_rows(h_rows, h, 128)
     ahead, following = np.int64(0), item + v.at(s, slot.TEAM)  # the next item of this thread, if they take turns
     if following < v.at(s, slot.UNITS) * parts:
         after, next_part = divmod(following, parts)
-        if _count(s, _unit(s, after)[0]) > 0:
+        if count_of(s, unit_at(s, after)[0]) > 0:
             ahead = _first_weight(s, after) + 32 * row_bytes * next_part - w
     _columns_of(b, w, row_bytes, n, width, ahead)
     if gated:
@@ -164,13 +131,21 @@ def _hidden(s, item, scratch):
     for start in range(0, count, 32):
         m = min(32, count - start)
         for i in range(32):
-            v.put_i64(rows + 8 * i, v.at(s, slot.X) + row_bytes * _token(s, which, start + min(i, m - 1)))
-        _gather(a, rows, m, width)
+            v.put_i64(rows + 8 * i, v.at(s, slot.X) + row_bytes * token_at(s, which, start + min(i, m - 1)))
+        if not direct:
+            _gather(a, rows, m, width)
         _fill(h, (m + 15) // 16 * 16, bias, n)
-        v.call_8(v.at(layer, slot.PRODUCT), a, b, h, steps, m, 1, 0, 0)
         if gated:
             _fill(g, (m + 15) // 16 * 16, b_gate, n)
-            v.call_8(v.at(layer, slot.PRODUCT), a, b2, g, steps, m, 1, 0, 0)
+        if by_rows:
+            source, a_step = (rows, 64) if direct else (a_rows, tile.STEP)
+            v.call_8(v.at(layer, slot.PRODUCT), source, b, h_rows, steps, m, a_step, 0, 0)
+            if gated:
+                v.call_8(v.at(layer, slot.PRODUCT), source, b2, h_rows, steps, m, a_step, g - h, 0)
+        else:
+            v.call_8(v.at(layer, slot.PRODUCT), a, b, h, steps, m, 1, 0, 0)
+            if gated:
+                v.call_8(v.at(layer, slot.PRODUCT), a, b2, g, steps, m, 1, 0, 0)
         out = v.at(s, slot.HIDDEN) + 2 * v.at(s, slot.UNIT) * (u * padded + start) + tile.STEP * part
         for r in range(m):
             for side in range(2):
@@ -201,25 +176,36 @@ def _sum_units(s, first, columns, padded, y, scratch):
     """y [T, padded] (float32) += the down-projection's columns from `first` of all units."""
     layer, row_bytes = v.at(s, slot.LAYER), 2 * v.at(v.at(s, slot.LAYER), slot.D)
     of_unit = 2 * v.at(s, slot.UNIT) * ((v.at(s, slot.T) + 31) // 32 * 32)
-    c, b = scratch, scratch + 4096
+    c = scratch
+    a_rows, y_rows = c + 4096, c + 4096 + 8 * 32
+    b = aligned(y_rows + 8 * 32)
+    nobody = y + 4 * padded * v.at(s, slot.T)
     for u in range(v.at(s, slot.UNITS)):
-        which, row, n, rank = _unit(s, u)
-        count, steps = _count(s, which), (n + 31) // 32
+        which, row, n, rank = unit_at(s, u)
+        count, steps = count_of(s, which), (n + 31) // 32
         if count == 0:
             continue
         w = v.at(layer, slot.C_OUT if rank else slot.W_DOWN) + row_bytes * row + 2 * first
         ahead = np.int64(0)
         if u + 1 < v.at(s, slot.UNITS):
-            after, next_row, _, next_rank = _unit(s, u + 1)
-            if _count(s, after) > 0 and next_rank == rank:
+            after, next_row, _, next_rank = unit_at(s, u + 1)
+            if count_of(s, after) > 0 and next_rank == rank:
                 ahead = row_bytes * (next_row - row)
         _rows_of(b, w, row_bytes, n, columns, ahead)
         for start in range(0, count, 32):
             m, a = min(32, count - start), v.at(s, slot.HIDDEN) + of_unit * u + 2 * v.at(s, slot.UNIT) * start
+            if v.at(layer, slot.BY_ROWS) != 0:
+                _list_rows(a_rows, a, 64)
+                for r in range(32):
+                    v.put_i64(y_rows + 8 * r, y + 4 * padded * token_at(s, which, start + r) if r < m else nobody)
+                for at in range(0, padded, 32):
+                    step = b + tile.STEP * (at // 32 * steps)
+                    v.call_8(v.at(layer, slot.PRODUCT), a_rows, step, y_rows, steps, m, tile.STEP, 4 * at, 0)
+                continue
             for at in range(0, padded, 32):
                 v.call_8(v.at(layer, slot.PRODUCT), a, b + tile.STEP * (at // 32 * steps), c, steps, m, 0, 0, 0)
                 for r in range(m):
-                    out = y + 4 * (padded * _token(s, which, start + r) + at)
+                    out = y + 4 * (padded * token_at(s, which, start + r) + at)
                     v.store(F32, out, v.add(v.load(F32, out), v.load(F32, c + 128 * r)))
                     v.store(F32, out + 64, v.add(v.load(F32, out + 64), v.load(F32, c + 128 * r + 64)))
 
@@ -233,9 +219,9 @@ def _outputs(s, item, scratch):
     padded = (columns + 31) // 32 * 32
     constant, bias = v.at(layer, slot.CONSTANT), v.at(layer, slot.B_DOWN)
     y = scratch
-    for at in range(0, tokens * padded, 16):
+    for at in range(0, (tokens + 1) * padded, 16):
         v.store(F32, y + 4 * at, v.zero())
-    _sum_units(s, first, columns, padded, y, aligned(y + 4 * tokens * padded))
+    _sum_units(s, first, columns, padded, y, aligned(y + 4 * (tokens + 1) * padded))
     for t in range(tokens):
         kept = v.get_i64(v.at(s, slot.KEPT) + 8 * t)
         for c in range(0, columns, 16):
@@ -262,8 +248,8 @@ def _arrange(s, base):
     v.put(s, slot.HIDDEN, end)
     end = aligned(end + 2 * v.at(s, slot.UNIT) * padded * v.at(s, slot.UNITS))
     steps, columns = (width + 31) // 32, v.at(s, slot.COLUMNS)
-    first = 8 * 32 + 64 + 2 * 4096 + 3 * tile.STEP * steps
-    second = 4 * tokens * columns + 64 + 4096 + 2 * columns * v.at(s, slot.UNIT)
+    first = 3 * 8 * 32 + 64 + 2 * 4096 + 3 * tile.STEP * steps
+    second = 4 * (tokens + 1) * columns + 2 * 64 + 4096 + 2 * 8 * 32 + 2 * columns * v.at(s, slot.UNIT)
     each = aligned(max(max(first, second), 4 * (experts + 32)) + 64)
     v.put(s, slot.SCRATCH, end)
     v.put(s, slot.SCRATCH_BYTES, each)
@@ -283,7 +269,7 @@ def run_tiled(s):
         which = take(s, slot.LIST, 1)
         if which >= experts + 2:
             break
-        _list_tokens(s, which)
+        list_tokens(s, which)
         done(s, slot.LIST, 1)
     wait(s, slot.LIST, experts + 2)
     v.call_1(v.at(layer, slot.BEGIN), 0)
@@ -314,7 +300,8 @@ def forward_tiled(layer, worker, parallel, give_way, x, y, tokens, kind, selecte
     units = (shared + unit - 1) // unit + (rank + unit - 1) // unit + v.at(layer, slot.E) * ((each + unit - 1) // unit)
     v.put(s, slot.UNIT, unit)
     v.put(s, slot.UNITS, units)
-    items = (width + MOST_COLUMNS - 1) // MOST_COLUMNS
+    most = MOST_COLUMNS_BY_ROWS if v.at(layer, slot.BY_ROWS) != 0 else MOST_COLUMNS
+    items = (width + most - 1) // most
     items = (items + threads - 1) // threads * threads  # as many for every thread
     v.put(s, slot.COLUMNS, ((width + items - 1) // items + 31) // 32 * 32)
     scratch = np.empty(_arrange(s, 0) // 8 + 32, np.int64)

@@ -16,7 +16,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils, types
 
-from moefication_cli.runtime.cpu.simd import I8, I16, I32, I64, LANES, VEC, constant, emit_call, operation, pointer
+from moefication_cli.runtime.cpu.simd import I8, I16, I32, I64, LANES, VEC, emit_call, operation, pointer
 
 PAIRS = ir.VectorType(I32, LANES)  # 16 pairs, or one row of a tile
 LINE = ir.VectorType(I16, 2 * LANES)
@@ -192,27 +192,32 @@ def _dot_pairs(builder: Any, total: Any, a: Any, b: Any) -> Any:
 
 
 def _product_avx512(rows: int) -> Any:
-    """The same for `rows` rows of A and C (not tiles), with `vdpbf16ps`."""
+    """The same for `rows` rows of A and C anywhere, with `vdpbf16ps`; always adds to what C holds. Arguments: addresses of A's rows,
+    b, addresses of C's rows, steps, bytes from one step of A's rows to the next, byte offset into C's rows.
+    """
 
     def emit(builder: Any, args: Any, kinds: Any) -> None:
-        a, b, c, steps, add = args
-        places = [_offset(builder, c, 128 * r + 64 * n) for r in range(rows) for n in range(2)]
-        keep = builder.icmp_signed("!=", add, _int(0))
-        slots = []
-        for place in places:
-            before = builder.load(pointer(builder, place, VEC), align=64)
-            slots.append(cgutils.alloca_once_value(builder, builder.select(keep, before, constant(0.0))))
+        a_rows, b, c_rows, steps, a_step, c_at = args
+
+        def listed(rows_at: Any, r: int) -> Any:
+            return builder.load(pointer(builder, _offset(builder, rows_at, 8 * r), I64))
+
+        sources = [listed(a_rows, r) for r in range(rows)]
+        places = [_offset(builder, builder.add(listed(c_rows, r), c_at), 64 * n) for r in range(rows) for n in range(2)]
+        slots = [
+            cgutils.alloca_once_value(builder, builder.load(pointer(builder, place, VEC), align=64)) for place in places
+        ]
         with cgutils.for_range(builder, steps) as outer:
-            offset = builder.mul(outer.index, _int(STEP))
-            a_step, b_step = builder.add(a, offset), builder.add(b, offset)
+            a_offset = builder.mul(outer.index, a_step)
+            b_step = builder.add(b, builder.mul(outer.index, _int(STEP)))
             with cgutils.for_range(builder, _int(LANES)) as inner:
-                a_now = builder.add(a_step, builder.mul(inner.index, _int(4)))
+                a_now = builder.add(a_offset, builder.mul(inner.index, _int(4)))
                 b_now = builder.add(b_step, builder.mul(inner.index, _int(64)))
                 columns = [
                     builder.load(pointer(builder, _offset(builder, b_now, TILE * n), PAIRS), align=64) for n in range(2)
                 ]
                 for r in range(rows):
-                    pair = builder.load(pointer(builder, _offset(builder, a_now, 64 * r), I32))
+                    pair = builder.load(pointer(builder, builder.add(sources[r], a_now), I32), align=2)
                     spread = _spread(builder, pair)
                     for n, column in enumerate(columns):
                         slot = slots[2 * r + n]
@@ -220,7 +225,7 @@ def _product_avx512(rows: int) -> Any:
         for place, slot in zip(places, slots, strict=True):
             builder.store(builder.load(slot), pointer(builder, place, VEC), align=64)
 
-    return operation(types.none, 5, emit)
+    return operation(types.none, 6, emit)
 
 
 def _spread(builder: Any, pair: Any) -> Any:
