@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from moefication_cli import load
 from moefication_cli.errors import ConfigError, UnavailableError
-from moefication_cli.models.int8 import Int8Linear, linear_bytes
+from moefication_cli.models.int8 import Int8Embedding, Int8Linear, Rounded, linear_bytes, quantise_model
 
 NAMES = ["llama", "phi3", "bert", "t5", "gpt2"]
 
@@ -77,7 +77,7 @@ def test_nothing_float_is_left_of_the_matrices_and_copies_are_the_same(name: str
 
 
 def test_int8_linear_by_hand() -> None:
-    layer = Int8Linear(torch.tensor([[1.27, -0.64], [0.0, 0.02]]), torch.tensor([1.0, 0.0]))
+    layer = Int8Linear(Rounded(torch.tensor([[1.27, -0.64], [0.0, 0.02]])), torch.tensor([1.0, 0.0]))
     # tokens become (127, -64) / 100 and (0, 127) / 50; rows (127, -64) / 100 and (0, 127) * 0.02 / 127
     y = layer(torch.tensor([[1.27, -0.64], [0.0, 2.54]]))
     assert torch.allclose(
@@ -87,8 +87,36 @@ def test_int8_linear_by_hand() -> None:
     assert bad[:2].isnan().all() and torch.equal(bad[2], torch.tensor([1.0, 0.0]))
     generator = torch.Generator().manual_seed(0)
     w, x = torch.randn(24, 40, generator=generator), torch.randn(2, 7, 40, generator=generator)
-    got = Int8Linear(w, None)(x)
+    got = Int8Linear(Rounded(w), None)(x)
     assert got.shape == (2, 7, 24) and 1e-3 < off(got, x @ w.t()) < 0.02
+
+
+def test_embeddings_by_hand_and_tied_ones_once() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.other = nn.Embedding(5, 16), nn.Embedding(5, 16)
+            self.head, self.free = nn.Linear(16, 5, bias=False), nn.Linear(16, 5)
+            self.head.weight = self.first.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            found: Tensor = self.head(self.first(ids)) + self.free(self.other(ids))
+            return found
+
+    torch.manual_seed(0)
+    model = Tied()
+    exact = copy.deepcopy(model)
+    ids = torch.tensor([[0, 4, 2]])
+    quantise_model(model, [])
+    assert type(model.first) is Int8Embedding and model.first.weight is model.head.weight
+    assert model.other.weight is not model.first.weight and model.free.weight is not model.head.weight
+    rows = exact.first.weight.detach()[ids]
+    steps = rows / rows.abs().amax(dim=-1, keepdim=True) * 127
+    assert torch.allclose(model.first(ids), steps.round() / 127 * rows.abs().amax(dim=-1, keepdim=True), atol=1e-6)
+    assert 1e-4 < off(model(ids), exact(ids)) < 0.02
+    with pytest.raises(IndexError):
+        model.first(torch.tensor([5]))
+    assert sum(p.numel() for p in {id(p): p for p in model.parameters()}.values() if p.dtype == torch.int8) == 3 * 80
 
 
 def test_what_int8_does_not_go_with_is_said(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""int8 weights of a loaded model: its FFNs' matrices for the kernels of `runtime.cpu`, all other linear layers for torch's.
+"""int8 weights of a loaded model: its FFNs' matrices for the kernels of `runtime.cpu`, other linear layers for torch's, embeddings.
 
 Made from the float model in memory, one matrix after the other, so that at most one float copy is alive beside the int8 ones. Every matrix
 is symmetric per row (`ffn.quantise_rows`); of FFNs a row is a neuron, also of the down projection, whose scale multiplies the
-neuron's activation. Embeddings, norms, biases, routers and compensations stay as they are. CPU and float32 activations.
+neuron's activation, and of embeddings a token, so that a tied head shares its embedding's matrix. Norms, biases, routers and
+compensations stay as they are, and so do embeddings with code of their own (most of positions). CPU and float32 activations.
 """
 
 from typing import Any
@@ -19,18 +20,41 @@ from moefication_cli.models.sites import FFNSite
 WEIGHTS = ("int8",)  # what `load(weights=...)` takes
 
 
+class Rounded:
+    """A matrix [R, C] made int8: `rows` and the scale of each row."""
+
+    def __init__(self, weight: Tensor) -> None:
+        quantised, self.scale = quantise_rows(weight)
+        self.rows = nn.Parameter(quantised, requires_grad=False)
+
+
+class Int8Embedding(nn.Embedding):
+    """The rows of an int8 matrix that ids [...] name, as float32 [..., D]."""
+
+    def __init__(self, weight: Rounded, padding_idx: int | None) -> None:
+        nn.Module.__init__(self)  # as below
+        self.num_embeddings, self.embedding_dim = weight.rows.shape
+        self.padding_idx, self.max_norm, self.norm_type = padding_idx, None, 2.0
+        self.scale_grad_by_freq = self.sparse = False
+        self.weight = weight.rows
+        self.register_buffer(SCALE, weight.scale)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """float32 [..., D]; as in torch, an id out of range raises IndexError."""
+        return self.weight[input].float() * self.get_buffer(SCALE)[input][..., None]
+
+
 class Int8Linear(nn.Linear):
     """y = x W^T + b for an int8 W, the tokens rounded to int8 too, symmetric per token; sums are exact, in int32 (`torch._int_mm`).
 
     Rounding tokens one by one and not all together is what torchao's `Int8DynamicActivationInt8WeightConfig` does.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: "Rounded", bias: Tensor | None) -> None:
         nn.Module.__init__(self)  # nn.Linear's would make a float matrix first
-        quantised, scale = quantise_rows(weight)
-        self.out_features, self.in_features = weight.shape
-        self.weight = nn.Parameter(quantised, requires_grad=False)
-        self.register_buffer(SCALE, scale)
+        self.out_features, self.in_features = weight.rows.shape
+        self.weight = weight.rows
+        self.register_buffer(SCALE, weight.scale)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,22 +83,34 @@ def check_weights_option(weights: str | None, device: torch.device, dtype: torch
 def quantise_model(model: nn.Module, experts: list[FFNSite]) -> None:
     """Makes all matrices int8 in place, and the model one for inference only.
 
-    FFNs in `experts` keep their modules, which then need a layer installed that reads int8; all other linear layers become `Int8Linear`.
+    FFNs in `experts` keep their modules, which then need a layer installed that reads int8; all other linear layers become `Int8Linear`,
+    embeddings `Int8Embedding`.
     """
     model.requires_grad_(False)
     taken: set[int] = set()
     for site in experts:
         _quantise_ffn(model, site)
         taken |= {id(model.get_submodule(path)) for path in (site.up, site.down, site.gate) if path is not None}
-    made: dict[int, Int8Linear] = {}
+    made: dict[int, nn.Module] = {}  # a fused projection and an embedding may have two names
+    rounded: dict[int, Rounded] = {}  # by the float matrix: tied ones stay one
+
+    def weight_of(part: Any) -> Rounded:
+        number = id(part.weight)
+        if number not in rounded:
+            matrix: Tensor = part.weight.detach()
+            rounded[number] = Rounded(matrix.t() if isinstance(part, Conv1D) else matrix)
+        return rounded[number]
+
     for parent in list(model.modules()):
         for name, part in list(parent._modules.items()):
-            if id(part) in taken or isinstance(part, Int8Linear) or not isinstance(part, nn.Linear | Conv1D):
+            if id(part) in taken or isinstance(part, Int8Linear | Int8Embedding):
                 continue
-            if id(part) not in made:  # a fused projection may have two names
-                weight: Tensor = part.weight.detach()
-                made[id(part)] = Int8Linear(weight.t() if isinstance(part, Conv1D) else weight, part.bias)
-            setattr(parent, name, made[id(part)])
+            if id(part) not in made and isinstance(part, nn.Linear | Conv1D):
+                made[id(part)] = Int8Linear(weight_of(part), part.bias)
+            elif id(part) not in made and type(part) is nn.Embedding and part.max_norm is None:
+                made[id(part)] = Int8Embedding(weight_of(part), part.padding_idx)
+            if id(part) in made:
+                setattr(parent, name, made[id(part)])
 
 
 def _quantise_ffn(model: nn.Module, site: FFNSite) -> None:
