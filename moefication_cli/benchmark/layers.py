@@ -21,10 +21,11 @@ from moefication_cli.benchmark.peers import Beside, peer_ffns
 from moefication_cli.benchmark.shapes import set_firing, share
 from moefication_cli.config import BenchConfig
 from moefication_cli.ffn import ACTIVATIONS, Compensation, ExpertWeights
+from moefication_cli.models.installed import FFNLayer
 from moefication_cli.models.int8 import quantise_model
 from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.sites import FFNSite
-from moefication_cli.models.surgery import FFNLayer, install, live_weights, pack
+from moefication_cli.models.surgery import install, live_weights, pack
 from moefication_cli.routing.cost import overhead_flops
 from moefication_cli.routing.router import Router, TwoLayerRouter
 from moefication_cli.routing.rules import Rule, TopK

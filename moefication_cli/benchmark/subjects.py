@@ -27,9 +27,10 @@ from moefication_cli.benchmark.timing import cache_bytes
 from moefication_cli.config import BenchConfig
 from moefication_cli.errors import ConfigError, MissingArtifactError
 from moefication_cli.models.folder.moe_folder import FOLDER, read_moe_folder
+from moefication_cli.models.installed import FFNLayer
 from moefication_cli.models.loading import load, load_model, resolve_dtype
 from moefication_cli.models.sites import FFNSite, find_sites
-from moefication_cli.models.surgery import FFNLayer, installed_layers
+from moefication_cli.models.surgery import installed_layers
 from moefication_cli.runs.control import Control
 from moefication_cli.runtime.layer import MoEFFN
 from moefication_cli.tasks.encoding import position_limit

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from moefication_cli.conversion.plan import LayerPlan, RoutedLayer, describe_rule
 from moefication_cli.ffn import Compensation, ExpertWeights, FFNWeights
+from moefication_cli.models.installed import FFNLayer
 from moefication_cli.models.int8 import Int8Linear
 from moefication_cli.models.loading import LoadedModel
 from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.sites import FFNSite
-from moefication_cli.models.surgery import FFNLayer, live_weights
+from moefication_cli.models.surgery import live_weights
 from moefication_cli.routing.cost import overhead_flops
 from moefication_cli.routing.scores import expert_scores
 from moefication_cli.runs.inputs import layer_seed

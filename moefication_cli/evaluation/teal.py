@@ -27,7 +27,8 @@ from torch.nn import functional
 from moefication_cli.config import Options, option
 from moefication_cli.evaluation.selections import SelectionRow
 from moefication_cli.ffn import ACTIVATIONS, FFNWeights
-from moefication_cli.models.surgery import FFNLayer, live_weights
+from moefication_cli.models.installed import FFNLayer
+from moefication_cli.models.surgery import live_weights
 from moefication_cli.runs.control import Control
 from moefication_cli.runs.inputs import RunModel, layer_options, layer_seed, read_tokens
 from moefication_cli.store.artifact import Artifact

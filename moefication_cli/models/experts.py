@@ -12,11 +12,12 @@ from torch import nn
 from moefication_cli.errors import ConfigError, CorruptArtifactError
 from moefication_cli.ffn import ExpertWeights
 from moefication_cli.models.folder.moe_folder import MoEFolder, MoELayer
+from moefication_cli.models.installed import FFNLayer
 from moefication_cli.models.int8 import quantise_model
 from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.saving import refuse_to_save, save_converted
 from moefication_cli.models.sites import FFNSite, find_sites
-from moefication_cli.models.surgery import FFNLayer, install, live_weights, pack, uninstall
+from moefication_cli.models.surgery import install, live_weights, pack, uninstall
 from moefication_cli.routing.rules import TopK
 from moefication_cli.runtime.backends import installed
 from moefication_cli.runtime.kernel_times import SHARES, FFNKind, KernelTimes

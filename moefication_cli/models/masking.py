@@ -59,6 +59,11 @@ class TokenMask:
         for handle in self._handles:
             handle.remove()
 
+    @property
+    def hides(self) -> bool:
+        """Whether any token of the pass in progress may be padding."""
+        return bool(self._masks)
+
     def mask_for(self, stack: Stack, shape: tuple[int, ...] | torch.Size) -> Tensor | None:
         """Real tokens as bool [B*T] for activations of leading shape (B, T) or (B*T,); None if all are real.
 

@@ -5,7 +5,9 @@ inline and there often is no module to replace: `up` computes the whole FFN, `ga
 `down` passes through; where the activation is called by the model's code and cannot be made neutral, `down` ignores its
 input and gives what `up` computed. Where gate and up are one projection (Phi-3, ModernBERT), that projection answers with ones for the
 gate and the FFN's output for up: what the block does next, split, activate, multiply, gives the output, and no forward of
-a model is replaced, whatever else it does. The state dict, `save_pretrained`, `.to()`, `deepcopy`, pickle and
+a model is replaced, whatever else it does. Where the projections have a module of their own that does nothing else (`LlamaMLP`, T5's
+`DenseReluDense`), that one also answers at once, without the calls of its parts: of a small model they are most of the FFN's time.
+The state dict, `save_pretrained`, `.to()`, `deepcopy`, pickle and
 `torch.compile` go on working; dense and sparse execution share one copy of the weights, stored neuron-major behind the
 dense names. Axes as in `ffn`. In training, dropout that sat between activation and `down` (T5, BART, ModernBERT) acts on
 the FFN's output instead; evaluation is unaffected.
@@ -13,27 +15,22 @@ the FFN's output instead; evaluation is unaffected.
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moefication_cli.errors import UnsupportedModelError
-from moefication_cli.ffn import ExpertWeights, FFNWeights
+from moefication_cli.ffn import FFNWeights
+from moefication_cli.models.installed import FFNLayer, Installed
 from moefication_cli.models.masking import TokenMask
-from moefication_cli.models.projections import pack_parts, rows_of, same_memory, views, without_memory
+from moefication_cli.models.projections import pack_parts, views
 from moefication_cli.models.sites import FFNSite
 
 _STATE = "_moefication"  # in the __dict__ of an installed FFN's `up`
 _FROM = "_moefication_from"  # the same, in that of a `down` that gives what `up` computed
-
-
-class FFNLayer(Protocol):
-    """What can stand in for an FFN, such as `runtime.layer.MoEFFN`: x[..., D], real tokens [...] -> y[..., D]."""
-
-    def __call__(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor: ...
+_WHOLE = "_moefication_whole"  # the same, in that of a module that is the FFN and nothing else
 
 
 def live_weights(model: nn.Module, site: FFNSite) -> FFNWeights:
@@ -78,16 +75,16 @@ def install(model: nn.Module, site: FFNSite, layer: FFNLayer, token_mask: TokenM
     """
     up, gate, down = _part(model, site.up), _part(model, site.gate), _part(model, site.down)
     state = up.__dict__.get(_STATE)
-    if isinstance(state, _Installed):
+    if isinstance(state, Installed):
         state.layer, state.token_mask = layer, token_mask
         state.seen = 0
         return
     placed = _placements(model, site)
     pack(model, site)
-    for part in placed:  # the hooks stay, for `save_pretrained`; `_Installed` calls them for all projections at once
+    for part in placed:  # the hooks stay, for `save_pretrained`; `Installed` calls them for all projections at once
         del part.forward, part._old_forward
     parent, name = _owner(model, site.act) if site.act else (None, "")
-    state = _Installed(up, gate, down, parent, name, site, layer, token_mask, placed)
+    state = Installed(up, gate, down, parent, name, site, layer, token_mask, placed)
     object.__setattr__(up, _STATE, state)
     last = _PassThrough if parent is not None else _Recall
     swaps: list[tuple[Any, Any]] = [(up, _Experts), (down, last), (gate, _One)]
@@ -100,12 +97,30 @@ def install(model: nn.Module, site: FFNSite, layer: FFNLayer, token_mask: TokenM
         setattr(parent, name, nn.Identity())
     else:
         object.__setattr__(down, _FROM, state)
+    if not placed:
+        _shorten(model, state)
+
+
+def _shorten(model: nn.Module, state: Installed) -> None:
+    """Lets the module that holds the projections answer for them, if that is all it does."""
+    paths = [path for path in (state.site.up, state.site.gate, state.site.down) if path is not None]
+    owners = {path.rpartition(".")[0] for path in paths}
+    if len(owners) > 1 or "" in owners:
+        return
+    block: Any = model.get_submodule(owners.pop())
+    parts = {id(part) for part in (state.up, state.gate, state.down)}
+    known = all(id(part) in parts or isinstance(part, nn.Dropout | nn.Identity) for part in block.children())
+    alone = known and not block._parameters and not block._buffers and not block.training
+    if alone and "forward" not in block.__dict__ and state.answers_for(block):
+        state.block = block
+        object.__setattr__(block, _WHOLE, state)
+        block.__class__ = _subclass(block.__class__, _Block)
 
 
 def uninstall(model: nn.Module, site: FFNSite) -> None:
     """Gives the FFN its dense computation back; the weights stay packed, which changes nothing to a caller."""
     state = _part(model, site.up).__dict__.pop(_STATE, None)
-    if not isinstance(state, _Installed):
+    if not isinstance(state, Installed):
         return
     for part in {id(part): part for part in (state.up, state.gate, state.down) if part is not None}.values():
         part.__class__ = type(part).__bases__[1]
@@ -114,6 +129,9 @@ def uninstall(model: nn.Module, site: FFNSite) -> None:
     for part in state.placed:
         add_hook_to_module(part, part._hf_hook)
     state.down.__dict__.pop(_FROM, None)
+    if state.block is not None:
+        del state.block.__dict__[_WHOLE]
+        state.block.__class__ = type(state.block).__bases__[1]
     if state.act_parent is not None:
         setattr(state.act_parent, state.act_name, state.act)
 
@@ -129,107 +147,6 @@ def installed_layers(model: nn.Module) -> dict[str, Any]:
     return {state.site.name: state.layer for state in sorted(states, key=lambda state: state.site.index)}
 
 
-class _Installed:
-    """What one swapped FFN needs at run time. Lives in the `__dict__` of `up`, unseen by the state dict."""
-
-    def __init__(
-        self,
-        up: nn.Module,
-        gate: nn.Module | None,
-        down: nn.Module,
-        act_parent: nn.Module | None,
-        act_name: str,
-        site: FFNSite,
-        layer: FFNLayer,
-        token_mask: TokenMask | None,
-        placed: list[Any],
-    ) -> None:
-        self.placed = placed  # projections that accelerate has placed; `up` is the first, if any
-        self.up, self.gate, self.down, self.site = up, gate, down, site
-        self.act_parent, self.act_name = act_parent, act_name
-        self.act = None if act_parent is None else getattr(act_parent, act_name)
-        self.held: Tensor | None = None  # between `up` and a `down` that recalls it
-        self.layer, self.token_mask = layer, token_mask
-        self.seen = 0  # address of the weights that the layer's views were derived from; 0: derive them
-
-    def __call__(self, x: Tensor) -> Tensor:
-        y = self._run(x)
-        if self.act_parent is None:
-            self.held = y
-        return y
-
-    def recall(self) -> Tensor:
-        """What the last call computed, once."""
-        y, self.held = self.held, None
-        assert y is not None, f"{self.site.name}: its down projection was called without the up projection"
-        return y
-
-    def _run(self, x: Tensor) -> Tensor:
-        if not self.placed:
-            return self._compute(x)
-        up, *others = self.placed
-        offloaded = any(part._hf_hook.offload for part in self.placed)
-        y = x
-        try:
-            for part in others:
-                part._hf_hook.pre_forward(part)
-            (x,), _ = up._hf_hook.pre_forward(up, x)
-            if offloaded:
-                self.seen = 0  # memory that was given back can lie at the same address again
-            y = self._compute(x)
-        finally:
-            for part in others:
-                part._hf_hook.post_forward(part, None)
-            y = up._hf_hook.post_forward(up, y)
-            if offloaded and isinstance(weights := getattr(self.layer, "weights", None), ExpertWeights):
-                self.layer.weights = without_memory(weights)  # type: ignore[attr-defined]
-        return y
-
-    def _compute(self, x: Tensor) -> Tensor:
-        weight: Tensor = self.up._parameters["weight"]  # type: ignore[assignment]
-        learns = weight.requires_grad and torch.is_grad_enabled()
-        # Views belong to the parameters' storage of the moment; under autograd also to one graph
-        if learns or self.seen != weight.data_ptr():
-            self._renew(learns, moved=self.seen != 0)
-            self.seen = 0 if learns else weight.data_ptr()
-        mask = self.token_mask.mask_for(self.site.stack, x.shape[:-1]) if self.token_mask is not None else None
-        dtype = weight.dtype if weight.is_floating_point() else torch.float32
-        if x.dtype != dtype:
-            x = x.to(dtype)
-        return self.layer(x) if mask is None else self.layer(x, mask.to(x.device).view(x.shape[:-1]))
-
-    def _renew(self, learns: bool, moved: bool) -> None:
-        weights = getattr(self.layer, "weights", None)
-        if not isinstance(weights, ExpertWeights):
-            return
-        if not (rows_of(self.up, True).is_contiguous() and rows_of(self.down, False).is_contiguous()):
-            pack_parts(self.up, self.gate, self.down)
-        ffn = views(self.up, self.gate, self.down, self.site)
-        # Installed before (`eval` takes layers in turns): what the layer has prepared stays good. Not where memory moved under
-        # the views as well, as `share_memory` and sending to another process do: what is prepared holds the old addresses.
-        if not learns and not moved and same_memory(ffn, weights.ffn):
-            return
-        if not learns:
-            detached: dict[str, Any] = {k: v.detach() for k, v in vars(ffn).items() if isinstance(v, Tensor)}
-            ffn = replace(ffn, **detached)
-        device = ffn.w_up_FD.device
-        extra = None if weights.compensation is None else weights.compensation.to(device)
-        self.layer.weights = replace(weights, ffn=ffn, compensation=extra)  # type: ignore[attr-defined]
-        router = getattr(self.layer, "router", None)
-        if router is not None:
-            self.layer.router = router.to(device)  # type: ignore[attr-defined]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: the layer's weights are views on parameters that are copied as well, so they are left out
-        (tensors without memory stand for them) and derived anew on the first call.
-        """
-        layer: Any = copy.copy(self.layer)
-        weights = getattr(layer, "weights", None)
-        if isinstance(weights, ExpertWeights):
-            layer.weights = without_memory(weights)
-        return {**self.__dict__, "layer": layer, "seen": 0, "held": None}
-
-
 class _Swapped:
     """A projection of an installed FFN. Its class is made at run time, so pickle is told what it is made of."""
 
@@ -243,6 +160,17 @@ class _Experts(_Swapped):
         state = self.__dict__[_STATE]
         # Routing and compiled kernels are no graph for torch.compile: it calls them between its own graphs
         return _outside_of_graphs(state, x) if torch.compiler.is_compiling() else state(x)
+
+
+class _Block(_Swapped):
+    """A module that is the FFN and nothing else."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        state = self.__dict__[_WHOLE]
+        # In training there may be dropout
+        if kwargs or len(args) != 1 or self.__dict__["training"] or state.watched():
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return _outside_of_graphs(state.compute, *args) if torch.compiler.is_compiling() else state.compute(*args)
 
 
 class _FusedExperts(_Experts):

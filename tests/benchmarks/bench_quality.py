@@ -1,7 +1,7 @@
 """What `moefication run` keeps of the shared models at each compute, beside the published recipe and static pruning.
 
     python tests/benchmarks/bench_quality.py [bert opt t5 llama] [--shared ../shared] [--out DIR] [--fractions 0.1,0.2,0.3,0.5]
-        [--data generated:131072] [--finetune STEPS]
+        [--data generated:131072] [--finetune STEPS] [--seed 0]
 
 One run directory per model under --out; every fraction is a `run` of its own, so that the applied row is what a user gets.
 Tuned on training data (or on --data, such as language models write themselves), measured on the dev sets. Prints one Markdown row
@@ -35,8 +35,11 @@ def main() -> None:
     parser.add_argument("--fractions", default="0.1,0.2,0.3,0.5")
     parser.add_argument("--data", help="calibration data instead of the model's training data")
     parser.add_argument("--finetune", type=int, default=0, help="fine-tune for so many steps and measure that")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of calibration data and training; another one wants another --out"
+    )
     args = parser.parse_args()
-    more = [*(["--data", args.data] if args.data else []), "--finetune", str(args.finetune)]
+    more = [*(["--data", args.data] if args.data else []), "--finetune", str(args.finetune), "--seed", str(args.seed)]
     print(HEAD)
     for name in args.models:
         for fraction in args.fractions.split(","):

@@ -21,7 +21,8 @@ from moefication_cli.store.files import atomic_write
 MODULE = "modeling_moefication"
 _BUNDLED = (  # each needs only those before it
     "errors", "ffn", "routing/router", "routing/rules", "runtime/reference", "models/masking", "models/families",
-    "models/sites", "models/projections", "models/surgery", "models/folder/plain", "models/folder/plain_saving",
+    "models/sites", "models/projections", "models/installed", "models/surgery", "models/folder/plain",
+    "models/folder/plain_saving",
 )  # fmt: skip
 _HEAD = '''"""This folder as a mixture of experts: AutoModelForX.from_pretrained(FOLDER, trust_remote_code=True).
 
