@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from moefication_cli import load
 from moefication_cli.errors import ConfigError, UnavailableError
+from moefication_cli.models import loading
 from moefication_cli.models.int8 import Int8Embedding, Int8Linear, Rounded, linear_bytes, quantise_model
 
 NAMES = ["llama", "phi3", "bert", "t5", "gpt2"]
@@ -91,6 +92,7 @@ def test_int8_linear_by_hand() -> None:
     assert got.shape == (2, 7, 24) and 1e-3 < off(got, x @ w.t()) < 0.02
 
 
+@torch.no_grad()
 def test_embeddings_by_hand_and_tied_ones_once() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -117,6 +119,32 @@ def test_embeddings_by_hand_and_tied_ones_once() -> None:
     with pytest.raises(IndexError):
         model.first(torch.tensor([5]))
     assert sum(p.numel() for p in {id(p): p for p in model.parameters()}.values() if p.dtype == torch.int8) == 3 * 80
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_in_half_precision_are_widened_matrix_by_matrix(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    convert(name, tmp_path / "moe", top_k=2, dtype=torch.bfloat16)
+    asked: list[Any] = []
+    own = loading.load_model
+
+    def noted(*args: Any, **options: Any) -> Any:
+        asked.append(options["dtype"])
+        return own(*args, **options)
+
+    monkeypatch.setattr(loading, "load_model", noted)
+    model = load(tmp_path / "moe", device="cpu", weights="int8")
+    assert asked == ["auto"] and model.dtype == model.config.dtype == torch.float32
+    assert {p.dtype for p in model.parameters()} == {torch.int8, torch.float32}
+    y = logits(model, name)
+    monkeypatch.setattr(loading, "_has_rounded_buffers", lambda model: True)
+    wide = load(
+        tmp_path / "moe", device="cpu", weights="int8"
+    )  # as if positions had been rounded: float32 from the start
+    assert asked == ["auto", "auto", torch.float32] and torch.equal(logits(wide, name), y)
+    assert off(logits(load(tmp_path / "moe", device="cpu"), name), y) > 1e-4
 
 
 def test_what_int8_does_not_go_with_is_said(tmp_path: Path) -> None:

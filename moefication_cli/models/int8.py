@@ -81,7 +81,7 @@ def check_weights_option(weights: str | None, device: torch.device, dtype: torch
 
 
 def quantise_model(model: nn.Module, experts: list[FFNSite]) -> None:
-    """Makes all matrices int8 in place, and the model one for inference only.
+    """Makes all matrices int8 in place and everything else float32, and the model one for inference only.
 
     FFNs in `experts` keep their modules, which then need a layer installed that reads int8; all other linear layers become `Int8Linear`,
     embeddings `Int8Embedding`.
@@ -111,6 +111,9 @@ def quantise_model(model: nn.Module, experts: list[FFNSite]) -> None:
                 made[id(part)] = Int8Embedding(weight_of(part), part.padding_idx)
             if id(part) in made:
                 setattr(parent, name, made[id(part)])
+    model.float()  # norms and biases of a model in half precision; int8 matrices are no floats
+    if getattr(model, "config", None) is not None:
+        model.config.dtype = torch.float32
 
 
 def _quantise_ffn(model: nn.Module, site: FFNSite) -> None:

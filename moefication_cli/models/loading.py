@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from torch import nn
 
 from moefication_cli.errors import ConfigError, UnavailableError, first_line
 from moefication_cli.models.experts import attach_experts, check_budget
@@ -185,8 +186,8 @@ def load(
     `fraction` and `top_k` are those of `Experts.set`. `dtype`, `revision`, `device_map` and whatever else `from_pretrained` takes, such
     as `attn_implementation` or `offload_folder`, mean the same here; with a `device_map`, `device` is not looked at. What accelerate
     spreads over devices or offloads works where it places whole layers; offloaded experts are read anew in every call.
-    `weights="int8"`: all linear layers are made int8 when loaded (see `models.int8`), on the CPU, with float32 activations; such a model
-    cannot be saved.
+    `weights="int8"`: all linear layers and embeddings are made int8 when loaded (see `models.int8`), on the CPU, with float32
+    activations; loading takes the memory of the files as they are stored and of the int8 matrices. Such a model cannot be saved.
     Weights that the experts were not made for are refused, by the sizes of the files and 64 rows of each of the FFNs'
     matrices; `verify` compares every byte of the weight files. `save_pretrained` of the model writes such a folder again.
     Raises ConfigError (path, fraction, top_k or weights of another kind), MissingArtifactError (not a converted model),
@@ -202,19 +203,38 @@ def load(
     folder = _local_folder(path, revision, trust_remote_code)
     moe = read_moe_folder(folder)
     check_weights(folder, moe, verify)
-    loaded = load_model(
-        folder,
-        task=task,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        tokenizer=False,
-        quiet=quiet,
-        device_map=device_map,
-        **model_options,
+
+    def loaded_as(dtype: str | torch.dtype | None) -> Any:
+        return load_model(
+            folder,
+            task=task,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            tokenizer=False,
+            quiet=quiet,
+            device_map=device_map,
+            **model_options,
+        ).model
+
+    # What becomes int8 is read as it is stored and widened matrix by matrix: half the memory for files in half precision
+    model = loaded_as(dtype if weights is None else "auto")
+    if weights is not None and _has_rounded_buffers(model):
+        del model
+        model = loaded_as(torch.float32)
+    attach_experts(model, folder, moe, backend, fraction, top_k, weights)
+    return model
+
+
+def _has_rounded_buffers(model: nn.Module) -> bool:
+    """Whether the model's code computed tensors (positions) in half precision, which float32 would hold exactly."""
+    return any(
+        name in part._non_persistent_buffers_set
+        and buffer is not None
+        and buffer.dtype in (torch.float16, torch.bfloat16)
+        for part in model.modules()
+        for name, buffer in part._buffers.items()
     )
-    attach_experts(loaded.model, folder, moe, backend, fraction, top_k, weights)
-    return loaded.model
 
 
 def _local_folder(path: str | Path, revision: str | None, trust_remote_code: bool) -> Path:
