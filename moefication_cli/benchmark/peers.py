@@ -225,7 +225,10 @@ def peer_row(beside: Beside, mode: str, taken: Sequence[float] | None, moe: Sequ
 def _copied(module: Any, peer: Peer) -> Any:
     if peer.dtype is None or all(p.dtype == peer.dtype for p in module.parameters()):
         return share(module)
-    return copy.deepcopy(module).to(peer.dtype)
+    # Tensor by tensor: there is never a second copy in the module's own dtype
+    tensors: dict[int, Any] = {id(p): nn.Parameter(p.detach().to(peer.dtype), False) for p in module.parameters()}
+    tensors |= {id(b): b.to(peer.dtype) if b.is_floating_point() else b.clone() for b in module.buffers()}
+    return copy.deepcopy(module, tensors)
 
 
 def _has_encoder(module: Any) -> bool:
