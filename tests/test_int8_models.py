@@ -140,9 +140,8 @@ def test_files_in_half_precision_are_widened_matrix_by_matrix(
     assert {p.dtype for p in model.parameters()} == {torch.int8, torch.float32}
     y = logits(model, name)
     monkeypatch.setattr(loading, "_has_rounded_buffers", lambda model: True)
-    wide = load(
-        tmp_path / "moe", device="cpu", weights="int8"
-    )  # as if positions had been rounded: float32 from the start
+    # As if positions had been rounded: float32 from the start
+    wide = load(tmp_path / "moe", device="cpu", weights="int8")
     assert asked == ["auto", "auto", torch.float32] and torch.equal(logits(wide, name), y)
     assert off(logits(load(tmp_path / "moe", device="cpu"), name), y) > 1e-4
 

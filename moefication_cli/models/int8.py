@@ -123,9 +123,9 @@ def _quantise_ffn(model: nn.Module, site: FFNSite) -> None:
         part: Any = model.get_submodule(path)
         neurons_first = (path == site.down) == isinstance(part, Conv1D)
         rows = part.weight.detach() if neurons_first else part.weight.detach().t()
-        quantised, scale = quantise_rows(rows)
-        part.weight = nn.Parameter(quantised if neurons_first else quantised.t(), requires_grad=False)
-        part.register_buffer(SCALE, scale)
+        rounded = Rounded(rows)
+        part.weight = rounded.rows if neurons_first else nn.Parameter(rounded.rows.t(), requires_grad=False)
+        part.register_buffer(SCALE, rounded.scale)
 
 
 def linear_bytes(model: nn.Module) -> int:

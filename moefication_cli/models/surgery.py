@@ -108,7 +108,7 @@ def _shorten(model: nn.Module, state: Installed) -> None:
     if len(owners) > 1 or "" in owners:
         return
     block: Any = model.get_submodule(owners.pop())
-    parts = {id(part) for part in (state.up, state.gate, state.down)}
+    parts = {id(part) for part in state.parts}
     known = all(id(part) in parts or isinstance(part, nn.Dropout | nn.Identity) for part in block.children())
     alone = known and not block._parameters and not block._buffers and not block.training
     if alone and "forward" not in block.__dict__ and state.answers_for(block):
@@ -122,7 +122,7 @@ def uninstall(model: nn.Module, site: FFNSite) -> None:
     state = _part(model, site.up).__dict__.pop(_STATE, None)
     if not isinstance(state, Installed):
         return
-    for part in {id(part): part for part in (state.up, state.gate, state.down) if part is not None}.values():
+    for part in {id(part): part for part in state.parts}.values():
         part.__class__ = type(part).__bases__[1]
     if state.placed:
         from accelerate.hooks import add_hook_to_module  # which placed them
