@@ -77,7 +77,10 @@ def gelu(shared: Path) -> tuple[Any, Any, Rows, Rows, dict[str, Any]]:
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModelForSequenceClassification.from_pretrained(source, hidden_act="gelu", dtype=torch.float32)
     rows = [sentences(tokenizer, shared / "data" / "sst2" / name) for name in ("train.tsv", "dev.tsv")]
-    how = {"learning_rate": 2e-5, "per_device_train_batch_size": 32, "num_train_epochs": 1, "weight_decay": 0.01}
+    how = {
+        "learning_rate": 2e-5, "per_device_train_batch_size": 32, "num_train_epochs": 1, "weight_decay": 0.01,
+        "train_sampling_strategy": "group_by_length",
+    }  # fmt: skip
     return model, tokenizer, rows[0], rows[1], how
 
 
