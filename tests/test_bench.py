@@ -403,7 +403,7 @@ def test_mistakes(run_cli: Runner, tmp_path: Path) -> None:
     fails(bert, "--shape", "t5-base")
     assert "training" in fails(bert, "--mode", "training")
     assert "decode" in fails(bert, "--mode", "decode")
-    assert "decode" in fails("--shape", "llama-7b-layer", "--mode", "decode")
+    assert "decode" in fails("--shape", "bert-large", "--mode", "decode")
     assert "--tokens" in fails(bert, "--tokens", "1,x")
     fails(bert, "--fractions", "2")
     assert "divide" in fails(bert, "--expert-size", 7)

@@ -11,13 +11,17 @@ from cli_runner import Runner
 from test_bench import QUICK
 from tiny_models import save_tiny, tiny_model
 
+from moefication_cli.benchmark.calls import Decoder
 from moefication_cli.benchmark.layers import FFN
 from moefication_cli.benchmark.peers import PEERS, Peer, peer_ffn_call, peer_ffns, peer_models
 from moefication_cli.benchmark.rows import prefill_call
 from moefication_cli.config.tools import PeerName
+from moefication_cli.errors import UnavailableError
+from moefication_cli.export.engine import has_engine
 from moefication_cli.models.sites import find_sites
 
 IDS_BS = torch.arange(3, 11)[None]
+needs_llama_cpp = pytest.mark.skipif(not has_engine(), reason="llama-cpp-python is not installed")
 
 
 def test_every_peer_can_be_asked_for() -> None:
@@ -32,8 +36,9 @@ def test_peers_compute_the_same_within_their_rounding(name: str) -> None:
     ffns, inputs_TD = [FFN(model, site), FFN(model, site)], [torch.randn(8, site.d_model) for _ in range(2)]
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     # Compiling a whole model takes most of a minute: once is enough
-    asked = [peer for peer in PEERS if peer != "compile" or name == "opt"]
-    for one in [*peer_models(asked, model, IDS_BS), *peer_ffns(list(PEERS), ffns, inputs_TD)]:
+    asked = [peer for peer in PEERS if peer != "llama.cpp" and (peer != "compile" or name == "opt")]
+    of_ffns = [peer for peer in PEERS if "ffn" in PEERS[peer].modes]
+    for one in [*peer_models(asked, model, IDS_BS), *peer_ffns(of_ffns, ffns, inputs_TD)]:
         peer = PEERS[one.name]
         if any(find_spec(package) is None for package in peer.needs):
             assert one.runs is None and one.why == f"not installed: {peer.install}"
@@ -46,6 +51,30 @@ def test_peers_compute_the_same_within_their_rounding(name: str) -> None:
     # Their dtypes and their compilation are theirs alone
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     assert all(module._compiled_call_impl is None for module in model.modules())
+
+
+@needs_llama_cpp
+@torch.inference_mode()
+def test_llama_cpp_runs_a_llama_and_nothing_else() -> None:
+    model = tiny_model("llama")
+    (one,) = peer_models(["llama.cpp"], model, IDS_BS)
+    assert one.why is None and one.error is not None and 1e-4 < one.error < PEERS["llama.cpp"].rounding
+    ids_BS = torch.cat([IDS_BS, IDS_BS.flip(1)])
+    logits_BSV = one.runs(input_ids=ids_BS)[0]  # a sequence knows nothing of the one before it
+    expected_BSV = model(input_ids=ids_BS).logits
+    assert float((logits_BSV - expected_BSV).norm() / expected_BSV.norm()) < PEERS["llama.cpp"].rounding
+    assert float((logits_BSV - expected_BSV.flip(0)).norm() / expected_BSV.norm()) > PEERS["llama.cpp"].rounding
+    mine, other = Decoder(model, IDS_BS, 4), Decoder(one.runs, IDS_BS, 4)
+    for decoder in (mine, other):
+        decoder.prepare()
+        decoder.step()
+    assert torch.equal(mine.next_B1, other.next_B1)
+    with pytest.raises(UnavailableError, match="one sequence"):
+        one.runs(input_ids=ids_BS[:, :1], past_key_values=True)
+    (refused,) = peer_models(["llama.cpp"], tiny_model("opt"), IDS_BS)
+    assert refused.why == "cannot run this model: llama.cpp is timed for Llama models, this is opt"
+    (ffn,) = peer_ffns(["llama.cpp"], [], [])
+    assert not ffn.can("ffn")
 
 
 def test_rows_of_peers(run_cli: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +103,7 @@ def test_rows_of_peers(run_cli: Runner, tmp_path: Path, monkeypatch: pytest.Monk
             assert peer["seconds"] > 0 and 0 < peer["min"] <= peer["speedup"] <= peer["max"]
             assert peer["within_rounding"] is (name != "bfloat16")
     lines = [row["over"] for row in found["table"]]
-    assert lines[:2] == ["dense", "float32"] and len(lines) == 4 * 6
+    assert lines[:2] == ["dense", "float32"] and len(lines) == 4 * 7
     assert "openvino-int8: not installed: pip install 'moefication[openvino]'" in lines
     said = run_cli(*words, "bfloat16", "--mode", "decode")
     assert "warning: the output of bfloat16 differs from dense" in " ".join(said.out.split())

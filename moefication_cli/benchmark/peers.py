@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from moefication_cli.benchmark.calls import ffn_call
 from moefication_cli.benchmark.int8 import dynamic_twin
+from moefication_cli.benchmark.llama_cpp import llama_cpp_twin
 from moefication_cli.benchmark.shapes import share
 from moefication_cli.benchmark.timing import Call, Paired
 from moefication_cli.errors import UnavailableError, first_line
@@ -138,6 +139,14 @@ PEERS: dict[str, Peer] = {
     "bfloat16": Peer(_same, torch.bfloat16, rounding=0.05),
     "compile": Peer(_compiled, None, rounding=0.01),
     "dynamic-int8": Peer(_dynamic, rounding=0.1),
+    "llama.cpp": Peer(
+        llama_cpp_twin,
+        None,
+        rounding=0.1,
+        modes=("prefill", "decode"),
+        needs=("llama_cpp", "gguf"),
+        install="pip install llama-cpp-python 'moefication[gguf]'",
+    ),
     "openvino-int8": Peer(
         _openvino,
         rounding=0.1,
@@ -161,14 +170,17 @@ def peer_models(names: Sequence[str], model: Any, ids_BS: Tensor) -> list[Beside
 
 def peer_ffns(names: Sequence[str], ffns: Sequence[nn.Module], inputs_TD: Sequence[Tensor]) -> list[Beside]:
     """The peers of the FFNs of a rotation, the first compared with its original."""
-    x_TD = inputs_TD[0][:_PROBE]
 
     def made(peer: Peer) -> tuple[Any, Tensor]:
+        x_TD = inputs_TD[0][:_PROBE]
         given = x_TD if peer.dtype is None else x_TD.to(peer.dtype)
         others = [peer.make(_copied(ffn, peer), given) for ffn in ffns]
         return others, _tensor(others[0](given))
 
-    return _all_of(names, made, lambda: ffns[0](x_TD))
+    possible = [name for name in names if "ffn" in PEERS[name].modes]
+    compared = _all_of(possible, made, lambda: ffns[0](inputs_TD[0][:_PROBE])) if possible else []
+    found = {one.name: one for one in compared}
+    return [found.get(name) or Beside(name) for name in names]
 
 
 def peer_ffn_call(beside: Beside, inputs_TD: Sequence[Tensor], tokens: int) -> Call:

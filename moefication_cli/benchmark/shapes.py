@@ -66,7 +66,7 @@ SHAPES: dict[str, Shape] = {
     ),
     "llama-7b-layer": Shape(
         "AutoModelForCausalLM", "LlamaConfig", _LLAMA, ("num_hidden_layers",), "hidden_act",
-        1, "silu", 4096, 11008, True, 128, ("ffn",),
+        1, "silu", 4096, 11008, True, 128, _ALL,
     ),
 }  # fmt: skip
 

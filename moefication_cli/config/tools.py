@@ -159,7 +159,7 @@ class TuneConfig(Options):
     batch_size: int = option(32, "Sequences per forward pass", minimum=1, panel=CONTROL)
 
 
-PeerName = Literal["all", "float32", "bfloat16", "compile", "dynamic-int8", "openvino-int8"]
+PeerName = Literal["all", "float32", "bfloat16", "compile", "dynamic-int8", "llama.cpp", "openvino-int8"]
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class BenchConfig(Options):
     peers: tuple[PeerName, ...] | None = option(
         None,
         "Time in the same turns what needs no conversion, a comma list of float32, bfloat16, compile, dynamic-int8, "
-        "openvino-int8, or all; CPU; each may hold the weights once more",
+        "llama.cpp (Q8_0), openvino-int8, or all; CPU; each may hold the weights once more",
         panel=CONTROL,
     )
     threads: int | None = option(None, "CPU threads (default: what torch takes)", minimum=1, panel=CONTROL)

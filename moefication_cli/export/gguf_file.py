@@ -48,10 +48,11 @@ class _Entry:
     read: Callable[[], Tensor]
 
 
-def write_gguf(folder: Path, quantise: str, out: Path, name: str, about: str = "") -> None:
+def write_gguf(folder: Path, quantise: str, out: Path, name: str, about: str = "", vocabulary: bool = True) -> None:
     """Write the native checkpoint in `folder` (written by `write_native`, expert sizes filled) to the file `out`; synced.
 
-    `quantise` f32, f16 or q8_0: matrices whose rows are no multiple of 32 stay f16; vectors and routers stay f32. Raises
+    `quantise` f32, f16 or q8_0: matrices whose rows are no multiple of 32 stay f16; vectors and routers stay f32. Without
+    `vocabulary` the file takes token ids alone, and `folder` needs no tokenizer. Raises
     ConfigError where the tokenizer has no counterpart, UnavailableError without the package gguf.
     """
     gguf = require_gguf()
@@ -62,7 +63,10 @@ def write_gguf(folder: Path, quantise: str, out: Path, name: str, about: str = "
     _add_settings(writer, config)
     kinds = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
     writer.add_file_type(gguf.LlamaFileType[kinds[quantise]])
-    add_vocabulary(writer, folder, config["vocab_size"])
+    if vocabulary:
+        add_vocabulary(writer, folder, config["vocab_size"])
+    else:
+        writer.add_tokenizer_model("none")
     entries = _entries(folder, config, quantise)
     for entry in entries:
         stored = gguf.quant_shape_to_byte_shape(entry.shape, entry.kind)
