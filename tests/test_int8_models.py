@@ -78,7 +78,7 @@ def test_nothing_float_is_left_of_the_matrices_and_copies_are_the_same(name: str
 
 
 def test_int8_linear_by_hand() -> None:
-    layer = Int8Linear(Rounded(torch.tensor([[1.27, -0.64], [0.0, 0.02]])), torch.tensor([1.0, 0.0]))
+    layer = Int8Linear(Rounded.of(torch.tensor([[1.27, -0.64], [0.0, 0.02]])), torch.tensor([1.0, 0.0]))
     # tokens become (127, -64) / 100 and (0, 127) / 50; rows (127, -64) / 100 and (0, 127) * 0.02 / 127
     y = layer(torch.tensor([[1.27, -0.64], [0.0, 2.54]]))
     assert torch.allclose(
@@ -88,7 +88,7 @@ def test_int8_linear_by_hand() -> None:
     assert bad[:2].isnan().all() and torch.equal(bad[2], torch.tensor([1.0, 0.0]))
     generator = torch.Generator().manual_seed(0)
     w, x = torch.randn(24, 40, generator=generator), torch.randn(2, 7, 40, generator=generator)
-    got = Int8Linear(Rounded(w), None)(x)
+    got = Int8Linear(Rounded.of(w), None)(x)
     assert got.shape == (2, 7, 24) and 1e-3 < off(got, x @ w.t()) < 0.02
 
 

@@ -4,7 +4,7 @@ Axes as in `ffn`. Everything here loads and builds; nothing is timed.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from moefication_cli.config import BenchConfig
 from moefication_cli.errors import ConfigError, MissingArtifactError
 from moefication_cli.models.folder.moe_folder import FOLDER, read_moe_folder
 from moefication_cli.models.installed import FFNLayer
-from moefication_cli.models.loading import load, load_model, resolve_dtype
+from moefication_cli.models.loading import load, load_model, load_widened, resolve_dtype, stored_as_int8
 from moefication_cli.models.sites import FFNSite, find_sites
 from moefication_cli.models.surgery import installed_layers
 from moefication_cli.runs.control import Control
@@ -170,10 +170,16 @@ def _twins(state: Setting, modes: list[str], model: Any, expert_size: int, *, ra
 def _converted(state: Setting, folder: Path) -> BenchCase:
     config = state.config
     options: dict[str, Any] = {"device": state.device, "dtype": config.dtype, "task": config.task}
-    options["trust_remote_code"] = state.control.trust_remote_code
+    trusted = {"trust_remote_code": state.control.trust_remote_code}
+    options |= trusted
     settings = read_moe_folder(folder).settings
     moe = load(folder, backend=config.backend, **options).requires_grad_(False)
-    dense = load_model(folder, tokenizer=False, quiet=True, **options).model.requires_grad_(False)
+    if stored_as_int8(folder):
+        state.config = config = replace(config, weights="int8")
+        state.control.say(f"{folder} holds int8 weights: dense is its model in int8 too, as with --weights int8")
+        dense = load_widened(folder, read_moe_folder(folder), task=config.task, **trusted).requires_grad_(False)
+    else:
+        dense = load_model(folder, tokenizer=False, quiet=True, **options).model.requires_grad_(False)
     modes = _check_modes(state.modes, _possible(dense), str(folder))
     sites = find_sites(dense, settings.get("ffn"))
     experts = {name: layer for name, layer in installed_layers(moe).items() if isinstance(layer, MoEFFN)}

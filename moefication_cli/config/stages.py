@@ -267,6 +267,12 @@ class ApplyConfig(Options):
         compared=False,
         panel=INPUT,
     )
+    weights: Literal["int8"] | None = option(
+        None,
+        "int8: write int8 weights in place of the float ones, a quarter of float32's size; moefication_cli.load, eval and bench "
+        "read them, on the CPU, plain transformers does not",
+        panel=OUTPUT,
+    )
     embed_code: bool = option(
         False, "Write code into RUN/model: with trust_remote_code=True transformers loads the MoE", panel=OUTPUT
     )

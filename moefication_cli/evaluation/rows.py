@@ -92,11 +92,17 @@ def compare_with(
 
 
 def compare_int8(entries: list[dict[str, Any]]) -> None:
-    """Adds to the entry of RUN/model in int8 how its KL to dense compares with that of the float weights."""
-    exact = next((entry["kl"] for entry in entries if entry["applied"]), None)
+    """Adds to the entry of RUN/model in int8 how its KL to dense compares with that of the float weights.
+
+    Those come before it (`table._converted`), perhaps after other rows of the same router.
+    """
+    exact: dict[str, float] = {}
     for entry in entries:
-        if entry["weights"] is not None and entry["kind"] == "router":
-            entry["kl_over_float"] = entry["kl"] / exact if exact else None
+        if entry["kind"] == "router" and entry["weights"] is None:
+            exact[entry["selection"]] = entry["kl"]
+        elif entry["kind"] == "router":
+            kl = exact.get(entry["selection"].removesuffix("-int8"))
+            entry["kl_over_float"] = entry["kl"] / kl if kl else None
 
 
 def lost_to(baseline: str, entry: dict[str, Any]) -> str | None:

@@ -104,7 +104,7 @@ def dense_layer(model: nn.Module, site: FFNSite) -> DenseFFN | StockFFN:
     """What a layer without experts is: the FFN on the model's weights, or its own modules where those are int8."""
     if isinstance(model.get_submodule(site.up), Int8Linear):
         return StockFFN()
-    return DenseFFN(live_weights(model, site))
+    return DenseFFN(live_weights(model, site).dequantised())
 
 
 class PinnedFFN:

@@ -26,8 +26,9 @@ from moefication_cli.evaluation.selections import (
     selected_row,
 )
 from moefication_cli.evaluation.teal import teal_row
+from moefication_cli.models.folder.moe_folder import read_moe_folder
 from moefication_cli.models.int8 import quantise_model
-from moefication_cli.models.loading import load_model
+from moefication_cli.models.loading import load_int8, load_model
 from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.surgery import live_weights, permute_in_place
 from moefication_cli.runs.control import Control
@@ -62,6 +63,7 @@ class Ground:
     like: ApplyConfig
     config: EvalConfig
     control: Control
+    stored_int8: bool = False  # whether RUN/model holds int8 weights
 
     @property
     def dtype(self) -> torch.dtype:
@@ -87,7 +89,7 @@ def ground_of(inputs: EvalInputs, net: Any, config: EvalConfig, control: Control
     like = ApplyConfig(router=next(iter(routed)), fraction=0.0)
     if inputs.applied is not None:
         like = ApplyConfig.recorded(inputs.applied.config)
-    ground = Ground(inputs, net, routed, like, config, control)
+    ground = Ground(inputs, net, routed, replace(like, weights=None), config, control, like.weights is not None)
     for layer in ground.layers:
         permute_in_place(net, layer.site, layer.partition.order_F())
     return ground
@@ -172,65 +174,79 @@ def rows_by_fraction(ground: Ground, selections: list[str], fractions: list[floa
     for number, fraction in enumerate(fractions):
         rows: list[SelectionRow] = []
         for name in selections:
-            rows += SELECTIONS[name].rows(ground, fraction) if name in SELECTIONS else [_routed(ground, name, fraction)]
+            rows += SELECTIONS[name].rows(ground, fraction) if name in SELECTIONS else _routed(ground, name, fraction)
         applied = applied or any(row.applied for row in rows)
         if not applied and number == len(fractions) - 1:
-            rows.append(_applied(ground))
-        tuned = next((row.own for row in rows if row.own is not None), None)
-        if tuned is not None:
-            layers: list[Any] = [dense_layer(tuned.loaded.model, site) for site in ground.inputs.model.sites]
-            meta = {"finetuned": ground.like.finetuned}
-            rows.append(SelectionRow("dense-finetuned", "baseline", 1.0, layers, meta=meta, own=tuned))
-        if ground.config.weights is not None and any(row.applied for row in rows):
-            rows += _int8(ground)
+            rows += _converted(ground)
         yield rows
 
 
-def _int8(ground: Ground) -> list[SelectionRow]:
-    """The dense model and RUN/model, both with int8 weights."""
-    dense = load_whole(ground.inputs.run, ground.inputs.model, ground.config.task, ground.config.dtype)
-    quantise_model(dense.model, [])
-    layers = [StockFFN() for _ in ground.inputs.model.sites]
-    own = OwnModel(dense, TokenMask(dense.model))
-    beside = SelectionRow("dense-int8", "baseline", 1.0, layers, meta={"weights": "int8"}, own=own)
-    row = _applied(ground, "int8")
-    row.selection, row.applied, row.meta = f"{row.selection}-int8", False, row.meta | {"weights": "int8"}
-    return [beside, row]
+def _converted(ground: Ground) -> list[SelectionRow]:
+    """RUN/model: in float, on its fine-tuned weights with every neuron on, and in int8 beside the dense model in int8.
 
-
-def _applied(ground: Ground, weights: str | None = None) -> SelectionRow:
-    """The row of what RUN/model does: on the run's own weights, on the fine-tuned ones of that folder, or in int8."""
-    applied, like, config = ground.inputs.applied, ground.like, ground.config
-    assert applied is not None
-    plans = read_plans(applied.path, ground.layers, ground.inputs.model.device)
-    net, own = ground.net, None
-    if like.finetuned is not None or weights is not None:
-        loaded = load_model(
-            applied.path,
-            task=config.task or ground.inputs.run.info.task,
-            device=ground.inputs.model.device,
-            dtype=config.dtype,
-            trust_remote_code=ground.inputs.model.checkpoint.trust_remote_code,
-            tokenizer=False,
-            quiet=True,
+    Where the folder holds int8 weights, the row in int8 is the one that was applied, and fine-tuned float weights are gone.
+    """
+    like, stored = ground.like, ground.stored_int8
+    own, rows = None, list[SelectionRow]()
+    if like.finetuned is None or not stored:
+        own = None if like.finetuned is None else _own_model(ground)
+        rows.append(_model_row(ground, own, applied=not stored))
+    rounded = _own_model(ground, "int8") if stored or ground.config.weights is not None else None
+    tuned = own or rounded
+    if like.finetuned is not None and tuned is not None:
+        layers: list[Any] = [dense_layer(tuned.loaded.model, site) for site in ground.inputs.model.sites]
+        rows.append(
+            SelectionRow("dense-finetuned", "baseline", 1.0, layers, meta={"finetuned": like.finetuned}, own=tuned)
         )
-        net, own = loaded.model, OwnModel(loaded, TokenMask(loaded.model))
-        if weights is not None:
-            quantise_model(net, [plan.layer.site for plan in plans if plan.rule is not None])
-    row = routed_row(str(like.router), net, plans, like.fraction, config.backend, True, like.budget)
+    if rounded is not None:
+        dense = load_whole(ground.inputs.run, ground.inputs.model, ground.config.task, ground.config.dtype)
+        quantise_model(dense.model, [])
+        stock = [StockFFN() for _ in ground.inputs.model.sites]
+        beside = OwnModel(dense, TokenMask(dense.model))
+        rows.append(SelectionRow("dense-int8", "baseline", 1.0, stock, meta={"weights": "int8"}, own=beside))
+        row = _model_row(ground, rounded, applied=stored)
+        row.selection, row.meta = f"{row.selection}-int8", row.meta | {"weights": "int8"}
+        rows.append(row)
+    return rows
+
+
+def _own_model(ground: Ground, weights: str | None = None) -> OwnModel:
+    """The model of RUN/model's own weights, as they are or in int8."""
+    assert ground.inputs.applied is not None
+    folder, model = ground.inputs.applied.path, ground.inputs.model
+    options: dict[str, Any] = {
+        "task": ground.config.task or ground.inputs.run.info.task,
+        "trust_remote_code": model.checkpoint.trust_remote_code,
+    }
+    if weights is None:
+        loaded = load_model(
+            folder, device=model.device, dtype=ground.config.dtype, tokenizer=False, quiet=True, **options
+        )
+    else:
+        loaded, _ = load_int8(folder, read_moe_folder(folder), **options)
+    return OwnModel(loaded, TokenMask(loaded.model))
+
+
+def _model_row(ground: Ground, own: OwnModel | None, applied: bool) -> SelectionRow:
+    """What RUN/model does, on the run's own weights or those of `own`."""
+    assert ground.inputs.applied is not None
+    like = ground.like
+    plans = read_plans(ground.inputs.applied.path, ground.layers, ground.inputs.model.device)
+    net = ground.net if own is None else own.loaded.model
+    row = routed_row(str(like.router), net, plans, like.fraction, ground.config.backend, applied, like.budget)
     row.own = own
     if like.finetuned is not None:
         row.meta["finetuned"] = like.finetuned
     return row
 
 
-def _routed(ground: Ground, name: str, fraction: float) -> SelectionRow:
+def _routed(ground: Ground, name: str, fraction: float) -> list[SelectionRow]:
     """What `apply` with the options of last time would make of this router at this fraction."""
     inputs, like = ground.inputs, ground.like
     made = replace(like, router=name, fraction=fraction, fraction_of=ground.config.fraction_of, top_k=None)
     if made == like:
-        return _applied(ground)
+        return _converted(ground)
     stages = {"split": inputs.split, f"router/{name}": inputs.routers[name], "activations": inputs.activations}
     made = replace(made, finetuned=None)
     plans = make_plans(PlanInputs(inputs.run, inputs.model, ground.routed[name], stages, ground.control), made)
-    return routed_row(name, ground.net, plans, fraction, ground.config.backend, False, like.budget)
+    return [routed_row(name, ground.net, plans, fraction, ground.config.backend, False, like.budget)]

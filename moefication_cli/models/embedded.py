@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from moefication_cli.models.experts import attach_experts
+from moefication_cli.models.experts import attach_experts, sites_of
 from moefication_cli.models.folder.moe_folder import FOLDER, read_moe_folder
 from moefication_cli.models.loading import check_weights
 from moefication_cli.models.sites import find_sites
@@ -26,4 +26,4 @@ def attach(model: Any, folder: str | Path, revision: str | None = None) -> None:
         check_weights(local, moe)  # a repository's weights may lie in another snapshot
     names = {site.name for site in find_sites(model, moe.settings.get("ffn"))}
     moe = replace(moe, layers=tuple(layer for layer in moe.layers if layer.name in names))
-    attach_experts(model.eval(), local, moe)
+    attach_experts(model.eval(), sites_of(model, local, moe), local, moe)

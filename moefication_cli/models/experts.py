@@ -13,7 +13,6 @@ from moefication_cli.errors import ConfigError, CorruptArtifactError
 from moefication_cli.ffn import ExpertWeights
 from moefication_cli.models.folder.moe_folder import MoEFolder, MoELayer
 from moefication_cli.models.installed import FFNLayer
-from moefication_cli.models.int8 import quantise_model
 from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.saving import refuse_to_save, save_converted
 from moefication_cli.models.sites import FFNSite, find_sites
@@ -115,28 +114,31 @@ def check_budget(fraction: float | None, top_k: int | None) -> None:
         raise ConfigError("fraction and top_k are two ways to say one thing", "give one of them")
 
 
+def sites_of(model: nn.Module, folder: Path, moe: MoEFolder) -> list[FFNSite]:
+    """The FFNs of the dense model of `folder`. Raises CorruptArtifactError where they are not those the experts are for."""
+    sites = find_sites(model, moe.settings.get("ffn"))
+    if [site.name for site in sites] != [layer.name for layer in moe.layers]:
+        raise CorruptArtifactError(f"{folder}: the layers in moefication.json are not the FFNs of the model", _AGAIN)
+    return sites
+
+
 def attach_experts(
     model: Any,
+    sites: list[FFNSite],
     folder: Path,
     moe: MoEFolder,
     backend: str = "auto",
     fraction: float | None = None,
     top_k: int | None = None,
-    weights: str | None = None,
 ) -> None:
     """Install the layers read from `folder` in the dense model of that folder, whose `save_pretrained` then writes both.
 
-    `model.moefication` is their `Experts`. With `weights="int8"` all matrices of linear layers become int8 (see `models.int8`).
-    Raises CorruptArtifactError if they do not fit.
+    `model.moefication` is their `Experts`. Raises CorruptArtifactError if they do not fit.
     """
-    sites = find_sites(model, moe.settings.get("ffn"))
-    if [site.name for site in sites] != [layer.name for layer in moe.layers]:
-        raise CorruptArtifactError(f"{folder}: the layers in moefication.json are not the FFNs of the model", _AGAIN)
-    if weights == "int8":  # before anything holds views on the float matrices
-        quantise_model(model, [site for site, layer in zip(sites, moe.layers, strict=True) if not layer.dense])
     model.moefication = Experts(model, sites, moe.layers, backend)
     model.moefication.set(fraction, top_k)
-    model.save_pretrained = refuse_to_save if weights == "int8" else partial(save_converted, model, moe)
+    rounded = any(parameter.dtype == torch.int8 for parameter in model.parameters())
+    model.save_pretrained = refuse_to_save if rounded else partial(save_converted, model, moe)
     experts = sum(not layer.dense for layer in moe.layers)
     log.info("%s: mixture of experts in %d of %d FFNs, backend %s", folder, experts, len(sites), backend)
 

@@ -6,6 +6,7 @@ neuron's activation, and of embeddings a token, so that a tied head shares its e
 compensations stay as they are, and so do embeddings with code of their own (most of positions). CPU and float32 activations.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,11 +22,15 @@ WEIGHTS = ("int8",)  # what `load(weights=...)` takes
 
 
 class Rounded:
-    """A matrix [R, C] made int8: `rows` and the scale of each row."""
+    """An int8 matrix [R, C]: `rows`, and the scale [R] of each."""
 
-    def __init__(self, weight: Tensor) -> None:
-        quantised, self.scale = quantise_rows(weight)
-        self.rows = nn.Parameter(quantised, requires_grad=False)
+    def __init__(self, rows: Tensor, scale: Tensor) -> None:
+        self.rows, self.scale = nn.Parameter(rows, requires_grad=False), scale
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "Rounded":
+        """A float matrix made int8."""
+        return cls(*quantise_rows(weight))
 
 
 class Int8Embedding(nn.Embedding):
@@ -80,35 +85,38 @@ def check_weights_option(weights: str | None, device: torch.device, dtype: torch
         raise ConfigError(f"int8 weights go with float32 activations, not {dtype}", "leave out the dtype")
 
 
-def quantise_model(model: nn.Module, experts: list[FFNSite]) -> None:
+def quantise_model(model: nn.Module, experts: list[FFNSite], stored: Callable[[str], Rounded] | None = None) -> None:
     """Makes all matrices int8 in place and everything else float32, and the model one for inference only.
 
     FFNs in `experts` keep their modules, which then need a layer installed that reads int8; all other linear layers become `Int8Linear`,
-    embeddings `Int8Embedding`.
+    embeddings `Int8Embedding`. `stored` gives the int8 matrix of the module of that name, instead of its float one.
     """
     model.requires_grad_(False)
     taken: set[int] = set()
     for site in experts:
-        _quantise_ffn(model, site)
+        _quantise_ffn(model, site, stored)
         taken |= {id(model.get_submodule(path)) for path in (site.up, site.down, site.gate) if path is not None}
     made: dict[int, nn.Module] = {}  # a fused projection and an embedding may have two names
     rounded: dict[int, Rounded] = {}  # by the float matrix: tied ones stay one
 
-    def weight_of(part: Any) -> Rounded:
+    def weight_of(part: Any, path: str) -> Rounded:
+        if stored is not None:
+            return stored(path)
         number = id(part.weight)
         if number not in rounded:
             matrix: Tensor = part.weight.detach()
-            rounded[number] = Rounded(matrix.t() if isinstance(part, Conv1D) else matrix)
+            rounded[number] = Rounded.of(matrix.t() if isinstance(part, Conv1D) else matrix)
         return rounded[number]
 
-    for parent in list(model.modules()):
+    for prefix, parent in list(model.named_modules()):
         for name, part in list(parent._modules.items()):
             if id(part) in taken or isinstance(part, Int8Linear | Int8Embedding):
                 continue
+            path = f"{prefix}.{name}" if prefix else name
             if id(part) not in made and isinstance(part, nn.Linear | Conv1D):
-                made[id(part)] = Int8Linear(weight_of(part), part.bias)
+                made[id(part)] = Int8Linear(weight_of(part, path), part.bias)
             elif id(part) not in made and type(part) is nn.Embedding and part.max_norm is None:
-                made[id(part)] = Int8Embedding(weight_of(part), part.padding_idx)
+                made[id(part)] = Int8Embedding(weight_of(part, path), part.padding_idx)
             if id(part) in made:
                 setattr(parent, name, made[id(part)])
     model.float()  # norms and biases of a model in half precision; int8 matrices are no floats
@@ -116,14 +124,16 @@ def quantise_model(model: nn.Module, experts: list[FFNSite]) -> None:
         model.config.dtype = torch.float32
 
 
-def _quantise_ffn(model: nn.Module, site: FFNSite) -> None:
+def _quantise_ffn(model: nn.Module, site: FFNSite, stored: Callable[[str], Rounded] | None) -> None:
     for path in dict.fromkeys((site.up, site.gate, site.down)):
         if path is None:
             continue
         part: Any = model.get_submodule(path)
+        if not part.weight.is_floating_point():  # was made int8 before
+            continue
         neurons_first = (path == site.down) == isinstance(part, Conv1D)
         rows = part.weight.detach() if neurons_first else part.weight.detach().t()
-        rounded = Rounded(rows)
+        rounded = Rounded.of(rows) if stored is None else stored(path)
         part.weight = rounded.rows if neurons_first else nn.Parameter(rounded.rows.t(), requires_grad=False)
         part.register_buffer(SCALE, rounded.scale)
 

@@ -8,7 +8,7 @@ Does not place models over several devices unless `device_map` says so.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,15 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from moefication_cli.errors import ConfigError, UnavailableError, first_line
-from moefication_cli.models.experts import attach_experts, check_budget
+from moefication_cli.models.experts import attach_experts, check_budget, sites_of
+from moefication_cli.models.folder.contents import INT8_WEIGHTS, refuse_int8_files
 from moefication_cli.models.folder.moe_folder import FOLDER, MoEFolder, read_moe_folder
 from moefication_cli.models.folder.seal import check_seal
 from moefication_cli.models.folder.source import LOAD_ERRORS, Source, load_config, resolve_source
 from moefication_cli.models.heads import TASK_AUTO, task_of
-from moefication_cli.models.int8 import check_weights_option
-from moefication_cli.models.sites import refuse_quantised
+from moefication_cli.models.int8 import check_weights_option, quantise_model
+from moefication_cli.models.sites import FFNSite, refuse_quantised
+from moefication_cli.models.stored_int8 import StoredInt8
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +110,7 @@ def load_model(
     source = resolve_source(ref, revision, trust_remote_code)
     config = load_config(source, trust_remote_code)
     refuse_quantised(config, source.ref)
+    refuse_int8_files(source.ref, source.files)
     options: dict[str, Any] = {**model_options, "trust_remote_code": trust_remote_code, "output_loading_info": True}
     options["dtype"] = resolve_dtype(dtype, target) or "auto"
     if device_map is not None:
@@ -187,7 +190,8 @@ def load(
     as `attn_implementation` or `offload_folder`, mean the same here; with a `device_map`, `device` is not looked at. What accelerate
     spreads over devices or offloads works where it places whole layers; offloaded experts are read anew in every call.
     `weights="int8"`: all linear layers and embeddings are made int8 when loaded (see `models.int8`), on the CPU, with float32
-    activations; loading takes the memory of the files as they are stored and of the int8 matrices. Such a model cannot be saved.
+    activations; loading takes the memory of the files as they are stored and of the int8 matrices. A folder that `apply --weights
+    int8` wrote is always loaded so, and takes the memory of the int8 matrices alone. Such a model cannot be saved.
     Weights that the experts were not made for are refused, by the sizes of the files and 64 rows of each of the FFNs'
     matrices; `verify` compares every byte of the weight files. `save_pretrained` of the model writes such a folder again.
     Raises ConfigError (path, fraction, top_k or weights of another kind), MissingArtifactError (not a converted model),
@@ -197,33 +201,69 @@ def load(
     if not isinstance(path, str | Path):
         raise ConfigError(f"load takes the path of a folder, not {path!r}", "load('RUN/model')")
     check_budget(fraction, top_k)
+    folder = _local_folder(path, revision, trust_remote_code)
+    moe = read_moe_folder(folder)
+    if stored_as_int8(folder):
+        weights = "int8"
     if weights is not None:
         target = device if isinstance(device, torch.device) else resolve_device(device)
         check_weights_option(weights, target, resolve_dtype(dtype, target))
-    folder = _local_folder(path, revision, trust_remote_code)
-    moe = read_moe_folder(folder)
     check_weights(folder, moe, verify)
-
-    def loaded_as(dtype: str | torch.dtype | None) -> Any:
-        return load_model(
-            folder,
-            task=task,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            tokenizer=False,
-            quiet=quiet,
-            device_map=device_map,
-            **model_options,
-        ).model
-
-    # What becomes int8 is read as it is stored and widened matrix by matrix: half the memory for files in half precision
-    model = loaded_as(dtype if weights is None else "auto")
-    if weights is not None and _has_rounded_buffers(model):
-        del model
-        model = loaded_as(torch.float32)
-    attach_experts(model, folder, moe, backend, fraction, top_k, weights)
+    options = model_options | {"task": task, "device_map": device_map, "trust_remote_code": trust_remote_code}
+    if weights is None:
+        model = load_model(folder, device=device, dtype=dtype, tokenizer=False, quiet=quiet, **options).model
+        sites = sites_of(model, folder, moe)
+    else:
+        loaded, sites = load_int8(folder, moe, quiet=quiet, **options)
+        model = loaded.model
+    attach_experts(model, sites, folder, moe, backend, fraction, top_k)
     return model
+
+
+def stored_as_int8(folder: Path) -> bool:
+    """Whether `apply --weights int8` wrote the folder."""
+    return (folder / INT8_WEIGHTS).is_file()
+
+
+def load_int8(folder: Path, moe: MoEFolder, quiet: bool = True, **options: Any) -> tuple[LoadedModel, list[FFNSite]]:
+    """The model of a converted folder with int8 weights, and its FFNs; those with experts need a layer installed, the others run.
+
+    `options` are those of `load_model`. Raises what `load` raises.
+    """
+    if stored_as_int8(folder):
+        loaded, stored = _stored_model(folder, **options)
+    else:
+        # What becomes int8 is read as it is stored and widened matrix by matrix: half the memory for files in half precision
+        loaded, stored = load_model(folder, device="cpu", dtype="auto", tokenizer=False, quiet=quiet, **options), None
+        if _has_rounded_buffers(loaded.model):
+            del loaded
+            loaded = load_model(folder, device="cpu", dtype=torch.float32, tokenizer=False, quiet=quiet, **options)
+    sites = sites_of(loaded.model, folder, moe)
+    # Before anything holds views on float matrices
+    quantise_model(loaded.model, _with_experts(sites, moe), None if stored is None else stored.matrix)
+    return replace(loaded, config=loaded.model.config, dtype=torch.float32), sites
+
+
+def load_widened(folder: Path, moe: MoEFolder, **options: Any) -> Any:
+    """The dense float32 model that the int8 weights of a folder stand for. Raises what `load` raises."""
+    loaded, stored = _stored_model(folder, **options)
+    stored.widen(loaded.model, _with_experts(sites_of(loaded.model, folder, moe), moe))
+    return loaded.model
+
+
+def _with_experts(sites: list[FFNSite], moe: MoEFolder) -> list[FFNSite]:
+    return [site for site, layer in zip(sites, moe.layers, strict=True) if not layer.dense]
+
+
+def _stored_model(
+    folder: Path, task: str | None = None, trust_remote_code: bool = False, **options: Any
+) -> tuple[LoadedModel, StoredInt8]:
+    """The model of a folder with int8 weights, without its matrices, and the file that has them."""
+    source = resolve_source(folder, None, trust_remote_code)
+    config, stored = load_config(source, trust_remote_code), StoredInt8(folder)
+    options |= {"trust_remote_code": trust_remote_code}
+    model = stored.empty_model(config, _model_class(config, task), options)
+    return LoadedModel(model, None, model.config, torch.device("cpu"), torch.float32, source), stored
 
 
 def _has_rounded_buffers(model: nn.Module) -> bool:

@@ -23,7 +23,7 @@ def refuse_to_save(save_directory: str | Path, **options: Any) -> None:
     """
     raise ConfigError(
         f"{save_directory}: a model loaded with int8 weights cannot be saved, its float weights are rounded",
-        "load it without weights=, save that, and quantise when loading",
+        "copy the folder; or load float weights, save them, and quantise when loading",
     )
 
 

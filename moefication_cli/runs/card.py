@@ -70,6 +70,9 @@ def converted_card(run: RunDir, config: ApplyConfig, layers: Iterable[Mapping[st
     # No steps of refinement are none, whichever way it was said: a recipe says 0 where `apply` by itself says nothing
     commands.append(_command("apply", replace(config, refine=config.refine or None), {}))
     dense = "neurons permuted, same function" if config.finetuned is None else "fine-tuned with its experts"
+    plain = f"Plain `from_pretrained` gives the dense model ({dense})."
+    if config.weights is not None:
+        plain = "The weights are int8; plain `from_pretrained` cannot load them."
     embedded = [
         "",
         f'model = {auto}.from_pretrained("FOLDER", trust_remote_code=True)  # the same, by the code in this folder',
@@ -83,7 +86,7 @@ def converted_card(run: RunDir, config: ApplyConfig, layers: Iterable[Mapping[st
         f"- multiply-adds of the FFNs, router and corrections included, of the dense ones: {sum(shares) / len(shares):.3f} planned"
         f" (per layer {min(shares):.3f} to {max(shares):.3f})",
         f"- made with moefication {__version__}, torch {version('torch')}, transformers {version('transformers')}", "",
-        f"Plain `from_pretrained` gives the dense model ({dense}). The mixture of experts:", "",
+        f"{plain} The mixture of experts:", "",
         "```python", "from moefication_cli import load  # pip install moefication", "",
         'model = load("FOLDER")', *(embedded if config.embed_code else []), "```", "",
         "## Quality", "", NOT_MEASURED,

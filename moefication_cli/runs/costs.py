@@ -119,6 +119,8 @@ def apply_cost(model: RunModel, config: ApplyConfig, activations: bool) -> Cost:
     if config.refine:
         work += refine_flops(model) * config.refine + forward_flops(model) * HELDOUT_TOKENS * _REFINE_PASSES
         memory = max(memory, refine_memory(model))
+    if config.weights is not None:  # the files mapped, the int8 matrices made of them, and those read again to compare
+        memory = max(memory, size + 2.0 * model_parameters(model))
     return Cost(2 * size, work, memory, size, size)
 
 

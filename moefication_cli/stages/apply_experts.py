@@ -1,9 +1,12 @@
 """apply: write RUN/model, a normal Hugging Face folder that is also the MoE. Reads `split`, a router and the model."""
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from moefication_cli.config import ApplyConfig, compared_values
 from moefication_cli.conversion.plan import (
@@ -19,9 +22,12 @@ from moefication_cli.conversion.search import PlanInputs, fraction_for, make_pla
 from moefication_cli.errors import ConfigError, MoEficationError
 from moefication_cli.export.write import check_hostable, check_source
 from moefication_cli.models.folder.checkpoint import Checkpoint
+from moefication_cli.models.folder.contents import INT8_WEIGHTS
 from moefication_cli.models.folder.embedded import embed_code
-from moefication_cli.models.folder.moe_folder import write_moe_settings
-from moefication_cli.models.folder.seal import sealed
+from moefication_cli.models.folder.moe_folder import FOLDER, ROUTERS, read_moe_folder, write_moe_settings
+from moefication_cli.models.folder.seal import sealed, sealed_int8
+from moefication_cli.models.loading import load_int8
+from moefication_cli.models.stored_int8 import same_state, write_int8
 from moefication_cli.routing.rules import TopK
 from moefication_cli.runs.card import converted_card
 from moefication_cli.runs.control import Control, Result
@@ -31,6 +37,7 @@ from moefication_cli.runs.inputs import RunModel, begin_options, layer_seed, ope
 from moefication_cli.runs.room import check_room
 from moefication_cli.store.artifact import Artifact
 from moefication_cli.store.files import atomic_write
+from moefication_cli.store.files import sha256 as file_sha256
 from moefication_cli.store.rundir import RunDir
 from moefication_cli.training.finetuned_files import conversion_options, said_of, weights_file
 
@@ -59,6 +66,7 @@ def apply_experts(run: RunDir, config: ApplyConfig = ApplyConfig(), control: Con
     tokens = None if activations is None else [layer["tokens"] for layer in activations.metrics["layers"]]
     layers = routed_layers(model, split, router, tokens)
     config = replace(config.hosted(), router=name)
+    _check_weights(config)
     if config.host is not None:
         counts = [(layer.partition.num_experts, layer.partition.num_shared) for layer in layers]
         check_source(config.host, model.checkpoint.config.to_dict(), [layer.site for layer in layers], counts)
@@ -93,12 +101,16 @@ def apply_experts(run: RunDir, config: ApplyConfig = ApplyConfig(), control: Con
             rows = [_row(plan) | _experts_per_token(plan, activations, control.seed) for plan in plans]
             atomic_write(work.folder / "README.md", converted_card(run, config, rows).encode())
             written = Checkpoint(work.folder, ffn=run.info.ffn, trust_remote_code=control.trust_remote_code)
-            content = settings(plans, name, config, run.info.ffn) | {"weights": sealed(written, work.hashes.sha256)}
+            content = settings(plans, name, config, run.info.ffn)
             if tuned is not None:
                 content["finetuned"] = said_of(tuned)
+            if config.weights is None:
+                content["weights"] = sealed(written, work.hashes.sha256)
             write_moe_settings(work.folder, content, router_tensors(plans))
             for index in control.track(range(len(plans)), "check", len(plans)):
                 check_layer(model, written, index, control.seed)
+            if config.weights is not None:
+                make_int8(work.folder, control.trust_remote_code, work.hashes.sha256)
             found = {"layers": rows, "router": name} | describe_rule(plans, config.budget)
             if budget.times is not None:
                 found["ffn_time_fraction"] = time_fraction(plans, budget)
@@ -108,7 +120,9 @@ def apply_experts(run: RunDir, config: ApplyConfig = ApplyConfig(), control: Con
     path = run.path("model")
     plain = "dense" if tuned is None or weights_file(tuned) is None else "as the fine-tuned dense model"
     notes = [
-        f"{path} loads {plain} with transformers, and as the MoE with moefication_cli.load({str(path)!r})",
+        f"{path} loads {plain} with transformers, and as the MoE with moefication_cli.load({str(path)!r})"
+        if config.weights is None
+        else f"{path} holds int8 weights: moefication_cli.load({str(path)!r}) gives the MoE, transformers cannot load it"
     ]
     modelled = manifest.metrics.get("ffn_time_fraction")
     if modelled is not None:
@@ -127,7 +141,7 @@ def _as_finetuned(tuned: Artifact, config: ApplyConfig, control: Control) -> App
             f"fine-tuning {name!r} did not help and was not kept: there is nothing to write",
             "fine-tune again with other options, or apply without --finetuned",
         )
-    made = replace(conversion_options(tuned), finetuned=name, embed_code=config.embed_code)
+    made = replace(conversion_options(tuned), finetuned=name, embed_code=config.embed_code, weights=config.weights)
     said = control.sources.get(ApplyConfig, {})
     for option, value in compared_values(made).items():
         if said.get(option, "default") != "default" and getattr(config, option) != value:
@@ -136,6 +150,29 @@ def _as_finetuned(tuned: Artifact, config: ApplyConfig, control: Control) -> App
                 "leave it out, or convert and fine-tune with it",
             )
     return made
+
+
+def _check_weights(config: ApplyConfig) -> None:
+    """Raises ConfigError where int8 weights are asked for with what needs float ones."""
+    for option, given in (("--embed-code", config.embed_code), ("--for", config.host is not None)):
+        if config.weights is not None and given:
+            raise ConfigError(f"{option} needs float weights, --weights int8 writes none", "leave out one of the two")
+
+
+def make_int8(folder: Path, trust_remote_code: bool = False, sha256: Callable[[Path], str] = file_sha256) -> None:
+    """Puts int8 weights in place of the float ones of a converted folder, and their seal into its settings.
+
+    Raises MoEficationError where what was written is not what the float weights give when they are loaded as int8.
+    """
+    moe, options = read_moe_folder(folder), {"trust_remote_code": trust_remote_code}
+    made, sites = load_int8(folder, moe, **options)
+    write_int8(folder, made.model, sites)
+    for path in (*made.source.files, folder / "model.safetensors.index.json"):
+        path.unlink(missing_ok=True)
+    if not same_state(made.model, load_int8(folder, moe, **options)[0].model):
+        raise MoEficationError(f"self-check failed: {folder / INT8_WEIGHTS} does not give the same int8 weights")
+    content = moe.settings | {"weights": sealed_int8(folder, sites, sha256)}
+    write_moe_settings(folder, content, load_file(folder / FOLDER / ROUTERS))
 
 
 def check_layer(model: RunModel, written: Checkpoint, index: int, seed: int) -> None:

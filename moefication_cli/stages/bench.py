@@ -75,7 +75,7 @@ def bench(target: str | None, config: BenchConfig, control: Control) -> Result:
         for case in cases(state, target):
             dtype = case.dense.dtype
             if state.rates is None:
-                state.rates = measure_rates(state.device, dtype, config.clock, integer=config.weights == "int8")
+                state.rates = measure_rates(state.device, dtype, config.clock, integer=state.config.weights == "int8")
             for row in control.track(rows_of(state, case), "bench"):
                 state.rows.append(row)
             if case.fraction is not None and "ffn" in case.modes:

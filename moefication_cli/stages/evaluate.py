@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from moefication_cli.config import EvalConfig
+from moefication_cli.config import ApplyConfig, EvalConfig
 from moefication_cli.errors import ConfigError, did_you_mean
 from moefication_cli.evaluation.measure import BASELINES, measure
 from moefication_cli.evaluation.plots import plot_quality
@@ -58,13 +58,15 @@ def evaluate(run: RunDir, config: EvalConfig, control: Control = Control()) -> R
     routers = {name: run.require(f"router/{name}") for name in run.names("router")}
     wanted = config.weights is not None or run.manifest("model") is not None
     applied = run.require("model") if wanted else None
+    weights = config.weights or (None if applied is None else ApplyConfig.recorded(applied.config).weights)
+    check_weights_option(weights, model.device, resolve_dtype(config.dtype, model.device))
     fractions = _fractions(config, applied)
     selections = _selections(config, routers)
     activations = None
     if any(SELECTIONS[name].reads_activations for name in selections if name in SELECTIONS):
         activations = run.require("activations")
     stages = {"split": split, "activations": activations, "model": applied}
-    cost = eval_cost(model, config.data, config.limit, len(fractions) * len(selections), config.weights)
+    cost = eval_cost(model, config.data, config.limit, len(fractions) * len(selections), weights)
     if control.dry_run:
         return estimate("eval", model, run.path(f"eval/{config.name}"), cost, stages)
     used = {f"router/{name}": stage for name, stage in routers.items() if name in selections}

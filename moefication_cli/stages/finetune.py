@@ -41,7 +41,9 @@ def finetune(
     """
     model = open_model(run, None, control)
     like = conversion or _conversion_of_model(run)
-    like = replace(like.hosted(), router=choose_router(run, like.router), embed_code=False, finetuned=None)
+    like = replace(
+        like.hosted(), router=choose_router(run, like.router), embed_code=False, finetuned=None, weights=None
+    )
     require_trainable(like)
     if config.train == "lora":
         _require_peft()

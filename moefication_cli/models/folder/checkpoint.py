@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moefication_cli.errors import ConfigError
 from moefication_cli.ffn import FFNWeights
-from moefication_cli.models.folder.contents import fingerprint
+from moefication_cli.models.folder.contents import fingerprint, refuse_int8_files
 from moefication_cli.models.folder.permuted import TensorPlan, copy_side_files, write_shards
 from moefication_cli.models.folder.source import TensorFile, load_config, meta_model, resolve_source
 from moefication_cli.models.heads import task_of
@@ -43,6 +43,7 @@ class Checkpoint:
         self.trust_remote_code = trust_remote_code
         self.config: Any = load_config(self.source, trust_remote_code)
         refuse_quantised(self.config, self.source.ref)
+        refuse_int8_files(self.source.ref, self.source.files)
         self._architecture: nn.Module = meta_model(self.config, trust_remote_code)
         self.sites: list[FFNSite] = find_sites(self._architecture, ffn)
         self._ffn = ffn

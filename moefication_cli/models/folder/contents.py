@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from moefication_cli.errors import ConfigError
+from moefication_cli.errors import ConfigError, UnsupportedModelError
 from moefication_cli.models.folder.sentence import POOLING
 from moefication_cli.store import jsonio
 
@@ -13,6 +13,9 @@ _TOKENIZER_FILES = (
     "*tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "normalizer.json", "*.model",
     "*.tiktoken", "chat_template*",
 )  # fmt: skip
+
+
+INT8_WEIGHTS = "moefication-int8.safetensors"  # in place of float weights (`stored_int8`); only `load` reads it
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
@@ -36,7 +39,18 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
                 raise ConfigError(f"{folder} lacks {name}, which {index.name} lists", "download the model again")
         if names:
             return tuple(folder / name for name in names)
+    if (folder / INT8_WEIGHTS).is_file():
+        return (folder / INT8_WEIGHTS,)
     raise ConfigError(f"{folder} has no model.safetensors or pytorch_model.bin", "give a folder with PyTorch weights")
+
+
+def refuse_int8_files(where: str, files: Sequence[Path]) -> None:
+    """Raises UnsupportedModelError where the weights are stored int8 ones."""
+    if files[0].name == INT8_WEIGHTS:
+        raise UnsupportedModelError(
+            f"{where} holds int8 weights, which moefication_cli.load, eval and bench read, and nothing else",
+            "write float ones: moefication apply RUN without --weights",
+        )
 
 
 def fingerprint(folder: Path, files: Sequence[Path], ffn: str | None, sha256: Callable[[Path], str]) -> str:

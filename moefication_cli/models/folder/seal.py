@@ -15,6 +15,8 @@ from typing import Any
 
 from moefication_cli.errors import CorruptArtifactError
 from moefication_cli.models.folder.checkpoint import Checkpoint
+from moefication_cli.models.folder.contents import INT8_WEIGHTS
+from moefication_cli.models.sites import FFNSite
 from moefication_cli.store.files import described as file_described
 from moefication_cli.store.files import sha256 as file_sha256
 from moefication_cli.store.header import Header, read_header
@@ -29,14 +31,29 @@ def sealed(checkpoint: Checkpoint, sha256: Callable[[Path], str] = file_sha256) 
 
     `sha256` may be that of a `HashCache`, so that a stage which hashes its files when it commits reads them once.
     """
-    names = ["config.json", *(path.name for path in checkpoint.files)]
-    headers: dict[str, Header] = {}
-    ffns = {}
+    places = {}
     for site in checkpoint.sites:
         parameters = sorted({piece.parameter for piece in site.slices()})
-        places = [[file.path.name, key] for file, key in map(checkpoint.locate, parameters)]
-        ffns[site.name] = {"tensors": places, "digest": _digest(checkpoint.folder, places, headers)}
-    folder = checkpoint.folder
+        places[site.name] = [[file.path.name, key] for file, key in map(checkpoint.locate, parameters)]
+    return _sealed(checkpoint.folder, [path.name for path in checkpoint.files], places, sha256)
+
+
+def sealed_int8(folder: Path, sites: Sequence[FFNSite], sha256: Callable[[Path], str] = file_sha256) -> dict[str, Any]:
+    """The same of a folder with stored int8 weights (`stored_int8`)."""
+    places = {}
+    for site in sites:
+        parameters = sorted({piece.parameter for piece in site.slices()})
+        scales = [f"{name}_scale" for name in parameters if name.endswith(".weight")]
+        places[site.name] = [[INT8_WEIGHTS, key] for key in [*parameters, *scales]]
+    return _sealed(folder, [INT8_WEIGHTS], places, sha256)
+
+
+def _sealed(
+    folder: Path, weight_files: list[str], places: Mapping[str, list[list[str]]], sha256: Callable[[Path], str]
+) -> dict[str, Any]:
+    """`places` are those of each FFN's tensors."""
+    names, headers = ["config.json", *weight_files], dict[str, Header]()
+    ffns = {name: {"tensors": listed, "digest": _digest(folder, listed, headers)} for name, listed in places.items()}
 
     def described(names: Sequence[str]) -> dict[str, dict[str, Any]]:
         return {name: file_described(folder / name, sha256) for name in names}
