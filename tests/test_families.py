@@ -84,6 +84,15 @@ def test_sites(name):
     assert len({site.name for site in sites}) == len(sites)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_sites_are_the_same_while_something_is_installed(name):
+    model = tiny_model(name)
+    sites, state = find_sites(model), list(model.state_dict())
+    for site in sites:
+        install(model, site, lambda x, token_mask=None: x)
+    assert find_sites(model) == sites and list(model.state_dict()) == state
+
+
 def test_names_do_not_depend_on_the_head():
     bare, headed = find_sites(tiny_model("bert-bare")), find_sites(tiny_model("bert"))
     assert [site.name for site in bare] == [site.name for site in headed] == ["encoder.layer.0", "encoder.layer.1"]

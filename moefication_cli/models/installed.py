@@ -19,6 +19,14 @@ class FFNLayer(Protocol):
     def __call__(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor: ...
 
 
+class Bypass(nn.Identity):
+    """In the place of an FFN's activation while a layer computes the FFN; `stands_for` is that activation."""
+
+    def __init__(self, stands_for: Any) -> None:
+        super().__init__()
+        object.__setattr__(self, "stands_for", stands_for)  # unseen by the state dict
+
+
 class Installed:
     """What one swapped FFN needs at run time. Lives in the `__dict__` of `up`, unseen by the state dict."""
 

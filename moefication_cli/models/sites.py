@@ -207,6 +207,7 @@ def _describe(model: nn.Module, path: str, block: nn.Module, spec: FFNSpec) -> F
         hint = 'name where it is, --ffn "...,act=layers.*.mlp.act_fn", or what the code calls: act=gelu, act=silu, ...'
         raise UnsupportedModelError(f"{path}: no activation found beside {spec.up}", hint)
     function = ACTIVATIONS[spec.act] if not act else attrgetter(act)(block)
+    function = getattr(function, "stands_for", function)  # `installed.Bypass`, where experts are installed
     activation = activation_name(function)
     if activation is None:
         kind = getattr(function, "__name__", type(function).__name__)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from moefication_cli.errors import UnsupportedModelError
 from moefication_cli.ffn import FFNWeights
-from moefication_cli.models.installed import FFNLayer, Installed
+from moefication_cli.models.installed import Bypass, FFNLayer, Installed
 from moefication_cli.models.masking import TokenMask
 from moefication_cli.models.projections import pack_parts, views
 from moefication_cli.models.sites import FFNSite
@@ -94,7 +94,7 @@ def install(model: nn.Module, site: FFNSite, layer: FFNLayer, token_mask: TokenM
         if part is not None:
             part.__class__ = _subclass(part.__class__, mixin)
     if parent is not None:
-        setattr(parent, name, nn.Identity())
+        setattr(parent, name, Bypass(state.act))
     else:
         object.__setattr__(down, _FROM, state)
     if not placed:
