@@ -5,14 +5,18 @@ from typing import Any
 
 import pytest
 import torch
+from cli_runner import Runner
 from converted import convert
 from test_loaded_model import real_logits
+from tiny_models import save_tiny
 
 from moefication_cli import load
 from moefication_cli.errors import UnsupportedModelError
+from moefication_cli.models import loading
 from moefication_cli.models.loading import load_model
 from moefication_cli.models.sites import find_sites
 from moefication_cli.models.surgery import install, installed_layers, is_installed
+from moefication_cli.runs import data as run_data
 
 BLOCKS = {"llama": "model.layers", "phi3": "model.layers", "bert": "bert.encoder.layer", "gpt2": "transformer.h"}
 
@@ -82,3 +86,25 @@ def test_what_something_else_has_wrapped_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="down_proj is wrapped"):
         install(dense, site, installed_layers(model)[site.name])
     assert not is_installed(dense, site)
+
+
+def test_activations_of_a_model_whose_layers_lie_on_disk(
+    run_cli: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_tiny("bert", tmp_path / "bert")
+    data = tmp_path / "train.tsv"
+    data.write_text("sentence\tlabel\n" + "".join(f"w{n % 40} w{n % 7} w{n % 13}\t{n % 2}\n" for n in range(200)))
+    maps: list[Any] = []
+    own = loading.load_model
+
+    def on_disk(*args: Any, device_map: Any = None, **options: Any) -> Any:
+        if device_map == "auto":  # which this machine's memory would make one device
+            maps.append(device_map := placed(model, "bert", ("cpu", "disk")))
+        return own(*args, device_map=device_map, **options)
+
+    monkeypatch.setattr(run_data, "load_model", on_disk)
+    words = ("--model", tmp_path / "bert", "--data", data, "--device", "cpu")
+    digests = [run_cli.ok("collect-activations", tmp_path / name, *words, *more)["digest"]
+               for name, more in (("whole", ()), ("disk", ("--offload",)), ("other", ("--seed", 1)))]  # fmt: skip
+    assert len(maps) == 1 and digests[0] == digests[1] != digests[2]
+    assert not list((tmp_path / "disk").rglob("offload*"))
