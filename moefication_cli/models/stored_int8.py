@@ -92,6 +92,9 @@ class StoredInt8:
     def _name(self, name: str) -> str:
         return self._tied.get(name, name)
 
+    def _is_matrix(self, name: str) -> bool:
+        return name.endswith(_WEIGHT) and f"{name.removesuffix(_WEIGHT)}.{SCALE}" in self._keys
+
     def _tensor(self, name: str) -> Tensor:
         if name not in self._keys:
             raise ConfigError(f"{self.path} has no tensor {name}", "choose the --task that the model was converted for")
@@ -132,9 +135,7 @@ class StoredInt8:
             for held in (part._parameters, part._buffers):
                 for kind, tensor in held.items():
                     name = self._name(f"{path}.{kind}" if path else kind)
-                    if tensor is None or (
-                        f"{name.removesuffix(_WEIGHT)}.{SCALE}" in self._keys and name.endswith(_WEIGHT)
-                    ):
+                    if tensor is None or self._is_matrix(name):
                         continue
                     if name not in self._given:
                         found = self._tensor(name)
@@ -153,7 +154,7 @@ class StoredInt8:
             by_neuron |= {path: path != site.down for path in (site.up, site.gate, site.down) if path is not None}
         for path, part in list(model.named_modules()):
             name = self._name(f"{path}{_WEIGHT}")
-            if f"{name.removesuffix(_WEIGHT)}.{SCALE}" not in self._keys:
+            if not self._is_matrix(name):
                 continue
             stored = self.matrix(path)
             wide = stored.rows.float() * stored.scale[:, None]
