@@ -73,8 +73,9 @@ def test_llama_cpp_runs_a_llama_and_nothing_else() -> None:
         one.runs(input_ids=ids_BS[:, :1], past_key_values=True)
     (refused,) = peer_models(["llama.cpp"], tiny_model("opt"), IDS_BS)
     assert refused.why == "cannot run this model: llama.cpp is timed for Llama models, this is opt"
-    (ffn,) = peer_ffns(["llama.cpp"], [], [])
-    assert not ffn.can("ffn")
+    site = find_sites(model)[0]
+    (ffn,) = peer_ffns(["llama.cpp"], [FFN(model, site)], [torch.randn(8, site.d_model)])
+    assert ffn.runs is None and not ffn.can("ffn")
 
 
 def test_rows_of_peers(run_cli: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

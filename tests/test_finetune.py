@@ -145,6 +145,15 @@ def test_kl_falls_at_the_budget_and_what_is_loaded_was_measured(
     (full,) = [row for row in rows if row["selection"] == "dense-finetuned"]
     assert full["ffn_flops_fraction"] == 1 and full["kl"] > 1e-4
 
+    # and once more where int8 weights are all that is stored of them
+    run_cli.ok("apply", run, "--finetuned", "default", "--weights", "int8")
+    rows = run_cli.ok("eval", run, *shown)["rows"]
+    (rounded,) = [row for row in rows if row["applied"]]
+    assert rounded["selection"] == "regression-int8" and rounded["finetuned"] == "default"
+    assert rounded["kl"] == pytest.approx(tuned["kl"], rel=0.1) and rounded["kl"] != tuned["kl"]
+    (other,) = [row for row in rows if row["selection"] == "dense-finetuned"]
+    assert other["kl"] == pytest.approx(full["kl"], rel=0.1) and other["kl"] != full["kl"]
+
 
 def whole_model(run: Path, config: FinetuneConfig) -> WholeModel:
     """The original model with the held-out data that `finetune` judged by."""

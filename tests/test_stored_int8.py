@@ -71,6 +71,8 @@ def test_only_this_package_reads_it(tmp_path: Path) -> None:
         Checkpoint(path)
     with pytest.raises(ConfigError, match="float32 activations"):
         load(path, device="cpu", dtype="bfloat16")
+    with pytest.raises(ConfigError, match="int4"):
+        load(path, device="cpu", weights="int4")
     with pytest.raises(ConfigError, match="offload_state_dict"):
         load(path, device="cpu", offload_state_dict=True)
     with pytest.raises(ConfigError, match="has no tensor cls"):

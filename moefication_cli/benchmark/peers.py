@@ -165,22 +165,19 @@ def peer_models(names: Sequence[str], model: Any, ids_BS: Tensor) -> list[Beside
         other = peer.make(_copied(model, peer), inputs)
         return other, _whole(other)(**inputs)[0]
 
-    return _all_of(names, made, lambda: _whole(model)(**inputs)[0])
+    return _all_of(names, ("prefill", "decode"), made, lambda: _whole(model)(**inputs)[0])
 
 
 def peer_ffns(names: Sequence[str], ffns: Sequence[nn.Module], inputs_TD: Sequence[Tensor]) -> list[Beside]:
     """The peers of the FFNs of a rotation, the first compared with its original."""
+    x_TD = inputs_TD[0][:_PROBE]
 
     def made(peer: Peer) -> tuple[Any, Tensor]:
-        x_TD = inputs_TD[0][:_PROBE]
         given = x_TD if peer.dtype is None else x_TD.to(peer.dtype)
         others = [peer.make(_copied(ffn, peer), given) for ffn in ffns]
         return others, _tensor(others[0](given))
 
-    possible = [name for name in names if "ffn" in PEERS[name].modes]
-    compared = _all_of(possible, made, lambda: ffns[0](inputs_TD[0][:_PROBE])) if possible else []
-    found = {one.name: one for one in compared}
-    return [found.get(name) or Beside(name) for name in names]
+    return _all_of(names, ("ffn",), made, lambda: ffns[0](x_TD))
 
 
 def peer_ffn_call(beside: Beside, inputs_TD: Sequence[Tensor], tokens: int) -> Call:
@@ -190,10 +187,16 @@ def peer_ffn_call(beside: Beside, inputs_TD: Sequence[Tensor], tokens: int) -> C
 
 
 @torch.inference_mode()
-def _all_of(names: Sequence[str], made: Callable[[Peer], Any], exact: Callable[[], Tensor]) -> list[Beside]:
+def _all_of(
+    names: Sequence[str], modes: Sequence[str], made: Callable[[Peer], Any], exact: Callable[[], Tensor]
+) -> list[Beside]:
+    """One of each name; nothing is made of a peer that runs in none of the `modes`."""
     y, found = exact().float(), []
     for name in names:
         peer = PEERS[name]
+        if not set(modes) & set(peer.modes):
+            found.append(Beside(name))
+            continue
         missing = [package for package in peer.needs if importlib.util.find_spec(package) is None]
         if missing:
             found.append(Beside(name, why=f"not installed: {peer.install}"))

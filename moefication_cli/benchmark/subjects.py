@@ -170,25 +170,25 @@ def _twins(state: Setting, modes: list[str], model: Any, expert_size: int, *, ra
 def _converted(state: Setting, folder: Path) -> BenchCase:
     config = state.config
     options: dict[str, Any] = {"device": state.device, "dtype": config.dtype, "task": config.task}
-    trusted = {"trust_remote_code": state.control.trust_remote_code}
-    options |= trusted
-    settings = read_moe_folder(folder).settings
+    options["trust_remote_code"] = state.control.trust_remote_code
+    written = read_moe_folder(folder)
     moe = load(folder, backend=config.backend, **options).requires_grad_(False)
     if stored_as_int8(folder):
         state.config = config = replace(config, weights="int8")
         state.control.say(f"{folder} holds int8 weights: dense is its model in int8 too, as with --weights int8")
-        dense = load_widened(folder, read_moe_folder(folder), task=config.task, **trusted).requires_grad_(False)
+        like = {name: options[name] for name in ("task", "trust_remote_code")}
+        dense = load_widened(folder, written, **like).requires_grad_(False)
     else:
         dense = load_model(folder, tokenizer=False, quiet=True, **options).model.requires_grad_(False)
     modes = _check_modes(state.modes, _possible(dense), str(folder))
-    sites = find_sites(dense, settings.get("ffn"))
+    sites = find_sites(dense, written.settings.get("ffn"))
     experts = {name: layer for name, layer in installed_layers(moe).items() if isinstance(layer, MoEFFN)}
     if not experts:
         raise ConfigError(f"{folder}: no layer has a router", "convert some: moefication apply RUN --force")
     routed = [site for site in sites if site.name in experts]
     inputs_TD = sample_inputs(dense, routed, _sampling(state, dense), None)
     setups = [setup_of(experts[site.name]) for site in routed]
-    return BenchCase(modes, dense, routed, setups, inputs_TD, moe, settings.get("fraction"))
+    return BenchCase(modes, dense, routed, setups, inputs_TD, moe, written.settings.get("fraction"))
 
 
 def _sampling(state: Setting, model: Any) -> Any:

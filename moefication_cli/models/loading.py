@@ -201,13 +201,13 @@ def load(
     if not isinstance(path, str | Path):
         raise ConfigError(f"load takes the path of a folder, not {path!r}", "load('RUN/model')")
     check_budget(fraction, top_k)
+    if weights is not None:  # before anything is downloaded
+        _check_int8(weights, device, dtype)
     folder = _local_folder(path, revision, trust_remote_code)
     moe = read_moe_folder(folder)
-    if stored_as_int8(folder):
+    if weights is None and stored_as_int8(folder):
         weights = "int8"
-    if weights is not None:
-        target = device if isinstance(device, torch.device) else resolve_device(device)
-        check_weights_option(weights, target, resolve_dtype(dtype, target))
+        _check_int8(weights, device, dtype)
     check_weights(folder, moe, verify)
     options = model_options | {"task": task, "device_map": device_map, "trust_remote_code": trust_remote_code}
     if weights is None:
@@ -218,6 +218,11 @@ def load(
         model = loaded.model
     attach_experts(model, sites, folder, moe, backend, fraction, top_k)
     return model
+
+
+def _check_int8(weights: str, device: str | torch.device, dtype: str | torch.dtype | None) -> None:
+    target = device if isinstance(device, torch.device) else resolve_device(device)
+    check_weights_option(weights, target, resolve_dtype(dtype, target))
 
 
 def stored_as_int8(folder: Path) -> bool:

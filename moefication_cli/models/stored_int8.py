@@ -30,11 +30,10 @@ _AGAIN = "write the folder again: moefication apply RUN --weights int8 --force"
 _WEIGHT = ".weight"
 
 
-def write_int8(folder: Path, model: nn.Module, sites: Sequence[FFNSite]) -> Path:
-    """Writes what `quantise_model` made of a model, whose FFNs are `sites`, synced; returns the file's path."""
+def write_int8(folder: Path, model: nn.Module, sites: Sequence[FFNSite]) -> None:
+    """Writes what `quantise_model` made of a model, whose FFNs are `sites`, synced."""
     tensors, tied = _named(model, sites)
     write_tensors(folder / INT8_WEIGHTS, tensors, {"format": "pt", "tied": json.dumps(tied, sort_keys=True)})
-    return folder / INT8_WEIGHTS
 
 
 def _named(model: nn.Module, sites: Sequence[FFNSite]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -149,9 +148,7 @@ class StoredInt8:
 
     def widen(self, model: nn.Module, experts: Sequence[FFNSite]) -> None:
         """Gives an `empty_model` the float32 matrices that the int8 ones stand for; `experts` are its FFNs with experts."""
-        by_neuron: dict[str, bool] = {}
-        for site in experts:
-            by_neuron |= {path: path != site.down for path in (site.up, site.gate, site.down) if path is not None}
+        by_neuron = {site.down for site in experts}  # rows of others are those of a Linear: per output
         for path, part in list(model.named_modules()):
             name = self._name(f"{path}{_WEIGHT}")
             if not self._is_matrix(name):
@@ -159,8 +156,7 @@ class StoredInt8:
             stored = self.matrix(path)
             wide = stored.rows.float() * stored.scale[:, None]
             like: Any = part
-            by_input = isinstance(part, Conv1D)  # its weight is [in, out]
-            turned = by_input != (path in by_neuron and not by_neuron[path])
+            turned = isinstance(part, Conv1D) != (path in by_neuron)  # the weight of a Conv1D is [in, out]
             like.weight = nn.Parameter(wide.t() if turned else wide, requires_grad=False)
 
 
