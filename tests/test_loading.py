@@ -291,6 +291,8 @@ def edit(path, change):
         ("count", lambda s: s["layers"][0].update(num_experts=0)),
         ("scores 6 experts|not of shape|does not fit", lambda s: s["layers"][0].update(num_experts=7)),
         ("does not fit", lambda s: s["layers"][0].update(num_shared=5)),
+        ("not a share", lambda s: s["layers"][0].update(ffn_flops_fraction="0.2")),
+        ("not a share", lambda s: s["layers"][0].update(ffn_flops_fraction=-1)),
         ("known activation", lambda s: s["layers"][0]["router"].update(activation="softmax")),
         ("no layer uses", lambda s: s["layers"][0].update(dense=True)),
         ("was altered", lambda s: s["tensors"].update(sha256="0" * 64)),
@@ -302,6 +304,17 @@ def test_altered_settings_are_refused(what, change, tmp_path):
     edit(tmp_path / "moe" / "moefication" / "moefication.json", change)
     with pytest.raises(CorruptArtifactError, match=what):
         load(tmp_path / "moe", device="cpu")
+
+
+def test_layers_know_what_share_of_the_work_a_token_costs(tmp_path):
+    """By which `auto` chooses on a GPU, where a rule gives tokens different numbers of experts."""
+    convert("bert", tmp_path / "moe", top_k=2)
+    assert {layer.share for layer in installed_layers(load(tmp_path / "moe", device="cpu")).values()} == {0}
+    edit(
+        tmp_path / "moe" / "moefication" / "moefication.json", lambda s: s["layers"][1].update(ffn_flops_fraction=0.25)
+    )
+    layers = list(installed_layers(load(tmp_path / "moe", device="cpu")).values())
+    assert [layer.share for layer in layers] == [0, 0.25] + [0] * (len(layers) - 2)
 
 
 def test_missing_or_altered_routers_are_refused(tmp_path):

@@ -174,4 +174,4 @@ def _moe_ffn(
     weights = ExpertWeights(ffn, num_experts, num_shared, extra)
     if router is None:
         return PrunedFFN(weights, backend)
-    return MoEFFN(weights, router.to(device), rule, backend=backend)
+    return MoEFFN(weights, router.to(device), rule, backend=backend, share=layer.flops_fraction)

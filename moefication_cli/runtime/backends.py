@@ -21,9 +21,12 @@ from moefication_cli.runtime import reference, torch_backends
 log = logging.getLogger(__name__)
 ALL_ON_TOKENS = 96  # below, the compiled kernel is faster than torch's matmuls even when every neuron runs
 # On CUDA (H200, tests/benchmarks/cuda.md) the Triton kernels take half the dense time for one token through an FFN of 271 MB and
-# the same time for 16. Without a CUDA graph their launches from Python take 0.35 ms, as long as reading 1 GiB does. Many
-# tokens through `grouped` were slower than dense for every size of experts.
+# the same time for 16. Without a CUDA graph their launches from Python take 0.35 ms, as long as reading 1 GiB does.
 CUDA_FEW_TOKENS, CUDA_LEAST_BYTES = 8, 1 << 30
+# Many tokens: gated FFNs in half precision gain from the dense FFN's arithmetic of 2,048 tokens of llama-7b on, with up to this
+# share of it selected; others do not, because half of their arithmetic is the down-projection, which stays dense. `grouped` was
+# slower than dense for every size of experts.
+CUDA_MANY_FLOPS, CUDA_MANY_SHARE = 5e11, 0.35
 # The backends that do not wait for the GPU on CUDA: their calls fit in a CUDA graph
 NEVER_WAITING = {"dense", "triton"}
 
@@ -139,8 +142,9 @@ def _warn_once(message: str) -> None:
 def say_dense_on_cuda() -> None:
     """Warns, once, that `auto` computes more on a GPU than was selected, and what to do where that is not wanted."""
     _warn_once(
-        "FFNs on the GPU are computed dense, which is faster there for all but those of 1 GiB and more at up to 8 tokens; "
-        'in a CUDA graph one token through smaller ones can gain by load(..., backend="triton")'
+        "calls of the FFNs on the GPU are computed dense where that is faster: all but those of many tokens through large gated "
+        "FFNs in half precision (2,048 tokens of a 7B Llama), and of up to 8 tokens through FFNs of 1 GiB and more; in a CUDA "
+        'graph one token through smaller ones can gain by load(..., backend="triton")'
     )
 
 
@@ -152,7 +156,7 @@ def choose(
     active_fraction: float,
     needs_grad: bool = False,
 ) -> str:
-    """The backend `auto` uses for `num_tokens` tokens of which each computes `active_fraction` of the neurons.
+    """The backend `auto` uses for `num_tokens` tokens of which each computes `active_fraction` of the neurons (0: not known).
 
     Warns, once, where the fastest one cannot run on this machine or these weights; what is used then computes the same
     mixture. `dense` is only chosen where it is faster: it computes every neuron.
@@ -174,7 +178,8 @@ def choose(
     if device.type == "cuda":
         ffn = weights.ffn
         num_bytes = ffn.w_up_FD.numel() * ffn.w_up_FD.element_size() * (3 if ffn.gated else 2)
-        if num_tokens <= CUDA_FEW_TOKENS and num_bytes >= CUDA_LEAST_BYTES and can("triton"):
-            return "triton"
-        return "dense"
+        few = num_tokens <= CUDA_FEW_TOKENS and num_bytes >= CUDA_LEAST_BYTES
+        flops = 6.0 * num_tokens * ffn.w_up_FD.numel()
+        many = ffn.gated and dtype.itemsize == 2 and flops >= CUDA_MANY_FLOPS and 0 < active_fraction <= CUDA_MANY_SHARE
+        return "triton" if (few or many) and can("triton") else "dense"
     return "numba" if can("numba") else "torch"

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from moefication_cli.runtime.cuda.triton_layer import TritonLayer
 
 Selection = Callable[[Tensor, ExpertWeights], Tensor]
-_SETTINGS = frozenset({"weights", "router", "rule", "select", "backend", "may_go_dense", "masked_from"})
+_SETTINGS = frozenset({"weights", "router", "rule", "select", "backend", "may_go_dense", "masked_from", "share"})
 
 
 class MoEFFN:
@@ -39,7 +39,8 @@ class MoEFFN:
     `backend` is a name of `backends.BACKENDS` or `auto`; under `auto` a call may go dense where sparse would lose, unless
     `may_go_dense` is False (quality is to be measured: dense computes more than was selected). On the CPU calls of
     `masked_from` tokens and more compute every neuron and zero those that were not selected (backend `reference`), the
-    same mixture: where that was measured to be faster (`kernel_times`). `last_backend` names the path of the latest call.
+    same mixture: where that was measured to be faster (`kernel_times`). `share`, for rules that give tokens different numbers of
+    experts: the mean share of the FFN's work that one costs, 0 where it is not known. `last_backend` names the path of the latest call.
     Assigning `router`, `rule`, `select` or `backend` takes effect with the next call; after the parameters' storage was
     replaced (`model.to(...)`) assign `weights` anew.
     """
@@ -53,6 +54,7 @@ class MoEFFN:
         select: Selection | None = None,
         may_go_dense: bool = True,
         masked_from: int = sys.maxsize,
+        share: float = 0.0,
     ) -> None:
         if select is None and (router is None or rule is None):
             raise ConfigError("a MoE layer needs a router and a rule, or a selection of its own")
@@ -69,6 +71,7 @@ class MoEFFN:
         self.backend = backend
         self.may_go_dense = may_go_dense
         self.masked_from = masked_from
+        self.share = share
         self.last_backend = ""
         self.counts_E: Tensor | None = None
         self.num_counted = 0
@@ -221,14 +224,18 @@ class MoEFFN:
 
     def _auto(self, x_TD: Tensor) -> str:
         weights, top_k = self.weights, self._top_k
-        share = 0.0  # unknown before the selection is made
+        share = self.share if x_TD.is_cuda else 0.0  # the CPU's kernels gain whatever is selected
         if top_k is not None:
             share = (weights.num_shared + weights.expert_size * top_k) / weights.ffn.num_neurons
         needs_grad = torch.is_grad_enabled() and (x_TD.requires_grad or weights.ffn.w_up_FD.requires_grad)
         name = choose(x_TD.device, x_TD.dtype, x_TD.shape[0], weights, share, needs_grad)
         if name == "dense" and not (self.may_go_dense or self._all_on):
-            grouped = x_TD.is_cuda and BACKENDS["grouped"].missing(x_TD.device, x_TD.dtype, weights) is None
-            return "grouped" if grouped else "torch"
+            able = (
+                name
+                for name in ("triton", "grouped")
+                if BACKENDS[name].missing(x_TD.device, x_TD.dtype, weights) is None
+            )
+            return next(able, "torch") if x_TD.is_cuda else "torch"
         if name == "dense" and x_TD.is_cuda and not self._all_on:
             say_dense_on_cuda()
         if name != "dense" and len(x_TD) >= self.masked_from and not needs_grad and not x_TD.is_cuda:

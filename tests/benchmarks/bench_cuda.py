@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_cuda.py --out cuda.json
 
 Runs the tests marked `cuda`, the six stages on a trained model with --device cuda beside the CPU's figures, and `bench` on
-four shapes in bfloat16. Writes one file of figures. Its parts have run on a GPU (cuda.md), the file as a whole has not.
+four shapes in bfloat16. Writes one file of figures, anew after each part. What it gave on a GPU: cuda.md.
 """
 
 import argparse
@@ -53,24 +53,24 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("PyTorch sees no CUDA GPU here: nothing was run")
     found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "parts": []}
-    parts = found["parts"]
-    parts.append(call("pytest", "-q", "-m", "cuda", "tests", seconds=120))
+
+    def part(*words: object, seconds: float) -> None:
+        found["parts"].append(call(*words, seconds=seconds))
+        options.out.write_text(json.dumps(found, indent=2))
+
+    part("pytest", "-q", "-m", "cuda", "tests", seconds=120)
     data = options.shared / "data" / "sst2"
     with tempfile.TemporaryDirectory() as folder:
         for device in ("cuda", "cpu"):
-            parts.append(
-                call("moefication_cli", "run", f"{folder}/{device}", "--model", options.shared / "models" / "bert-relu-minilm-sst2",
-                     "--data", data / "train.tsv", "--max-tokens", 16000, "--refine", 20, "--eval-data", data / "dev.tsv",
-                     "--eval-limit", 300, "--expert-size", 32, "--device", device, "--json", seconds=150)
-            )  # fmt: skip
+            part("moefication_cli", "run", f"{folder}/{device}", "--model", options.shared / "models" / "bert-relu-minilm-sst2",
+                 "--data", data / "train.tsv", "--max-tokens", 16000, "--refine", 20, "--eval-data", data / "dev.tsv",
+                 "--eval-limit", 300, "--expert-size", 32, "--device", device, "--json", seconds=150)  # fmt: skip
+        bench = "moefication_cli bench --mode ffn --dtype bfloat16 --backend triton --device cuda --seconds 1 --json".split()
         for shape in SHAPES:
-            parts.append(
-                call("moefication_cli", "bench", "--shape", shape, "--mode", "ffn", "--tokens", "1,4,16", "--dtype", "bfloat16",
-                     "--expert-size", 32, "--backend", "triton", "--device", "cuda", "--seconds", 1, "--json", seconds=60)
-            )  # fmt: skip
-    options.out.write_text(json.dumps(found, indent=2))
+            part(*bench, "--shape", shape, "--tokens", "1,4,16", "--expert-size", 32, seconds=60)
+        part(*bench, "--shape", "llama-7b-layer", "--tokens", "2048,4096", "--expert-size", 128, seconds=60)
     print(f"figures: {options.out}")
-    sys.exit(any(part["exit_code"] for part in parts))
+    sys.exit(any(done["exit_code"] for done in found["parts"]))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """One FFN on a GPU: dense, the Triton kernels and grouped products, launched from Python and replayed as a CUDA graph.
 
-    python tests/benchmarks/bench_cuda_layer.py
+    python tests/benchmarks/bench_cuda_layer.py [few | many]
 
-Random weights in bfloat16, random routers of width D / 16, a fifth of the experts; so many layers in turn that no weight is
-still in the cache. Microseconds per layer: medians of five rounds. Figures and what they mean: cuda.md.
+Random weights in bfloat16, random routers of width D / 16, a fifth of the experts unless said; so many layers in turn that no
+weight is still in the cache. Microseconds per layer: medians of five rounds. Figures and what they mean: cuda.md.
 """
 
 import sys
@@ -43,12 +43,12 @@ def make(shape: str, expert_size: int, seed: int) -> Layer:
     return ExpertWeights(ffn, E), router
 
 
-def rule_of(name: str, layer: Layer) -> Rule:
+def rule_of(name: str, layer: Layer, share: float = FRACTION) -> Rule:
     router = layer[1]
     if name == "top_k":
-        return TopK(max(1, round(FRACTION * router.num_experts)))
+        return TopK(max(1, round(share * router.num_experts)))
     probe_TD = torch.randn(64, router.d_model, device="cuda")
-    return Threshold(quantile(router.scores(probe_TD), 1 - FRACTION))
+    return Threshold(quantile(router.scores(probe_TD), 1 - share))
 
 
 def eager(calls: Sequence[Callable[[], object]], repeats: int) -> float:
@@ -88,37 +88,55 @@ def graphed(calls: Sequence[Callable[[], object]], repeats: int = 20) -> float:
     return sorted(taken)[ROUNDS // 2]
 
 
-def calls_of(layers: Sequence[Layer], backend: str, rule: str, tokens: int) -> list[Callable[[], object]]:
+def calls_of(
+    layers: Sequence[Layer], backend: str, rule: str, tokens: int, share: float = FRACTION
+) -> list[Callable[[], object]]:
     calls = []
     for layer in layers:
-        moe = MoEFFN(*layer, rule_of(rule, layer), backend=backend)
+        moe = MoEFFN(*layer, rule_of(rule, layer, share), backend=backend)
         x_TD = torch.randn(tokens, layer[1].d_model, device="cuda").bfloat16()
         calls.append(lambda moe=moe, x_TD=x_TD: moe(x_TD))
     return calls
 
 
+def few() -> None:
+    for shape, (D, F, gated, _) in SHAPES.items():
+        count = max(2, min(40, int(COLD_BYTES / (D * F * (3 if gated else 2) * 2)) + 1))
+        for expert_size in (32, 4) if shape == "llama-7b" else (32,):
+            layers = [make(shape, expert_size, seed) for seed in range(count)]
+            for tokens in (1, 4, 16):
+                found = []
+                for backend, rule in (("dense", "top_k"), ("triton", "top_k"), ("triton", "threshold")):
+                    calls = calls_of(layers, backend, rule, tokens)
+                    found.append(f"{backend} {rule}: eager {eager(calls, 60):6.1f} graph {graphed(calls):6.1f}")
+                print(f"{shape} experts of {expert_size} tokens {tokens:2}  " + "  ".join(found), flush=True)
+
+
+def many() -> None:
+    for shape, sizes in (("llama-7b", (128, 32)), ("opt-1.3b", (128,))):
+        for expert_size in sizes:
+            layers = [make(shape, expert_size, seed) for seed in range(2)]
+            for tokens in (512, 1024, 2048, 4096, 16384):
+                paths = [("dense", FRACTION), ("triton", FRACTION), ("triton", 0.35)]
+                if tokens == 4096:
+                    paths.append(("grouped", FRACTION))
+                found = []
+                for backend, share in paths:
+                    calls = calls_of(layers, backend, "threshold", tokens, share)
+                    taken = eager(calls, 10)  # first, because it compiles
+                    graph = f" graph {graphed(calls, 5):7.1f}" if backend != "grouped" else ""
+                    found.append(f"{backend} {share}: eager {taken:7.1f}{graph}")
+                print(f"{shape} experts of {expert_size} tokens {tokens:5}  " + "  ".join(found), flush=True)
+
+
 def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("PyTorch sees no CUDA GPU here: nothing was run")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: microseconds per FFN, a fifth of the experts")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: microseconds per FFN")
     with torch.inference_mode():
-        for shape, (D, F, gated, _) in SHAPES.items():
-            count = max(2, min(40, int(COLD_BYTES / (D * F * (3 if gated else 2) * 2)) + 1))
-            for expert_size in (32, 4) if shape == "llama-7b" else (32,):
-                layers = [make(shape, expert_size, seed) for seed in range(count)]
-                for tokens in (1, 4, 16):
-                    found = []
-                    for backend, rule in (("dense", "top_k"), ("triton", "top_k"), ("triton", "threshold")):
-                        calls = calls_of(layers, backend, rule, tokens)
-                        found.append(f"{backend} {rule}: eager {eager(calls, 60):6.1f} graph {graphed(calls):6.1f}")
-                    print(f"{shape} experts of {expert_size} tokens {tokens:2}  " + "  ".join(found), flush=True)
-        for tokens in (512, 4096):
-            found = [f"dense {eager(calls_of([make('llama-7b', 32, 0)] * 2, 'dense', 'top_k', tokens), 10):7.1f}"]
-            for expert_size in (32, 128, 688):
-                layers = [make("llama-7b", expert_size, seed) for seed in range(2)]
-                taken = eager(calls_of(layers, "grouped", "top_k", tokens), 10)
-                found.append(f"grouped, experts of {expert_size} {taken:7.1f}")
-            print(f"llama-7b tokens {tokens}  eager: " + "  ".join(found), flush=True)
+        for part in (few, many):
+            if sys.argv[1:] in ([], [part.__name__]):
+                part()
 
 
 if __name__ == "__main__":

@@ -216,6 +216,14 @@ def test_auto_choices(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapture
     assert choose(cuda, torch.float32, 1, w, 0.2) == "triton"
     assert choose(cuda, torch.float32, 8, make(N=32, E=3), 0.2) == "triton"
     assert choose(cuda, torch.float32, 9, w, 0.2) == "dense"
+    monkeypatch.setattr(backends, "CUDA_MANY_FLOPS", 1e6)
+    gated = make(N=32, gated=True, act="silu", dtype=torch.bfloat16)
+    assert choose(cuda, torch.bfloat16, 512, gated, 0.2) == "triton"
+    assert choose(cuda, torch.bfloat16, 9, gated, 0.2) == "dense"  # too few to gain
+    assert choose(cuda, torch.bfloat16, 512, gated, 0.5) == "dense"
+    assert choose(cuda, torch.bfloat16, 512, gated, 0.0) == "dense"  # nobody knows how much is selected
+    assert choose(cuda, torch.bfloat16, 512, make(N=32, dtype=torch.bfloat16), 0.2) == "dense"
+    assert choose(cuda, torch.float32, 512, make(N=32, gated=True, act="silu"), 0.2) == "dense"
     monkeypatch.setattr(backends, "installed", lambda name: False)
     backends._warn_once.cache_clear()
     caplog.clear()

@@ -110,9 +110,51 @@ def test_triton_breaks_ties_and_orders_negative_scores(device: str) -> None:
         torch.zeros(5, dtype=torch.int32, device=device),
     )
     counts = torch.zeros(4, dtype=torch.int32, device=device)
-    kernels.select[(2,)](scores_TE, mask_TE, list_E, counts, 2, 5, 2, 5, 0.0, 0, RULE="top_k", BLOCK=8)
+    kernels.select[(2,)](scores_TE, mask_TE, list_E, counts, 2, 5, 2, 5, 0.0, 0, RULE="top_k", LIST=True, BLOCK=8)
     assert mask_TE.tolist() == [[1, 0, 1, 0, 0], [0, 0, 0, 1, 1]]
     assert counts.tolist() == [2, 2, 2, 4] and list_E.tolist()[:4] == [0, 2, 3, 4]
+
+
+MANY = 140  # tokens: sorted by expert, in more than one tile of them
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},  # experts of 8, two together
+        {"N": 4, "gated": True, "act": "silu", "d": 40},
+        {"N": 32, "E": 6, "S": 8, "fix": True},
+        {"N": 80, "E": 4, "gated": True, "act": "gelu", "S": 4, "fix": True, "d": 200},
+    ],
+)
+def test_triton_computes_many_tokens_sorted_by_expert(device: str, settings: dict[str, object]) -> None:
+    w = moved(make(**settings), device)  # type: ignore[arg-type]
+    x, E = tokens(MANY, w).to(device), w.num_experts
+    for chosen in (
+        ids(MANY, E, 3),
+        some(MANY, E),
+        torch.zeros(MANY, E, dtype=torch.bool),
+        torch.ones(MANY, E, dtype=torch.bool),
+    ):
+        judge("triton", w, x, chosen.to(device))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", ["similarity", "mlp", "regression", "quadratic"])
+def test_triton_selects_for_many_tokens_as_the_router_and_its_rule(device: str, kind: str) -> None:
+    from moefication_cli.runtime.cuda.triton_layer import TritonLayer
+
+    w = moved(make(d=72, E=33, N=16, gated=True, act="silu"), device)
+    router = router_of(kind, 72, 33, device)
+    x = tokens(MANY, w).to(device)
+    scores_TE = router.scores(x)
+    between = scores_TE.flatten().sort().values[-MANY * 4 - 1 : -MANY * 4 + 1]
+    for rule in (TopK(5), Threshold(float(between.mean()))):
+        with torch.inference_mode():
+            y = TritonLayer(w, router, rule)(x)
+        assert error(y, masked(x, rule.select(scores_TE), w)) < 1e-4
+        assert error(y, masked(x, TopK(7).select(-scores_TE), w)) > 5e-2
 
 
 class _StubOfFourFunctions:
@@ -208,3 +250,15 @@ class TestCuda:
                     wrong = masked(x.float(), ids(T, 16, 3, seed=9), float32(cpu))
                 assert error(y, expected) < (5e-3 if dtype == torch.float32 else 3e-2)  # TF32 may be on
                 assert error(y, wrong) > 5e-2
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    def test_many_tokens_through_large_experts(self, dtype: torch.dtype) -> None:
+        """Pieces of the size that a large layer gets, which must fit in the GPU's shared memory; the same bytes twice."""
+        w = moved(make(d=512, E=8, N=160, gated=True, act="silu", bias=False, dtype=dtype), "cuda")
+        x, chosen = tokens(1000, w).cuda(), some(1000, 8).cuda()
+        with torch.inference_mode():
+            y, again = BACKENDS["triton"].compute(x, chosen, w), BACKENDS["triton"].compute(x, chosen, w)
+            expected = masked(x.float(), chosen, float32(w))
+        assert torch.equal(y, again)
+        assert error(y, expected) < (5e-3 if dtype == torch.float32 else 3e-2)
+        assert error(y, expected.roll(1, 0)) > 5e-2

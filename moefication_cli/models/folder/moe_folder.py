@@ -8,6 +8,7 @@ all the rest) and whatever else the writer records. Tensors are named
 every defect is a CorruptArtifactError. Axes: D model width, E experts, R router width.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,9 @@ class MoELayer:
     rule: Rule | None = None
     router: Router | None = None
     compensation: Compensation | None = None
+    flops_fraction: float = (
+        0.0  # of the dense FFN's multiply-adds on calibration data, router included; 0: not recorded
+    )
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,8 @@ def _layer(path: Path, index: int, entry: Any, tensors: dict[str, Tensor]) -> Mo
         return MoELayer(entry["layer"], dense=True)
     num_experts, num_shared = entry.get("num_experts"), entry.get("num_shared", 0)
     check(whole(num_experts, 1) and whole(num_shared, 0), "num_experts or num_shared is not a count")
+    share = entry.get("ffn_flops_fraction", 0.0)
+    check(type(share) in (int, float) and math.isfinite(share) and share >= 0, "`ffn_flops_fraction` is not a share")
     prefix = f"{index:03d}."
     mine = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
     for name, tensor in mine.items():
@@ -177,6 +183,7 @@ def _layer(path: Path, index: int, entry: Any, tensors: dict[str, Tensor]) -> Mo
         compensation=Compensation(**{_COMPENSATION[stored]: tensor for stored, tensor in extra.items()})
         if extra
         else None,
+        flops_fraction=float(share),
     )
 
 

@@ -82,9 +82,9 @@ def project(
 @triton.jit
 def select(
     score_ptr, mask_ptr, list_ptr, counts_ptr, T, E, K, score_stride, threshold, num_locks,
-    RULE: tl.constexpr, BLOCK: tl.constexpr,
+    RULE: tl.constexpr, LIST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (token): its row of mask[T, E] and its count; the last one to end lists the experts that any token wants.
+    """Program (token): its row of mask[T, E] and its count; if LIST, the last to end lists the experts that any token wants.
 
     RULE: `threshold`; `top_k`, the first ones where the K-th score is tied; `mask`, which is there already. The last lock
     and the number of listed experts lie behind the other locks.
@@ -112,20 +112,21 @@ def select(
         left = K - tl.sum(above.to(tl.int32), axis=0)
         chosen = above | ((tied > 0) & (tl.cumsum(tied, axis=0) <= left))
     tl.store(counts_ptr + token, tl.sum(chosen.to(tl.int32), axis=0))
-    wanted = chosen.to(tl.int32)
-    if T > 1:
-        if RULE != "mask":
-            tl.store(mask_ptr + token * E + e, chosen.to(tl.int8), mask=live)
-        tl.debug_barrier()  # every thread has written before one of them says so
-    last = tl.atomic_add(counts_ptr + T + num_locks, 1, sem="acq_rel") == T - 1
-    if last:
+    if RULE != "mask" and (T > 1 or not LIST):
+        tl.store(mask_ptr + token * E + e, chosen.to(tl.int8), mask=live)
+    if LIST:
+        wanted = chosen.to(tl.int32)
         if T > 1:
-            for other in range(0, T):
-                row = tl.load(mask_ptr + other * E + e, mask=live, other=0, cache_modifier=".cg")
-                wanted = tl.maximum(wanted, (row != 0).to(tl.int32))
-        place = tl.cumsum(wanted, axis=0) - 1
-        tl.store(list_ptr + place, e, mask=live & (wanted > 0))
-        tl.store(counts_ptr + T + num_locks + 1, tl.sum(wanted, axis=0))
+            tl.debug_barrier()  # every thread has written before one of them says so
+        last = tl.atomic_add(counts_ptr + T + num_locks, 1, sem="acq_rel") == T - 1
+        if last:
+            if T > 1:
+                for other in range(0, T):
+                    row = tl.load(mask_ptr + other * E + e, mask=live, other=0, cache_modifier=".cg")
+                    wanted = tl.maximum(wanted, (row != 0).to(tl.int32))
+            place = tl.cumsum(wanted, axis=0) - 1
+            tl.store(list_ptr + place, e, mask=live & (wanted > 0))
+            tl.store(counts_ptr + T + num_locks + 1, tl.sum(wanted, axis=0))
 
 
 @triton.jit

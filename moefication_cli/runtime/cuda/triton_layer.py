@@ -1,8 +1,8 @@
-"""The `triton` backend: one layer for a handful of tokens, routing included, in five launches (four for one-layer routers).
+"""The `triton` backend: one layer, routing included; for a handful of tokens in five launches (four for one-layer routers).
 
-It reads the rows of the experts that any of the tokens selected, once for every tile of 16 tokens, and nothing of the others;
-nothing waits for the GPU, so a call can be captured in a CUDA graph. For many tokens their experts are nearly all there are,
-and `grouped` or `dense` is the better backend. Axes as in `triton_kernels`, shapes as in `runtime.reference`.
+Those read the rows of the experts that any of the tokens selected, once for every tile of 16 tokens, and nothing of the others.
+Together many tokens select nearly all experts: they are sorted by expert (`triton_many`). Nothing waits for the GPU, so a call
+can be captured in a CUDA graph. Axes as in `triton_kernels`, shapes as in `runtime.reference`.
 """
 
 from contextlib import nullcontext
@@ -17,8 +17,10 @@ from moefication_cli.ffn import ExpertWeights
 from moefication_cli.routing.router import Router, TwoLayerRouter
 from moefication_cli.routing.rules import Rule, Threshold, TopK
 from moefication_cli.runtime.cuda import triton_kernels as kernels
+from moefication_cli.runtime.cuda import triton_many
 from moefication_cli.runtime.reference import selection_mask
 
+MANY_TOKENS = 128  # from which they are sorted by expert
 TOKENS = 16  # per tile, unless there is only one token: the least that tensor cores multiply
 
 
@@ -60,6 +62,7 @@ class TritonLayer:
         self._rank = 0 if fix is None or fix.w_in_RD is None else len(fix.w_in_RD)
         device = ffn.w_up_FD.device
         self._cuda = device if device.type == "cuda" else None
+        self._takes_many = triton_many.group_size(weights) is not None
         self._units = (
             torch.cuda.get_device_properties(device).multi_processor_count if self._cuda else UNITS_WITHOUT_GPU
         )
@@ -80,7 +83,18 @@ class TritonLayer:
             return torch.empty_like(x)
         # Triton launches on the current device, whatever the tensors are on
         with torch.cuda.device(self._cuda) if self._cuda is not None else nullcontext():
+            if num_tokens >= MANY_TOKENS and self._takes_many:
+                return self._many(x.view(num_tokens, self.width), selected).view(x.shape)
             return self._launch(x, num_tokens, selected)
+
+    def _many(self, x_TD: Tensor, mask_TE: Tensor | None) -> Tensor:
+        most = self.weights.num_experts
+        if mask_TE is None:
+            if not isinstance(self.router, TwoLayerRouter):
+                raise ConfigError("a layer without a router needs a selection")
+            mask_TE = triton_many.selection(x_TD, self.router, self.rule)
+            most = self.rule.top_k if isinstance(self.rule, TopK) else most
+        return triton_many.compute(x_TD, mask_TE, self.weights, most)
 
     def _launch(self, x: Tensor, T: int, mask_TE: Tensor | None) -> Tensor:
         weights, ffn, fix = self.weights, self.weights.ffn, self.weights.compensation
@@ -121,7 +135,7 @@ class TritonLayer:
                 threshold = self.rule.threshold
         kernels.select[(T,)](
             scores_TE, mask_TE, list_E, counts, T, E, k, scores_TE.shape[1], threshold, locks,
-            RULE=how, BLOCK=triton.next_power_of_2(E),
+            RULE=how, LIST=True, BLOCK=triton.next_power_of_2(E),
         )  # fmt: skip
         h_TF = x.new_empty(T, F, dtype=ffn.w_down_FD.dtype)
         kernels.hidden[(triton.cdiv(most, sizes.hidden_rows), tiles)](
