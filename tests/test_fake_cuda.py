@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from moefication_cli.conversion.refine import Conversion
+from moefication_cli.conversion.learnable import Conversion
 from moefication_cli.conversion.straight_through import StraightThroughMoEFFN
 from moefication_cli.ffn import Compensation, ExpertWeights, FFNWeights
 from moefication_cli.routing.router import TwoLayerRouter

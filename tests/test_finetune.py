@@ -169,7 +169,7 @@ def whole_model(run: Path, config: FinetuneConfig) -> WholeModel:
 @torch.inference_mode()
 def kl_on(whole: WholeModel, model: Any) -> float:
     found = []
-    for batch in whole.heldout:
+    for batch in whole.heldout.batches:
         dense, other = (flat_predictions(m(**batch.inputs).logits, batch) for m in (whole.loaded.model, model))
         dense, other = dense.log_softmax(-1), other.log_softmax(-1)
         found.append(float((dense.exp() * (dense - other)).sum(-1).mean()))

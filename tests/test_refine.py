@@ -8,6 +8,11 @@ import pytest
 import torch
 from cli_runner import Runner
 
+from moefication_cli.config import ApplyConfig
+from moefication_cli.conversion import settle
+from moefication_cli.conversion.learnable import Conversion
+from moefication_cli.conversion.plan import routed_layers
+from moefication_cli.conversion.search import PlanInputs, WholeModel
 from moefication_cli.conversion.straight_through import StraightThroughMoEFFN
 from moefication_cli.ffn import Compensation, ExpertWeights, FFNWeights
 from moefication_cli.models.folder.moe_folder import read_moe_folder
@@ -16,7 +21,10 @@ from moefication_cli.models.sites import find_sites
 from moefication_cli.models.surgery import live_weights
 from moefication_cli.routing.router import TwoLayerRouter
 from moefication_cli.routing.rules import Threshold, TopK
+from moefication_cli.runs.control import Control
+from moefication_cli.runs.inputs import open_model
 from moefication_cli.runtime.layer import MoEFFN
+from moefication_cli.store.rundir import RunDir
 
 D, F, E, S, T = 8, 26, 6, 2, 11
 
@@ -47,6 +55,24 @@ def test_learnable_layer_computes_what_the_product_does(gated: bool) -> None:
         assert (soft(x_TD) - expected_TD).abs().max() > 0.1  # negative control
         soft.as_dense = True
         assert torch.allclose(soft(x_TD), weights.ffn.forward(x_TD), atol=1e-5)
+
+
+@pytest.mark.parametrize("routed", [True, False])
+def test_a_wider_down_projection_is_computed_in_its_dtype(routed: bool) -> None:
+    """T5 keeps it in float32 under float16."""
+    weights, router, x_TD = random_layer()
+    ffn, scores = weights.ffn.to(torch.float16), router.scores(x_TD).flatten().sort().values
+    gap = int((scores[1:] - scores[:-1]).argmax())  # rounded inputs must not select otherwise
+    mixed = replace(weights, ffn=replace(ffn, w_down_FD=weights.ffn.w_down_FD))
+    found = []
+    for these, inputs_TD in ((weights, x_TD), (mixed, x_TD.half())):
+        rule = Threshold(float(scores[gap : gap + 2].mean())) if routed else TopK(0)
+        soft = StraightThroughMoEFFN(these, router if routed else None, rule)
+        with torch.no_grad():
+            found.append(soft(inputs_TD))
+    assert found[1].dtype == torch.float16
+    assert torch.allclose(found[0], found[1].float(), rtol=1e-2, atol=0.05)
+    assert not torch.allclose(found[0], found[1].float().roll(1, 0), rtol=1e-2, atol=0.05)
 
 
 def test_padding_is_left_out() -> None:
@@ -99,6 +125,36 @@ def test_refined_model_is_kept_found_again_and_measured(calibrated_run: Any, run
     assert len(applied) == 1
     assert applied[0]["ffn_flops_fraction"] <= 0.55
     assert (run / "refined" / "regression-0.5" / "manifest.json").stat().st_mtime_ns == made
+
+
+def test_the_dense_model_answers_once_and_the_figures_stay(
+    calibrated_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, control = RunDir(calibrated_run[0]), Control()
+    model = open_model(directory, None, control)
+    split, router, activations = (directory.require(n) for n in ("split", "router/regression", "activations"))
+    inputs = PlanInputs(
+        directory, model, routed_layers(model, split, router), {"activations": activations}, control
+    )  # fmt: skip
+    asked: list[bool] = []
+    outputs, config = Conversion.outputs, ApplyConfig(fraction=0.5, router="regression", refine=4)
+
+    def counted(self: Conversion, batch: Any, *, dense: bool = False, hidden: bool = False) -> Any:
+        asked.append(dense)
+        return outputs(self, batch, dense=dense, hidden=hidden)
+
+    monkeypatch.setattr(Conversion, "outputs", counted)
+    found = []
+    for room in (256 << 20, 0):
+        monkeypatch.setattr(settle, "_KEPT_BYTES", room)
+        whole = WholeModel(inputs, 4)
+        asked.clear()
+        plans, metrics = whole.refined(config)
+        found.append(([plan.flops_fraction for plan in plans], metrics["kl_before"], metrics["kl_after"]))
+        assert (sum(asked) <= len(whole.heldout.batches) + 1 + 4) is bool(room)  # one for the step size, four steps
+    assert found[0][0] == pytest.approx(found[1][0])
+    assert found[0][1:] == pytest.approx(found[1][1:], rel=1e-4)
+    assert found[0][1] != pytest.approx(found[0][2], rel=1e-3)  # the control: other thresholds, another KL
 
 
 def test_target_kl_buys_less_compute_when_it_is_looser(calibrated_run: Any, run_cli: Runner) -> None:

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from moefication_cli.config import ApplyConfig
+from moefication_cli.conversion.learnable import Conversion
 from moefication_cli.conversion.plan import Budget, LayerPlan, RoutedLayer, in_flops, plan_layers
 from moefication_cli.conversion.plan_files import budget_of, read_plans, router_tensors, settings
-from moefication_cli.conversion.refine import Conversion, mean_kl, refine, settle
+from moefication_cli.conversion.refine import refine
+from moefication_cli.conversion.settle import HeldOut, Settled, settle
 from moefication_cli.conversion.times import timed
 from moefication_cli.errors import ConfigError
 from moefication_cli.models.folder.moe_folder import write_moe_settings
@@ -234,30 +236,30 @@ class WholeModel:
         first = activations.metrics["layers"][0]
         size = max(1, round(step_tokens * min(1.0, first["sequences"] / first["tokens"])))
         size = min(size, max(1, first["sequences"] // _FEWEST_BATCHES))
-        self.train, self.heldout = _batches(self.examples, steps * step_tokens, size, control.seed)
+        self.train, heldout = _batches(self.examples, steps * step_tokens, size, control.seed)
+        self.heldout = HeldOut(heldout)
 
     def kl(self, config: ApplyConfig) -> float:
         """KL on the held-out sequences of the best plans for `config`, thresholds settled."""
-        return self._settled(config)[1]
+        return self._settled(config)[1].kl
 
     def refined(self, config: ApplyConfig) -> tuple[list[LayerPlan], dict[str, Any]]:
         """The refined plans of `config`, and how they came out."""
-        conversion, _, shape = self._settled(config)
-        outcome = refine(conversion, self.train, self.heldout, config.refine or 0, self.control)
-        shares = settle(conversion, self.heldout)
+        conversion, began, shape = self._settled(config)
+        outcome, shares = refine(conversion, self.train, self.heldout, began, config.refine or 0, self.control)
         if not outcome.kept and conversion.layers:
             self.control.say(
                 "refine: the plan made layer by layer is already as good on held-out data, and is what is written"
             )
         return conversion.finished(shares), vars(outcome) | {"shape": shape}
 
-    def _settled(self, config: ApplyConfig) -> tuple[Conversion, float, str]:
-        """The conversion of least KL among a few shapes, its KL, and the shape's name.
+    def _settled(self, config: ApplyConfig) -> tuple[Conversion, Settled, str]:
+        """The conversion of least KL among a few shapes, how it stands, and the shape's name.
 
         Curves rank routers and corrections by the error of one layer's output, which stands for the KL to second order
         only. At small budgets errors are large and the ranking is wrong: the KL of the whole model is measured instead.
         """
-        found: list[tuple[float, str, Conversion]] = []
+        found: list[tuple[Settled, str, Conversion]] = []
         asked = self.inputs.budget(config)
         for shape, restriction in _SHAPES.items():
             if restriction and config.compensation != "auto":
@@ -272,11 +274,10 @@ class WholeModel:
             if any(_same(plans, other.plans) for _, _, other in found):
                 continue
             conversion = Conversion(self.loaded, plans, in_flops(budget, plans), self.mask)
-            settle(conversion, self.heldout)
-            found.append((mean_kl(conversion, self.heldout), shape, conversion))
-        kl, shape, best = min(found, key=lambda entry: entry[0])
+            found.append((settle(conversion, self.heldout), shape, conversion))
+        settled, shape, best = min(found, key=lambda entry: entry[0].kl)
         best.install()
-        return best, kl, shape
+        return best, settled, shape
 
 
 def _same(a: Sequence[LayerPlan], b: Sequence[LayerPlan]) -> bool:

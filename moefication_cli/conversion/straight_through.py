@@ -66,13 +66,14 @@ class StraightThroughMoEFFN:
         ffn, kept = self.weights.ffn if self.adapted is None else self.adapted(), self.weights.num_shared
         if self.form is None:
             head = ffn.rows(0, kept)
-            y_TD = head.hidden(x_TD) @ head.w_down_FD
+            y_TD = head.hidden(x_TD).to(head.w_down_FD.dtype) @ head.w_down_FD  # T5's is float32 under float16
         else:
             gates_TE = self._gates(x_TD)
             h_TF = ffn.hidden(x_TD)
             gates_TE1 = gates_TE.unsqueeze(-1).to(h_TF.dtype)
-            routed_TF = h_TF[:, kept:].unflatten(1, (-1, self.weights.expert_size)) * gates_TE1
-            y_TD = routed_TF.flatten(1) @ ffn.w_down_FD[kept:] + h_TF[:, :kept] @ ffn.w_down_FD[:kept]
+            routed_TEN = h_TF[:, kept:].unflatten(1, (-1, self.weights.expert_size)) * gates_TE1
+            always_TF, routed_TF = (part.to(ffn.w_down_FD.dtype) for part in (h_TF[:, :kept], routed_TEN.flatten(1)))
+            y_TD = routed_TF @ ffn.w_down_FD[kept:] + always_TF @ ffn.w_down_FD[:kept]
         if (extra := self.learned_compensation()) is not None:
             y_TD = y_TD.float() + extra.output(x_TD)  # routers and corrections are float32
         return (y_TD if ffn.b_down_D is None else y_TD + ffn.b_down_D).to(x_TD.dtype)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from moefication_cli.config import ApplyConfig, RouterConfig, SplitConfig, TuneConfig
+from moefication_cli.conversion.learnable import distance
 from moefication_cli.conversion.plan import check_budget, plan_layers, routed_layers, time_fraction
 from moefication_cli.conversion.plan_files import budget_of
-from moefication_cli.conversion.refine import distance
 from moefication_cli.conversion.times import timed
 from moefication_cli.errors import ConfigError
 from moefication_cli.evaluation.measure import timed_logits

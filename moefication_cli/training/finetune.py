@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from moefication_cli.config import ApplyConfig, FinetuneConfig
+from moefication_cli.conversion.learnable import Conversion
 from moefication_cli.conversion.plan import LayerPlan, in_flops
 from moefication_cli.conversion.plan_files import budget_of
-from moefication_cli.conversion.refine import SPEND, Conversion, mean_kl, settle
 from moefication_cli.conversion.search import PlanInputs, WholeModel
+from moefication_cli.conversion.settle import SPEND, settle
 from moefication_cli.errors import ConfigError, NonFiniteError
 from moefication_cli.runs.data import load_whole
 from moefication_cli.training.lora import Adapters
@@ -65,7 +66,7 @@ def finetune_model(
         )
     conversion.install()
     began = settle(conversion, whole.heldout)
-    before = mean_kl(conversion, whole.heldout)
+    before = began.kl
     control.say(f"KL to the dense model on held-out calibration data before: {before:.4g}")
 
     names = dict(whole.loaded.model.named_parameters(remove_duplicate=False))
@@ -90,8 +91,8 @@ def finetune_model(
     changed = set(weights) if adapters is None else adapters.merge()
     whole.loaded.model.requires_grad_(False)
     stored = _stored(inputs, {name: p for name, p in names.items() if _changes(name, p, names, changed)})
-    shares = settle(conversion, whole.heldout)
-    after = mean_kl(conversion, whole.heldout)
+    ended = settle(conversion, whole.heldout)
+    shares, after = ended.shares, ended.kl
     kept = after < before
     metrics = {
         "kl_before": before,
@@ -100,7 +101,7 @@ def finetune_model(
         "train": config.train,
         "steps": config.steps,
         "tokens": sum(whole.train[n % len(whole.train)].num_tokens for n in range(wanted)),
-        "ffn_flops_fraction_before": _overall(conversion, began),
+        "ffn_flops_fraction_before": _overall(conversion, began.shares),
         "ffn_flops_fraction": _overall(conversion, shares),
         "weights": sum(tensor.numel() for tensor in stored.values()),
     }

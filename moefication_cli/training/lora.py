@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from moefication_cli.conversion.refine import Conversion
+from moefication_cli.conversion.learnable import Conversion
 from moefication_cli.errors import ConfigError
 from moefication_cli.models.sites import FFNSite
 from moefication_cli.training.trained import Trained

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moefication_cli.conversion.refine import distance
+from moefication_cli.conversion.learnable import distance
 from moefication_cli.runs.data import flat_predictions
 from moefication_cli.tasks.examples import Batch, Examples
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from moefication_cli.config import FinetuneConfig
-from moefication_cli.conversion.refine import LEARNING_RATE, Conversion, signal
+from moefication_cli.conversion.learnable import Conversion
+from moefication_cli.conversion.refine import LEARNING_RATE, signal
 from moefication_cli.errors import NonFiniteError
 from moefication_cli.tasks.examples import Batch, Examples
 from moefication_cli.training.losses import total_loss

@@ -7,7 +7,7 @@ import torch
 from texts import rows_from_texts
 from transformers import BertConfig, BertModel
 
-from moefication_cli.conversion.refine import distance
+from moefication_cli.conversion.learnable import distance
 from moefication_cli.errors import ConfigError, NonFiniteError
 from moefication_cli.runs.data import flat_predictions
 from moefication_cli.tasks.examples import Scores, TaskOptions, compare, summarise
