@@ -123,6 +123,10 @@ def test_apply_eval_and_bench_of_int8_weights(
     assert "cannot load them" in (run / "model" / "README.md").read_text()
     assert run_cli.ok("apply", run, *plan, "--weights", "int8")["up_to_date"]
     assert run_cli.ok("verify", run / "model")["damaged"] == 0
+    copied = Path(shutil.copytree(run / "model", tmp_path / "damaged"))
+    (copied / INT8_WEIGHTS).write_bytes((copied / INT8_WEIGHTS).read_bytes()[:-1])
+    (row,) = run_cli("verify", copied, "--json").json["rows"]
+    assert row["command"] == "moefication apply RUN --weights int8 --force"
     found = run_cli.ok("eval", run, "--data", data, "--documents", "line", "--limit", 40, "--device", "cpu")
     rows = {row["selection"]: row for row in found["rows"]}
     assert [name for name, row in rows.items() if row["applied"]] == ["regression-int8"]

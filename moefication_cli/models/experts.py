@@ -11,6 +11,7 @@ from torch import nn
 
 from moefication_cli.errors import ConfigError, CorruptArtifactError
 from moefication_cli.ffn import ExpertWeights
+from moefication_cli.models.folder.contents import WRITE_AGAIN
 from moefication_cli.models.folder.moe_folder import MoEFolder, MoELayer
 from moefication_cli.models.installed import FFNLayer
 from moefication_cli.models.masking import TokenMask
@@ -24,7 +25,6 @@ from moefication_cli.runtime.layer import MoEFFN
 from moefication_cli.runtime.pruned import PrunedFFN
 
 log = logging.getLogger(__name__)
-_AGAIN = "write the folder again: moefication apply RUN --force"
 
 
 class Experts:
@@ -118,7 +118,9 @@ def sites_of(model: nn.Module, folder: Path, moe: MoEFolder) -> list[FFNSite]:
     """The FFNs of the dense model of `folder`. Raises CorruptArtifactError where they are not those the experts are for."""
     sites = find_sites(model, moe.settings.get("ffn"))
     if [site.name for site in sites] != [layer.name for layer in moe.layers]:
-        raise CorruptArtifactError(f"{folder}: the layers in moefication.json are not the FFNs of the model", _AGAIN)
+        raise CorruptArtifactError(
+            f"{folder}: the layers in moefication.json are not the FFNs of the model", WRITE_AGAIN
+        )
     return sites
 
 
@@ -154,7 +156,7 @@ def _moe_ffn(
         raise CorruptArtifactError(
             f"{site.name}: {layer.num_experts} experts of {neurons} neurons, router input {width}: "
             f"does not fit F={site.num_neurons}, D={site.d_model}",
-            _AGAIN,
+            WRITE_AGAIN,
         )
     num_experts, num_shared = layer.num_experts, layer.num_shared
     if router is not None and top_k is not None:

@@ -15,6 +15,7 @@ _TOKENIZER_FILES = (
 )  # fmt: skip
 
 
+WRITE_AGAIN = "write the folder again: moefication apply RUN --force, and the options it was made with"
 INT8_WEIGHTS = "moefication-int8.safetensors"  # in place of float weights (`stored_int8`); only `load` reads it
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moefication_cli.errors import ConfigError, CorruptArtifactError, MissingArtifactError
 from moefication_cli.ffn import Compensation
+from moefication_cli.models.folder.contents import WRITE_AGAIN
 from moefication_cli.routing.router import Router
 from moefication_cli.routing.routers import read_router
 from moefication_cli.routing.rules import Rule, TopK, read_rule
@@ -33,7 +34,6 @@ _COMPENSATION = {
     "corr_in_RD": "w_in_RD",
     "corr_out_RD": "w_out_RD",
 }
-_AGAIN = "write the folder again: moefication apply RUN --force"
 
 
 @dataclass(frozen=True)
@@ -100,41 +100,41 @@ def read_moe_folder(folder: Path) -> MoEFolder:
     settings = jsonio.read_object(path)
     if settings.get("schema") not in (SCHEMA, OLD_SCHEMA):
         newer = isinstance(settings.get("schema"), str) and settings["schema"].startswith("moefication/model@")
-        hint = "upgrade moefication, or write the folder again with this version" if newer else _AGAIN
+        hint = "upgrade moefication, or write the folder again with this version" if newer else WRITE_AGAIN
         raise CorruptArtifactError(f"{path} has schema {settings.get('schema')!r}, expected {SCHEMA!r}", hint)
     content = {name: value for name, value in settings.items() if name != "digest"}
     if settings["schema"] == SCHEMA and settings.get("digest") != jsonio.digest(content):
-        raise CorruptArtifactError(f"{path} was altered: its content does not fit its digest", _AGAIN)
+        raise CorruptArtifactError(f"{path} was altered: its content does not fit its digest", WRITE_AGAIN)
     tensors = _read_tensors(folder / FOLDER / ROUTERS, settings.get("tensors"))
     entries = settings.get("layers")
     if not isinstance(entries, list) or not entries:
-        raise CorruptArtifactError(f"{path} lists no layers", _AGAIN)
+        raise CorruptArtifactError(f"{path} lists no layers", WRITE_AGAIN)
     layers = tuple(_layer(path, index, entry, tensors) for index, entry in enumerate(entries))
     names = [layer.name for layer in layers]
     if len(set(names)) != len(names):
-        raise CorruptArtifactError(f"{path} lists a layer twice", _AGAIN)
+        raise CorruptArtifactError(f"{path} lists a layer twice", WRITE_AGAIN)
     if tensors:
         raise CorruptArtifactError(
-            f"{path.with_name(ROUTERS)} has tensors no layer uses: {', '.join(sorted(tensors)[:3])}", _AGAIN
+            f"{path.with_name(ROUTERS)} has tensors no layer uses: {', '.join(sorted(tensors)[:3])}", WRITE_AGAIN
         )
     return MoEFolder(settings, layers)
 
 
 def _read_tensors(path: Path, record: Any) -> dict[str, Tensor]:
     if not path.is_file():
-        raise CorruptArtifactError(f"{path} is missing: a MoE needs its routers", _AGAIN)
+        raise CorruptArtifactError(f"{path} is missing: a MoE needs its routers", WRITE_AGAIN)
     if not isinstance(record, dict) or set(record) != {"sha256", "bytes"}:
-        raise CorruptArtifactError(f"{path.with_name(SETTINGS)} does not say what {path.name} holds", _AGAIN)
+        raise CorruptArtifactError(f"{path.with_name(SETTINGS)} does not say what {path.name} holds", WRITE_AGAIN)
     found = sha256(path)
     if found != record["sha256"]:
         raise CorruptArtifactError(
-            f"{path} was altered: sha256 {found[:12]}.., recorded {str(record['sha256'])[:12]}..", _AGAIN
+            f"{path} was altered: sha256 {found[:12]}.., recorded {str(record['sha256'])[:12]}..", WRITE_AGAIN
         )
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
-        raise CorruptArtifactError(f"{path} cannot be read: {error}", _AGAIN) from None
+        raise CorruptArtifactError(f"{path} cannot be read: {error}", WRITE_AGAIN) from None
 
 
 def _layer(path: Path, index: int, entry: Any, tensors: dict[str, Tensor]) -> MoELayer:
@@ -142,7 +142,7 @@ def _layer(path: Path, index: int, entry: Any, tensors: dict[str, Tensor]) -> Mo
 
     def check(good: bool, what: str) -> None:
         if not good:
-            raise CorruptArtifactError(f"{path}, layer {index}: {what}", _AGAIN)
+            raise CorruptArtifactError(f"{path}, layer {index}: {what}", WRITE_AGAIN)
 
     def whole(value: Any, least: int) -> bool:
         return type(value) is int and value >= least
@@ -165,7 +165,7 @@ def _layer(path: Path, index: int, entry: Any, tensors: dict[str, Tensor]) -> Mo
     try:
         rule, router = _selection(entry, mine, num_experts)
     except ConfigError as error:
-        raise CorruptArtifactError(f"{path}, layer {index}: {error.message}", _AGAIN) from None
+        raise CorruptArtifactError(f"{path}, layer {index}: {error.message}", WRITE_AGAIN) from None
     some_D = extra.get("constant_D")
     d_model = router.d_model if router is not None else -1 if some_D is None else len(some_D)
     check(some_D is None or tuple(some_D.shape) == (d_model,), f"tensor constant_D is not of shape {(d_model,)}")

@@ -15,7 +15,7 @@ from typing import Any
 
 from moefication_cli.errors import CorruptArtifactError
 from moefication_cli.models.folder.checkpoint import Checkpoint
-from moefication_cli.models.folder.contents import INT8_WEIGHTS
+from moefication_cli.models.folder.contents import INT8_WEIGHTS, WRITE_AGAIN
 from moefication_cli.models.sites import FFNSite
 from moefication_cli.store.files import described as file_described
 from moefication_cli.store.files import sha256 as file_sha256
@@ -23,7 +23,6 @@ from moefication_cli.store.header import Header, read_header
 from moefication_cli.store.manifest import check_file_name
 
 _ROWS = 64
-_AGAIN = "write the folder again: moefication apply RUN --force"
 
 
 def sealed(checkpoint: Checkpoint, sha256: Callable[[Path], str] = file_sha256) -> dict[str, Any]:
@@ -91,11 +90,11 @@ def check_seal(folder: Path, weights: Any, verify: bool = False) -> None:
                 raise CorruptArtifactError(
                     f"{folder}: the weights of {name} are not those its experts were made for: another order of its "
                     f"neurons, another model or damage ({_ROWS} rows of each matrix were compared)",
-                    _AGAIN,
+                    WRITE_AGAIN,
                 )
     except (AttributeError, KeyError, TypeError) as error:
         raise CorruptArtifactError(
-            f"{folder}: moefication.json does not describe its weights: {error}", _AGAIN
+            f"{folder}: moefication.json does not describe its weights: {error}", WRITE_AGAIN
         ) from None
 
 
@@ -106,12 +105,12 @@ def _check_file(folder: Path, name: str, entry: Mapping[str, Any], verify: bool)
         size = path.stat().st_size
         found = file_sha256(path) if verify else entry["sha256"]
     except OSError as error:
-        raise CorruptArtifactError(f"{path} cannot be read: {error.strerror}", _AGAIN) from None
+        raise CorruptArtifactError(f"{path} cannot be read: {error.strerror}", WRITE_AGAIN) from None
     if size != entry["bytes"]:
-        raise CorruptArtifactError(f"{path} has {size} bytes, moefication.json says {entry['bytes']}", _AGAIN)
+        raise CorruptArtifactError(f"{path} has {size} bytes, moefication.json says {entry['bytes']}", WRITE_AGAIN)
     if found != entry["sha256"]:
         raise CorruptArtifactError(
-            f"{path} was altered: sha256 {found[:12]}.., moefication.json says {entry['sha256'][:12]}..", _AGAIN
+            f"{path} was altered: sha256 {found[:12]}.., moefication.json says {entry['sha256'][:12]}..", WRITE_AGAIN
         )
 
 
@@ -132,7 +131,9 @@ def _digest(folder: Path, places: Sequence[Sequence[str]], headers: dict[str, He
                 for row in sorted({number * count // _ROWS for number in range(_ROWS)}):
                     digest.update(os.pread(opened.fileno(), size, headers[file].start + start + row * size))
         except KeyError:
-            raise CorruptArtifactError(f"{path} has no tensor {key}, which its experts were made for", _AGAIN) from None
+            raise CorruptArtifactError(
+                f"{path} has no tensor {key}, which its experts were made for", WRITE_AGAIN
+            ) from None
         except (OSError, ValueError) as error:
-            raise CorruptArtifactError(f"{path} cannot be read: {error}", _AGAIN) from None
+            raise CorruptArtifactError(f"{path} cannot be read: {error}", WRITE_AGAIN) from None
     return digest.hexdigest()
