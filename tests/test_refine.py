@@ -9,7 +9,7 @@ import torch
 from cli_runner import Runner
 
 from moefication_cli.config import ApplyConfig
-from moefication_cli.conversion import settle
+from moefication_cli.conversion import refine, settle
 from moefication_cli.conversion.learnable import Conversion
 from moefication_cli.conversion.plan import routed_layers
 from moefication_cli.conversion.search import PlanInputs, WholeModel
@@ -208,3 +208,24 @@ def test_no_correction_is_learned_where_none_may_be() -> None:
         expected_TD = MoEFFN(replace(weights, compensation=None), router, TopK(2), backend="reference")(x_TD)
         assert torch.allclose(bare(x_TD), expected_TD, atol=1e-4)
     assert "extra.constant_D" in StraightThroughMoEFFN(weights, router, TopK(2)).parameters
+
+
+def test_steps_that_were_too_large_begin_again_smaller(calibrated_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a Llama at 0.6 of its FLOPs, whose KL doubled in the first quarter of the steps and which then stayed as it was."""
+    said: list[str] = []
+    directory, control = RunDir(calibrated_run[0]), Control(say=said.append)
+    model = open_model(directory, None, control)
+    split, router, activations = (directory.require(n) for n in ("split", "router/regression", "activations"))
+    inputs = PlanInputs(directory, model, routed_layers(model, split, router), {"activations": activations}, control)
+    config = ApplyConfig(fraction=0.5, router="regression", refine=12)
+    monkeypatch.setattr(refine, "_FULL_PREDICTIONS", 1)
+    rates: list[float] = []
+    adam = torch.optim.Adam
+    monkeypatch.setattr(torch.optim, "Adam", lambda groups, **how: rates.append(groups[0]["lr"]) or adam(groups, **how))
+    for rate, restarts in ((1e-4, 0), (300.0, 1)):
+        said.clear(), rates.clear()
+        monkeypatch.setattr(refine, "LEARNING_RATE", rate)
+        _, metrics = WholeModel(inputs, 12).refined(config)
+        assert sum("too large" in line for line in said) == restarts and len(rates) == 1 + restarts
+        assert metrics["kl_after"] < metrics["kl_before"] or not metrics["kept"]
+    assert rates[1] == pytest.approx(rates[0] / 3)

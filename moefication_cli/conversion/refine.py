@@ -17,6 +17,7 @@ from moefication_cli.runs.control import Control
 from moefication_cli.tasks.examples import Batch
 
 _TRIAL = 4  # the part of the steps after which training must have helped
+_WORSE, _SMALLER = 1.25, 3.0  # times the KL before, from which on steps were too large; what they are divided by then
 LEARNING_RATE = 0.03  # of each parameter's size, per step of _FULL_PREDICTIONS or more predictions
 _FULL_PREDICTIONS = 2048  # fewer carry less signal: the rate shrinks in proportion (a classifier has one a sequence)
 
@@ -35,16 +36,42 @@ def refine(
 ) -> tuple[Outcome, list[float]]:
     """Train what the conversion added, at its budget; undone unless the KL on the held-out batches fell.
 
-    `began` is what `settle` returned. The price of compute follows what is spent, so that training stays near the budget.
-    Thresholds are settled anew at the end, and after a quarter of the steps, when training that does not help is given
-    up. Returns how it came out, and each FFN's share of its dense work.
+    `began` is what `settle` returned. Where training makes the model much worse its steps were too large: it begins again,
+    once, with smaller ones. Returns how it came out, and each FFN's share of its dense work.
     """
-    target = conversion.budget.fraction * SPEND[1]
     before, start = began.kl, conversion.state()
     if not any(layer.parameters for layer in conversion.layers.values()):  # as where every FFN is left dense
         return Outcome(before, before, False), began.shares
-    price = max(before, 1e-6) / target
     rate = LEARNING_RATE * signal(conversion, train[0])
+    ended = _train(conversion, train, heldout, before, steps, rate, control)
+    if not ended.kl < _WORSE * before:  # NaN too
+        control.say(
+            f"refine: the steps were too large (KL {before:.3g} before, {ended.kl:.3g} after): begun again with smaller ones"
+        )
+        conversion.restore(start)
+        ended = _train(conversion, train, heldout, before, steps, rate / _SMALLER, control)
+    if ended.kl < before:
+        return Outcome(before, ended.kl, True), ended.shares
+    conversion.restore(start)
+    return Outcome(before, ended.kl, False), began.shares
+
+
+def _train(
+    conversion: Conversion,
+    train: Sequence[Batch],
+    heldout: HeldOut,
+    before: float,
+    steps: int,
+    rate: float,
+    control: Control,
+) -> Settled:
+    """How the conversion stands after these steps, or after a quarter of them if it is no better than `before` there.
+
+    The price of compute follows what is spent, so that training stays near the budget; thresholds are settled anew after
+    the quarter and at the end.
+    """
+    target = conversion.budget.fraction * SPEND[1]
+    price = max(before, 1e-6) / target
     groups = [
         {"params": [tensor], "lr": rate * layer.step_size(name)}
         for layer in conversion.layers.values()
@@ -55,9 +82,9 @@ def refine(
     average, source = target, _cycle(train)
     for step in control.track(range(steps), "refine", steps):
         if step == steps // _TRIAL and step:
-            ended = settle(conversion, heldout)
-            if not ended.kl < before:  # the later steps are unlikely to help where the first quarter did not
-                break
+            tried = settle(conversion, heldout)
+            if not tried.kl < before:  # the later steps are unlikely to help where the first quarter did not
+                return tried
         kl = conversion.kl(next(source))
         spent = conversion.spent()
         optimizer.zero_grad(set_to_none=True)
@@ -66,12 +93,7 @@ def refine(
         scheduler.step()
         average += 0.1 * (float(spent.detach()) - average)
         price *= math.exp(max(-0.1, min(0.1, average / target - 1)))
-    else:
-        ended = settle(conversion, heldout)
-    if ended.kl < before:
-        return Outcome(before, ended.kl, True), ended.shares
-    conversion.restore(start)  # NaN too
-    return Outcome(before, ended.kl, False), began.shares
+    return settle(conversion, heldout)
 
 
 @torch.no_grad()
