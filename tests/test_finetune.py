@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cli_runner import Runner
+from plan_inputs import plan_inputs
 from safetensors.torch import load_file
 from test_interruption import KILLER
 from tiny_models import tiny_model, tiny_tokenizer
@@ -19,14 +20,13 @@ from transformers import AutoModelForCausalLM
 
 from moefication_cli import convert, load
 from moefication_cli.config import ApplyConfig, FinetuneConfig
-from moefication_cli.conversion.plan import routed_layers
-from moefication_cli.conversion.search import PlanInputs, WholeModel
+from moefication_cli.conversion.search import WholeModel
 from moefication_cli.models.folder.checkpoint import Checkpoint
 from moefication_cli.models.folder.moe_folder import read_moe_folder
 from moefication_cli.routing.rules import TopK
 from moefication_cli.runs.control import Control
 from moefication_cli.runs.data import flat_predictions
-from moefication_cli.runs.inputs import open_model, read_partition
+from moefication_cli.runs.inputs import read_partition
 from moefication_cli.stages.finetune import finetune
 from moefication_cli.store.rundir import RunDir
 
@@ -157,13 +157,7 @@ def test_kl_falls_at_the_budget_and_what_is_loaded_was_measured(
 
 def whole_model(run: Path, config: FinetuneConfig) -> WholeModel:
     """The original model with the held-out data that `finetune` judged by."""
-    directory = RunDir(run)
-    model = open_model(directory, None, Control())
-    split, router, activations = (directory.require(n) for n in ("split", "router/regression", "activations"))
-    layers = routed_layers(model, split, router)
-    return WholeModel(
-        PlanInputs(directory, model, layers, {"activations": activations}, Control()), config.steps, config.tokens
-    )
+    return WholeModel(plan_inputs(run, Control()), config.steps, config.tokens)
 
 
 @torch.inference_mode()

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from cli_runner import Runner
+from plan_inputs import plan_inputs
 
 from moefication_cli.config import ApplyConfig
 from moefication_cli.conversion import refine, settle
 from moefication_cli.conversion.learnable import Conversion
-from moefication_cli.conversion.plan import routed_layers
-from moefication_cli.conversion.search import PlanInputs, WholeModel
+from moefication_cli.conversion.search import WholeModel
 from moefication_cli.conversion.straight_through import StraightThroughMoEFFN
 from moefication_cli.ffn import Compensation, ExpertWeights, FFNWeights
 from moefication_cli.models.folder.moe_folder import read_moe_folder
@@ -22,9 +22,7 @@ from moefication_cli.models.surgery import live_weights
 from moefication_cli.routing.router import TwoLayerRouter
 from moefication_cli.routing.rules import Threshold, TopK
 from moefication_cli.runs.control import Control
-from moefication_cli.runs.inputs import open_model
 from moefication_cli.runtime.layer import MoEFFN
-from moefication_cli.store.rundir import RunDir
 
 D, F, E, S, T = 8, 26, 6, 2, 11
 
@@ -130,12 +128,7 @@ def test_refined_model_is_kept_found_again_and_measured(calibrated_run: Any, run
 def test_the_dense_model_answers_once_and_the_figures_stay(
     calibrated_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory, control = RunDir(calibrated_run[0]), Control()
-    model = open_model(directory, None, control)
-    split, router, activations = (directory.require(n) for n in ("split", "router/regression", "activations"))
-    inputs = PlanInputs(
-        directory, model, routed_layers(model, split, router), {"activations": activations}, control
-    )  # fmt: skip
+    inputs = plan_inputs(calibrated_run[0], Control())
     asked: list[bool] = []
     outputs, config = Conversion.outputs, ApplyConfig(fraction=0.5, router="regression", refine=4)
 
@@ -213,10 +206,7 @@ def test_no_correction_is_learned_where_none_may_be() -> None:
 def test_steps_that_were_too_large_begin_again_smaller(calibrated_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a Llama at 0.6 of its FLOPs, whose KL doubled in the first quarter of the steps and which then stayed as it was."""
     said: list[str] = []
-    directory, control = RunDir(calibrated_run[0]), Control(say=said.append)
-    model = open_model(directory, None, control)
-    split, router, activations = (directory.require(n) for n in ("split", "router/regression", "activations"))
-    inputs = PlanInputs(directory, model, routed_layers(model, split, router), {"activations": activations}, control)
+    inputs = plan_inputs(calibrated_run[0], Control(say=said.append))
     config = ApplyConfig(fraction=0.5, router="regression", refine=12)
     monkeypatch.setattr(refine, "_FULL_PREDICTIONS", 1)
     rates: list[float] = []

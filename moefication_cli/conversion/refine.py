@@ -46,7 +46,7 @@ def refine(
     ended = _train(conversion, train, heldout, before, steps, rate, control)
     if not ended.kl < _WORSE * before:  # NaN too
         control.say(
-            f"refine: the steps were too large (KL {before:.3g} before, {ended.kl:.3g} after): begun again with smaller ones"
+            f"refine: the steps were too large (KL {before:.3g} before, {ended.kl:.3g} after); begins again with steps of a third"
         )
         conversion.restore(start)
         ended = _train(conversion, train, heldout, before, steps, rate / _SMALLER, control)

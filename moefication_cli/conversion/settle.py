@@ -33,58 +33,17 @@ class HeldOut:
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         self.batches = list(batches)
-        self.answers: dict[int, Tensor] = {}
+        self.answers: list[Tensor] = []  # to the first of them
         self._room = _KEPT_BYTES
 
     @torch.no_grad()
     def ask(self, conversion: Conversion) -> None:
         """Has the dense model of this conversion answer to the batches that it has not yet, until there is no more room."""
-        for number in range(len(self.answers), len(self.batches)):
-            if self._room <= 0:
-                return
-            dense_PC = conversion.logits(self.batches[number], dense=True)
+        while self._room > 0 and len(self.answers) < len(self.batches):
+            dense_PC = conversion.logits(self.batches[len(self.answers)], dense=True)
             self._room -= dense_PC.numel() * dense_PC.element_size()
             if self._room > 0:
-                self.answers[number] = dense_PC
-
-
-def settle(conversion: Conversion, heldout: HeldOut) -> Settled:
-    """Shift the thresholds until the budget is spent on these sequences. A fixed k stays.
-
-    All layers move by the same number of standard deviations of their scores, or each for itself under a uniform
-    budget. Newton's method, the slope being the density of scores at the threshold: at most 8 steps of at most 0.5
-    standard deviations. Thresholds are accepted when the spend is within SPEND of the budget, from the fifth step on
-    when it is at most SPEND[1]. The spend is that of all batches or of the quarter with the longest sequences, whichever
-    is more: calibration data is often shorter (phrases) than what is evaluated (sentences).
-    """
-    heldout.ask(conversion)
-    spending, kls = _measure(conversion, heldout)
-    for attempt in range(_PASSES):
-        if not _shift(conversion, spending, _PASSES // 2 <= attempt):
-            break
-        spending, kls = _measure(conversion, heldout)
-    with torch.no_grad():  # what was not answered beforehand is asked for once
-        rest = [float(conversion.kl(batch)) for batch in heldout.batches[len(kls) :]]
-    return Settled(spending.shares(), sum(kls + rest) / len(heldout.batches))
-
-
-def _shift(conversion: Conversion, spending: "_Spending", less_will_do: bool) -> bool:
-    """One step of `settle`; False where nothing needs to move."""
-    budget = conversion.budget
-    everyone = list(range(len(conversion.plans)))
-    groups = [[n] for n in everyone] if budget.sharing == "uniform" else [everyone]
-    low, high = (budget.fraction * part for part in SPEND)
-    moved = False
-    for group in groups:
-        routed = [layer for n in group if (layer := conversion.layers.get(n)) is not None and layer.shifts]
-        spent = spending.most(group)
-        if not routed or (spent <= high and (spent >= low or less_will_do)):
-            continue
-        moved = True
-        slope = max(spending.slope(group), 1e-3)
-        for layer in routed:
-            layer.shift += max(-0.5, min(0.5, (spent - (low + high) / 2) / slope))
-    return moved
+                self.answers.append(dense_PC)
 
 
 @dataclass(frozen=True)
@@ -109,14 +68,53 @@ class _Spending:
         return float(self.slope_BL[:, group].sum() / self.dense_BL[:, group].sum())
 
 
+def settle(conversion: Conversion, heldout: HeldOut) -> Settled:
+    """Shift the thresholds until the budget is spent on these sequences. A fixed k stays.
+
+    All layers move by the same number of standard deviations of their scores, or each for itself under a uniform
+    budget. Newton's method, the slope being the density of scores at the threshold: at most 8 steps of at most 0.5
+    standard deviations. Thresholds are accepted when the spend is within SPEND of the budget, from the fifth step on
+    when it is at most SPEND[1]. The spend is that of all batches or of the quarter with the longest sequences, whichever
+    is more: calibration data is often shorter (phrases) than what is evaluated (sentences).
+    """
+    heldout.ask(conversion)
+    spending, kls = _measure(conversion, heldout)
+    for attempt in range(_PASSES):
+        if not _shift(conversion, spending, _PASSES // 2 <= attempt):
+            break
+        spending, kls = _measure(conversion, heldout)
+    with torch.no_grad():  # of the batches whose dense answers were not kept
+        rest = [float(conversion.kl(batch)) for batch in heldout.batches[len(kls) :]]
+    return Settled(spending.shares(), sum(kls + rest) / len(heldout.batches))
+
+
+def _shift(conversion: Conversion, spending: _Spending, less_will_do: bool) -> bool:
+    """One step of `settle`; False where nothing needs to move."""
+    budget = conversion.budget
+    everyone = list(range(len(conversion.plans)))
+    groups = [[n] for n in everyone] if budget.sharing == "uniform" else [everyone]
+    low, high = (budget.fraction * part for part in SPEND)
+    moved = False
+    for group in groups:
+        routed = [layer for n in group if (layer := conversion.layers.get(n)) is not None and layer.shifts]
+        spent = spending.most(group)
+        if not routed or (spent <= high and (spent >= low or less_will_do)):
+            continue
+        moved = True
+        slope = max(spending.slope(group), 1e-3)
+        for layer in routed:
+            layer.shift += max(-0.5, min(0.5, (spent - (low + high) / 2) / slope))
+    return moved
+
+
 @torch.no_grad()
 def _measure(conversion: Conversion, heldout: HeldOut) -> tuple[_Spending, list[float]]:
     """What is spent, and the KL of each batch to which the dense model's answer is known."""
     done, slopes, dense, kls = [], [], [], []
     for number, batch in enumerate(heldout.batches):
         found_PC = conversion.logits(batch)
-        if (dense_PC := heldout.answers.get(number)) is not None:
-            kls.append(float(distance(dense_PC, found_PC, batch)))
+        if number < len(heldout.answers):
+            kls.append(float(distance(heldout.answers[number], found_PC, batch)))
         work = conversion.dense_macs()
         dense.append(work)
         done.append([float(share) * w for share, w in zip(conversion.shares(), work, strict=True)])

@@ -230,12 +230,8 @@ class MoEFFN:
         needs_grad = torch.is_grad_enabled() and (x_TD.requires_grad or weights.ffn.w_up_FD.requires_grad)
         name = choose(x_TD.device, x_TD.dtype, x_TD.shape[0], weights, share, needs_grad)
         if name == "dense" and not (self.may_go_dense or self._all_on):
-            able = (
-                name
-                for name in ("triton", "grouped")
-                if BACKENDS[name].missing(x_TD.device, x_TD.dtype, weights) is None
-            )
-            return next(able, "torch") if x_TD.is_cuda else "torch"
+            grouped = x_TD.is_cuda and BACKENDS["grouped"].missing(x_TD.device, x_TD.dtype, weights) is None
+            return "grouped" if grouped else "torch"
         if name == "dense" and x_TD.is_cuda and not self._all_on:
             say_dense_on_cuda()
         if name != "dense" and len(x_TD) >= self.masked_from and not needs_grad and not x_TD.is_cuda:

@@ -5,10 +5,9 @@ from typing import Any
 
 from moefication_cli.errors import CorruptArtifactError, MissingArtifactError, MoEficationError
 from moefication_cli.export.record import RECORD, altered_files
-from moefication_cli.models.folder.contents import INT8_WEIGHTS
 from moefication_cli.models.folder.moe_folder import FOLDER, SETTINGS, read_moe_folder
 from moefication_cli.models.folder.seal import altered_others
-from moefication_cli.models.loading import check_weights
+from moefication_cli.models.loading import check_weights, stored_as_int8
 from moefication_cli.runs.control import Control, Result
 from moefication_cli.runs.today import GONE, model_today
 from moefication_cli.store import jsonio
@@ -84,7 +83,7 @@ def _stage(run: RunDir, stage: str) -> list[dict[str, Any]]:
 
 def _folder(folder: Path) -> list[dict[str, Any]]:
     """Of a folder without its run: what `load(folder, verify=True)` would refuse, and what was altered beside the weights."""
-    int8 = " --weights int8" if (folder / INT8_WEIGHTS).exists() else ""
+    int8 = " --weights int8" if stored_as_int8(folder) else ""
     command = f"moefication apply RUN{int8} --force"
     try:
         moe = read_moe_folder(folder)

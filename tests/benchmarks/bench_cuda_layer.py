@@ -113,7 +113,7 @@ def few() -> None:
 
 
 def many() -> None:
-    for shape, sizes in (("llama-7b", (128, 32)), ("opt-1.3b", (128,))):
+    for shape, sizes in (("llama-7b", (128, 688, 64, 32)), ("opt-1.3b", (128,))):
         for expert_size in sizes:
             layers = [make(shape, expert_size, seed) for seed in range(2)]
             for tokens in (512, 1024, 2048, 4096, 16384):

@@ -2,8 +2,8 @@
 
 The JSON has `schema` (`moefication/model@2`), `layers` (one object per FFN in execution order: `layer`, and unless
 `dense` is true `num_experts`, `num_shared`, `rule` {top_k | threshold | max_ratio | cumulative} and `router`
-{activation, normalise}), `tensors` {sha256, bytes}, `weights` (see `seal`), `digest` (sha256 of the canonical JSON of
-all the rest) and whatever else the writer records. Tensors are named
+{activation, normalise}, and `ffn_flops_fraction` where it is known), `tensors` {sha256, bytes}, `weights` (see `seal`),
+`digest` (sha256 of the canonical JSON of all the rest) and whatever else the writer records. Tensors are named
 `{position in layers:03d}.{name}` with the names of the router's tensors and of `_COMPENSATION`. Reading trusts nothing:
 every defect is a CorruptArtifactError. Axes: D model width, E experts, R router width.
 """
@@ -47,9 +47,7 @@ class MoELayer:
     rule: Rule | None = None
     router: Router | None = None
     compensation: Compensation | None = None
-    flops_fraction: float = (
-        0.0  # of the dense FFN's multiply-adds on calibration data, router included; 0: not recorded
-    )
+    flops_fraction: float = 0.0  # of the dense multiply-adds, router included, on calibration data; 0: not recorded
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class TritonLayer:
         self._rank = 0 if fix is None or fix.w_in_RD is None else len(fix.w_in_RD)
         device = ffn.w_up_FD.device
         self._cuda = device if device.type == "cuda" else None
-        self._takes_many = triton_many.group_size(weights) is not None
+        self._together = triton_many.group_size(weights)  # None: too odd a number of experts to be sorted by
         self._units = (
             torch.cuda.get_device_properties(device).multi_processor_count if self._cuda else UNITS_WITHOUT_GPU
         )
@@ -83,18 +83,18 @@ class TritonLayer:
             return torch.empty_like(x)
         # Triton launches on the current device, whatever the tensors are on
         with torch.cuda.device(self._cuda) if self._cuda is not None else nullcontext():
-            if num_tokens >= MANY_TOKENS and self._takes_many:
-                return self._many(x.view(num_tokens, self.width), selected).view(x.shape)
+            if num_tokens >= MANY_TOKENS and self._together is not None:
+                return self._many(x.view(num_tokens, self.width), selected, self._together).view(x.shape)
             return self._launch(x, num_tokens, selected)
 
-    def _many(self, x_TD: Tensor, mask_TE: Tensor | None) -> Tensor:
+    def _many(self, x_TD: Tensor, mask_TE: Tensor | None, together: int) -> Tensor:
         most = self.weights.num_experts
         if mask_TE is None:
             if not isinstance(self.router, TwoLayerRouter):
                 raise ConfigError("a layer without a router needs a selection")
             mask_TE = triton_many.selection(x_TD, self.router, self.rule)
             most = self.rule.top_k if isinstance(self.rule, TopK) else most
-        return triton_many.compute(x_TD, mask_TE, self.weights, most)
+        return triton_many.compute(x_TD, mask_TE, self.weights, together, most)
 
     def _launch(self, x: Tensor, T: int, mask_TE: Tensor | None) -> Tensor:
         weights, ffn, fix = self.weights, self.weights.ffn, self.weights.compensation
@@ -127,12 +127,9 @@ class TritonLayer:
                 sides = (R, E, 0, z_TR.shape[1], locks + 2)
                 self._project(z_TR, router.w_out_ER, router.b_out_E, none, scores_TE, counts, sides, "identity", False)
             mask_TE = z_TR.new_empty(T, E, dtype=torch.int8)
-            how, k, threshold = "threshold", 0, 0.0
-            if isinstance(self.rule, TopK):
-                how, k = "top_k", self.rule.top_k
+            how, k, threshold = triton_many.how_selected(self.rule)
+            if how == "top_k":
                 most = min(F, S + T * k * N)
-            elif isinstance(self.rule, Threshold):
-                threshold = self.rule.threshold
         kernels.select[(T,)](
             scores_TE, mask_TE, list_E, counts, T, E, k, scores_TE.shape[1], threshold, locks,
             RULE=how, LIST=True, BLOCK=triton.next_power_of_2(E),

@@ -47,6 +47,13 @@ def group_size(weights: ExpertWeights) -> int | None:
     return next((number for number in range(1, E + 1) if E % number == 0 and number * N >= LEAST_ROWS), None)
 
 
+def how_selected(rule: Rule | None) -> tuple[str, int, float]:
+    """(RULE, k, threshold) of the kernel `select`."""
+    if isinstance(rule, TopK):
+        return "top_k", rule.top_k, 0.0
+    return "threshold", 0, rule.threshold if isinstance(rule, Threshold) else 0.0
+
+
 def selection(x_TD: Tensor, router: TwoLayerRouter, rule: Rule | None) -> Tensor:
     """mask_TE (int8) of the experts that the rule, top_k or threshold, selects by the router's float32 scores."""
     z_TR = _scores(x_TD, router.w_in_RD, router.b_in_R, router.activation, router.normalise)
@@ -55,12 +62,11 @@ def selection(x_TD: Tensor, router: TwoLayerRouter, rule: Rule | None) -> Tensor
         scores_TE = _scores(z_TR, router.w_out_ER, router.b_out_E, "identity", False)
     T, E = scores_TE.shape
     mask_TE = scores_TE.new_empty(T, E, dtype=torch.int8)
-    k = rule.top_k if isinstance(rule, TopK) else 0
-    threshold = rule.threshold if isinstance(rule, Threshold) else 0.0
+    how, k, threshold = how_selected(rule)
     counts_T = scores_TE.new_empty(T, dtype=torch.int32)
     select[(T,)](
         scores_TE, mask_TE, counts_T, counts_T, T, E, k, E, threshold, 0,
-        RULE="top_k" if k else "threshold", LIST=False, BLOCK=triton.next_power_of_2(E),
+        RULE=how, LIST=False, BLOCK=triton.next_power_of_2(E),
     )  # fmt: skip
     return mask_TE
 
@@ -77,18 +83,18 @@ def _scores(x_TD: Tensor, w_RD: Tensor, b_R: Tensor | None, activation: str, nor
     return z_TR
 
 
-def compute(x_TD: Tensor, mask_TE: Tensor, weights: ExpertWeights, most_experts: int) -> Tensor:
+def compute(x_TD: Tensor, mask_TE: Tensor, weights: ExpertWeights, together: int, most_experts: int) -> Tensor:
     """y_TD of the experts selected by mask_TE (int8 or bool), of which no token has more than `most_experts`.
 
-    `group_size` of the weights must not be None.
+    `together` is the `group_size` of the weights.
     """
     ffn, S = weights.ffn, weights.num_shared
     h_TF = x_TD.new_zeros(len(x_TD), ffn.num_neurons, dtype=ffn.w_down_FD.dtype)
     if S:
         h_TF[:, :S] = ffn.rows(0, S).hidden(x_TD)
-    _fill(h_TF, x_TD, mask_TE, weights, most_experts)
+    _fill(h_TF, x_TD, mask_TE, weights, together, most_experts)
     y_TD = functional.linear(h_TF, ffn.w_down_FD.t(), ffn.b_down_D)
-    extra_TD = compensation(x_TD, mask_TE.bool(), weights)
+    extra_TD = None if weights.compensation is None else compensation(x_TD, mask_TE.bool(), weights)
     return (y_TD if extra_TD is None else y_TD.to(sum_dtype(y_TD.dtype)) + extra_TD).to(x_TD.dtype)
 
 
@@ -103,10 +109,11 @@ def _fitting(sizes: Sizes, ffn: FFNWeights) -> Sizes:
     return replace(sizes, block=block, stages=max(1, min(sizes.stages, shared // step)))
 
 
-def _fill(h_TF: Tensor, x_TD: Tensor, mask_TE: Tensor, weights: ExpertWeights, most_experts: int) -> None:
+def _fill(
+    h_TF: Tensor, x_TD: Tensor, mask_TE: Tensor, weights: ExpertWeights, together: int, most_experts: int
+) -> None:
     """Sets h_TF where a token selected the neuron's expert."""
-    ffn, together = weights.ffn, group_size(weights)
-    assert together is not None
+    ffn = weights.ffn
     sizes = _fitting(HIDDEN, ffn)
     (T, D), F, E, N = x_TD.shape, ffn.num_neurons, weights.num_experts, weights.expert_size
     G, wide, tile = E // together, N * together, sizes.tokens
